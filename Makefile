@@ -1,0 +1,36 @@
+# make demo   set up, then train a small GPT with and without TST on CPU and draw both
+# make test   set up, then run the tests
+# make bench  set up, then measure the superposition step against the ordinary one
+# make style  ruff
+# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes)
+
+VENV ?= .venv
+OUT ?= demo_out
+MOE ?= 0
+RUN = $(VENV)/bin/python
+
+.PHONY: setup demo test bench style clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh
+	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && echo "setup: $$python -> $(VENV) (downloads torch the first time)" && "$$python" -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+demo: setup
+	$(RUN) examples/cpu_demo.py --out $(OUT) $(if $(filter 1,$(MOE)),--moe)
+
+test: setup
+	$(RUN) -m pytest
+
+bench: setup
+	$(RUN) benchmarks/bench_step.py
+
+style: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info
