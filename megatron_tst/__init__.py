@@ -1,0 +1,29 @@
+"""Token-Superposition Training (TST, arXiv 2605.06546) for Megatron-Core.
+
+Importing this package imports neither torch nor Megatron and patches nothing; each public name is loaded on first use.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "apply": "patch",
+    "remove": "patch",
+    "status": "patch",
+    "TSTConfig": "config",
+    "TSTError": "config",
+    "bag_view": "bags",
+    "multi_hot_cross_entropy": "loss",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'megatron_tst' has no attribute {name!r}")
+    return getattr(import_module(f"megatron_tst.{_HOME[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)
