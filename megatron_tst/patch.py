@@ -1,0 +1,155 @@
+"""apply, remove, status: the only file that assigns into megatron.* (cpu.py apart, which is for machines without a GPU).
+
+Two class methods carry TST; which phase it is, only the shape of the batch says:
+
+    VocabParallelEmbedding.forward(ids)                          3-D ids    -> mean of the bag's rows    else stock
+    LanguageModule.compute_language_model_loss(labels, logits)   3-D labels -> multi-hot cross entropy   else stock
+
+So validation, inference, the recovery phase and other models in the process run stock code.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from megatron_tst import compat
+from megatron_tst.config import TSTConfig
+
+logger = logging.getLogger(__name__)
+
+
+class PatchError(RuntimeError):
+    """A seam is missing, has changed, or was replaced by somebody else; nothing was left half done."""
+
+
+@dataclass
+class Status:
+    """What is patched, and how often the superposed paths have run in this process.
+
+    Args:
+        seams: the Megatron functions that are replaced now.
+        config: the settings that the loss uses, None when nothing is applied.
+        superposed_embeddings: calls of the embedding with bags.
+        multi_hot_losses: calls of the loss with bags.
+    """
+
+    seams: tuple[str, ...] = ()
+    config: TSTConfig | None = None
+    superposed_embeddings: int = 0
+    multi_hot_losses: int = 0
+
+
+@dataclass
+class _State:
+    installed: dict = field(default_factory=dict)  # Seam -> (stock, ours)
+    config: TSTConfig | None = None
+    weights: dict = field(default_factory=dict)  # (bag size, device) -> fp32 [S]
+    embeddings: int = 0
+    losses: int = 0
+
+
+_state = _State()
+
+
+def apply(config: TSTConfig | None = None) -> Status:
+    """Patch the two methods. Idempotent; may come before or after models are built, in any import order.
+
+    Args:
+        config: target weighting and loss of the superposed objective; None: uniform mce. The bag size is the batch's.
+
+    Returns:
+        the status after it.
+
+    Raises:
+        PatchError: a seam does not look as tested; then nothing is patched.
+    """
+    config = config or TSTConfig()
+    _state.config = config
+    _state.weights.clear()
+    install({compat.EMBEDDING: _embedding, compat.LOSS: _loss})
+    return status()
+
+
+def remove() -> Status:
+    """Put every Megatron function back.
+
+    Raises:
+        PatchError: somebody patched over one of ours; nothing is changed, since restoring would drop their patch.
+    """
+    for seam, (_, ours) in _state.installed.items():
+        if vars(seam.owner())[seam.attribute] is not ours:
+            raise PatchError(f"{seam} was patched again after megatron_tst.apply(). Remove that patch first.")
+    for seam, (stock, _) in _state.installed.items():
+        setattr(seam.owner(), seam.attribute, stock)
+    _state.installed.clear()
+    _state.config, _state.embeddings, _state.losses = None, 0, 0
+    return status()
+
+
+def status() -> Status:
+    """What is patched in this process and how often it ran."""
+    return Status(tuple(map(str, _state.installed)), _state.config, _state.embeddings, _state.losses)
+
+
+def install(replacements: dict[compat.Seam, Callable]) -> None:
+    """Replace functions of Megatron, all of them or none.
+
+    Args:
+        replacements: seam -> function that takes the stock function and returns ours. A seam that is ours already is left.
+
+    Raises:
+        PatchError: naming every seam that is missing or has changed, and the tested versions.
+    """
+    new = {seam: make for seam, make in replacements.items() if seam not in _state.installed}
+    problems = [problem for seam in new if (problem := seam.problem())]
+    if problems:
+        raise PatchError(
+            f"this Megatron ({compat.megatron_version()}) does not fit megatron_tst, nothing was patched: {'; '.join(problems)}. "
+            f"Use a tested version ({', '.join(compat.TESTED_MEGATRON)}) or report this."
+        )
+    for seam, make in new.items():
+        stock = vars(seam.owner())[seam.attribute]
+        ours = functools.wraps(stock)(make(stock))
+        setattr(seam.owner(), seam.attribute, ours)
+        _state.installed[seam] = (stock, ours)
+    if new:
+        logger.info("megatron_tst patched %s (Megatron %s)", ", ".join(map(str, new)), compat.megatron_version())
+
+
+def _embedding(stock):
+    from megatron_tst.embedding import superposed_embedding
+
+    def forward(self, input_):
+        if input_.dim() != 3:
+            return stock(self, input_)
+        _state.embeddings += 1
+        return superposed_embedding(self, input_)
+
+    return forward
+
+
+def _loss(stock):
+    from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+
+    def compute_language_model_loss(self, labels, logits):
+        if labels.dim() != 3:
+            return stock(self, labels, logits)
+        _state.losses += 1
+        key = labels.shape[-1], logits.device
+        if key not in _state.weights:
+            _state.weights[key] = target_weights(_state.config.target_weighting, *key)
+        # labels [b, L, S], logits [L, b, V/tp]; nothing else reads the logits here, so their memory becomes the gradient's
+        loss = multi_hot_cross_entropy(
+            logits,
+            labels.transpose(0, 1).contiguous(),
+            _state.weights[key],
+            tp_group=self.tp_group,
+            loss=_state.config.loss,
+            inplace_backward=True,
+        )
+        return loss.transpose(0, 1).contiguous()
+
+    return compute_language_model_loss
