@@ -1,0 +1,109 @@
+"""Pre-train a GPT model with TST on megatron.training: a plain Megatron script plus the lines marked (TST).
+
+Needs nothing but the megatron-core 0.19 wheel. Users of a Megatron-LM checkout run its own pretrain_gpt.py through
+`python -m megatron_tst.launch` instead. MEGATRON_TST_CPU=1 trains on CPU (see cpu.py).
+"""
+
+from functools import partial
+
+from megatron_tst import compat, cpu
+
+cpu.enable_if_asked()  # (TST)
+compat.hide_broken_transformer_engine()  # (TST)
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.enums import ModelType
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_tst.config import add_tst_arguments  # (TST)
+from megatron_tst.training import pretrain  # (TST) in place of megatron.training's
+
+KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+def get_batch(data_iterator, vp_stage=None):
+    """One micro-batch, as this rank needs it: KEYS in order, None for what its pipeline stage has no use for."""
+    args = get_args()
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return [None] * len(KEYS)
+    batch = {}
+    if mpu.get_tensor_model_parallel_rank() == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    return [batch[key] for key in KEYS]
+
+
+def loss_func(loss_mask, output):
+    """Sum of the losses that count, their number, and both for Megatron's logs."""
+    mask = loss_mask.view(-1).float()
+    loss = (output.view(-1).float() * mask).sum()
+    num_tokens = mask.sum().detach().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def forward_step(data_iterator, model):
+    """One micro-batch through the model."""
+    tokens, labels, loss_mask, position_ids, attention_mask = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
+
+
+def datasets_provider(train_val_test_num_samples, vp_stage=None):
+    """Train, validation and test datasets of get_args().seq_length tokens."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+    def built_here():
+        return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, train_val_test_num_samples, built_here, config).build()
+
+
+datasets_provider.is_distributed = True
+
+if __name__ == "__main__":
+    args = parse_and_validate_args(extra_args_provider=add_tst_arguments)  # (TST)
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

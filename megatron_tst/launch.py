@@ -1,0 +1,50 @@
+"""Run an unmodified Megatron-LM script with TST.
+
+    torchrun ... -m megatron_tst.launch path/to/pretrain_gpt.py <its flags> --tst-bag-size 6 --tst-step-ratio 0.3
+
+instead of `torchrun ... path/to/pretrain_gpt.py <its flags>`. Works for pretrain_gpt.py and pretrain_hybrid.py of 0.18 and 0.19, and for
+any script that calls megatron.training.pretrain. Without --tst- flags the script runs as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+
+from megatron_tst import compat, cpu
+
+
+def main(argv: list[str]) -> None:
+    """Run the script argv[0] with the arguments argv[1:]."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        sys.exit(0 if argv else 2)
+    script = argv[0]
+    if not os.path.isfile(script):
+        print(f"megatron_tst: error: launch: expected the path of a Megatron script, got {script!r}, which is no file.", file=sys.stderr)
+        sys.exit(2)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python script` does: its checkout's megatron comes first
+    sys.argv = argv
+    cpu.enable_if_asked()
+    compat.hide_broken_transformer_engine()
+    _reach_script()
+    runpy.run_path(script, run_name="__main__")
+
+
+def _reach_script() -> None:
+    """Give the script our flags and our pretrain, under the names by which it imports them."""
+    from megatron_tst import patch, training
+    from megatron_tst.config import add_tst_arguments
+
+    with training.one_line_errors():
+        patch.install(
+            {
+                compat.ADD_ARGUMENTS: lambda stock: lambda parser: add_tst_arguments(stock(parser)),
+                compat.PRETRAIN: lambda stock: training.pretrain,
+            }
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
