@@ -46,7 +46,7 @@ def _pretrain(*positional, **named):
     config = TSTConfig.from_args(args)
     check_arguments(config, args)
     _check_paths(args)
-    patch.install({compat.CHECK_CHECKPOINT: _check_checkpoint_args, compat.BUILD_HELPERS: _build_helpers})
+    patch.install({compat.CHECK_CHECKPOINT: _check_checkpoint_args, compat.BUILD_HELPERS: build_dataset_helpers})
     if not config.enabled:
         return loop.pretrain(*call.args, **call.kwargs)
 
@@ -259,7 +259,7 @@ def _check_checkpoint_args(stock):
     return check_checkpoint_args
 
 
-def _build_helpers(stock):
+def build_dataset_helpers(stock):
     """Leave built dataset helpers alone, and build missing ones for the Python that runs.
 
     Megatron's wheel has them built but no Makefile, and the stock function ends the process when make fails. In a source

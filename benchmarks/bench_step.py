@@ -1,0 +1,203 @@
+"""The superposed training step against the ordinary one: time and peak memory, same model, same L, one process, interleaved.
+
+    python benchmarks/bench_step.py [--bag-size 2] [--steps 15] [--json] [--csv benchmarks/data/step.csv]
+
+Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model; the data are random ids, so data
+loading is left out. Time: medians of alternating steps. Memory: the peak of what tensors take beyond the start of a step (on CPU
+from the profiler's allocation events, on a GPU from the caching allocator).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import demo_run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bag-size", type=int, default=2)
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=15, help="timed steps of each kind")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--superpose", default="both", choices=("both", "input", "output"))
+    parser.add_argument("--moe", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument("--csv", type=Path, help="append a row")
+    options = parser.parse_args(argv)
+    os.environ.update(OMP_NUM_THREADS=str(options.threads))
+
+    from megatron_tst import cpu
+
+    if not _has_gpu():
+        os.environ["MEGATRON_TST_CPU"] = "1"
+        cpu.enable_if_asked()
+    row = measure(options)
+    if options.csv:
+        new = not options.csv.exists()
+        with open(options.csv, "a", newline="") as out:
+            writer = csv.DictWriter(out, row.keys())
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    print(json.dumps(row) if options.json else "\n".join(f"{key:24} {value}" for key, value in row.items()))
+    return 0
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def measure(options) -> dict:
+    """Set up Megatron and the demo's model, then time and weigh both kinds of step."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    step, ordinary, superposed = _set_up(options)
+    kinds = {"ordinary": ordinary, "superposed": superposed}
+    for batch in kinds.values():  # warm up: optimizer state, allocator
+        step(batch)
+        step(batch)
+    times = {kind: [] for kind in kinds}
+    for _ in range(options.steps):
+        for kind, batch in kinds.items():
+            times[kind].append(_timed(step, batch))
+    memory = {kind: statistics.median(_peak_bytes(step, batch) for _ in range(3)) for kind, batch in kinds.items()}
+    median = {kind: statistics.median(values) for kind, values in times.items()}
+    import megatron.core
+
+    return {
+        "model": "demo-moe" if options.moe else "demo",
+        "bag_size": options.bag_size,
+        "superpose": options.superpose,
+        "threads": options.threads,
+        "device": torch.cuda.get_device_name() if _has_gpu() else _processor(),
+        "ordinary_ms": round(1e3 * median["ordinary"], 2),
+        "superposed_ms": round(1e3 * median["superposed"], 2),
+        "time_ratio": round(median["superposed"] / median["ordinary"], 4),
+        "ordinary_peak_mb": round(memory["ordinary"] / 2**20, 2),
+        "superposed_peak_mb": round(memory["superposed"] / 2**20, 2),
+        "memory_ratio": round(memory["superposed"] / memory["ordinary"], 4),
+        "steps": options.steps,
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+        "commit": _commit(),
+    }
+
+
+def _set_up(options):
+    """-> (step(batch), ordinary batch, superposed batch)."""
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.core.utils import get_model_config
+    from megatron.training import training as loop
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_tst import compat, patch, training
+    from megatron_tst.bags import superposed_sample
+    from megatron_tst.loss import target_weights
+
+    import pretrain_gpt_tst as script
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881"))
+    argv, sys.argv = sys.argv, ["bench_step", *demo_run.flags(None, options.vocab_size, 1000, moe=options.moe)]
+    stdout, sys.stdout = sys.stdout, sys.stderr  # Megatron's tables
+    try:
+        args = parse_and_validate_args()
+        config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+        patch.install({compat.BUILD_HELPERS: training.build_dataset_helpers})
+        loop.initialize_megatron()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        model, optimizer, scheduler = loop.setup_model_and_optimizer(
+            script.ModelType.encoder_or_decoder, checkpointing_context={}, cfg_container=config, pg_collection=groups
+        )
+    finally:
+        sys.argv, sys.stdout = argv, stdout
+    patch.apply()
+    for chunk in model:
+        chunk.train()
+    model_config = get_model_config(model[0])
+    model_config.grad_scale_func = optimizer.scale_loss
+    forward_backward = loop.get_forward_backward_func()
+    device = "cuda" if _has_gpu() else "cpu"
+
+    def batch(superposed):
+        rows, length, size = [], args.seq_length, options.bag_size
+        for _ in range(args.micro_batch_size):
+            raw = torch.randint(0, options.vocab_size, (length * (size if superposed and options.superpose != "output" else 1) + 1,))
+            row = {"tokens": raw[:-1], "labels": raw[1:], "loss_mask": torch.ones(len(raw) - 1), "position_ids": torch.arange(length)}
+            rows.append(superposed_sample(row, length, size, options.superpose, target_weights("uniform", size)) if superposed else row)
+        return {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+
+    # one process, so the batch is whole where it is: what crosses between ranks is not part of this figure
+    script.get_batch_on_this_tp_rank = lambda batch, **named: batch
+
+    def step(batch):
+        loop.train_step(
+            script.forward_step, RerunDataIterator(iter([batch])), model, optimizer, scheduler, model_config, forward_backward, iteration=0
+        )
+
+    return step, batch(False), batch(True)
+
+
+def _timed(step, batch) -> float:
+    import torch
+
+    if _has_gpu():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step(batch)
+    if _has_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _peak_bytes(step, batch) -> int:
+    """Largest amount of tensor memory alive during a step beyond what was alive at its start."""
+    import torch
+
+    if _has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        step(batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(batch)
+    alive = peak = 0
+    allocations = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(allocations, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def _processor() -> str:
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'} ({os.cpu_count()} cores)"
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

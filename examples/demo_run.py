@@ -1,0 +1,45 @@
+"""The small run of the demo, the sweep and the benchmark: Megatron's flags for a 1.2M-parameter GPT on CPU, and how to start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("pretrain_gpt_tst.py")
+SEQ_LENGTH, BATCH = 128, 8
+
+# What Megatron needs to be told on CPU: no fused CUDA kernels, gloo.
+CPU = (
+    "--distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion "
+    "--no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization "
+    "--no-create-attention-mask-in-dataloader --num-workers 0"
+)
+MODEL = (
+    f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
+    "--position-embedding-type rope --normalization RMSNorm --swiglu --ffn-hidden-size 384 --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02"
+)
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"
+
+
+def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, moe: bool = False) -> list[str]:
+    """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay, both arms alike."""
+    optimizer = (
+        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 2e-3 --min-lr 0 --lr-decay-style WSD "
+        f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {iterations // 5} --lr-warmup-iters {min(100, iterations // 10)} "
+        f"--adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --seed {seed}"
+    )
+    data = f"--data-path {corpus} --split 95,5,0" if corpus else "--mock-data"
+    data += f" --tokenizer-type NullTokenizer --vocab-size {vocab_size}"
+    logs = f"--log-interval 10 --eval-interval {max(10, iterations // 10)} --eval-iters 20"
+    return " ".join([CPU, MODEL, MOE if moe else "", optimizer, data, logs]).split()
+
+
+def start(arguments: list[str], log: Path, port: int) -> subprocess.Popen:
+    """Start one process of training on one CPU thread, its output in `log`."""
+    environment = dict(os.environ, MEGATRON_TST_CPU="1", OMP_NUM_THREADS="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
+                       MASTER_ADDR="localhost", MASTER_PORT=str(port))  # fmt: skip
+    with open(log, "w") as out:
+        return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)

@@ -1,0 +1,67 @@
+"""Shared set-up: every test runs real megatron-core, on CPU with gloo unless there is a GPU."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "examples")]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["MEGATRON_TST_CPU"] = "1"
+
+from megatron_tst import compat, cpu
+
+cpu.enable_if_asked()
+compat.hide_broken_transformer_engine()
+
+import pytest
+from runner import Zygote
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def megatron():
+    """Model-parallel state of one process, and Megatron's random-number tracker."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return parallel_state
+
+
+@pytest.fixture
+def patched(megatron):
+    """megatron_tst applied for one test and removed after it."""
+    from megatron_tst import patch
+
+    patch.apply()
+    yield patch
+    patch.remove()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """Starts training runs and multi-rank functions in processes that need not import torch and Megatron again."""
+    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small real corpus in Megatron's format: part of the standard library, vocabulary 512. -> prefix"""
+    import sysconfig
+
+    import prepare_corpus
+
+    prefix = tmp_path_factory.mktemp("corpus") / "text"
+    folders = [str(Path(sysconfig.get_path("stdlib")) / name) for name in ("json", "email", "http", "asyncio")]
+    assert prepare_corpus.main(["--output", str(prefix), "--vocab-size", "512", "--input", *folders]) == 0
+    return prefix

@@ -1,0 +1,129 @@
+"""Start real training runs and multi-rank functions, and read what they print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = str(ROOT / "examples" / "pretrain_gpt_tst.py")
+
+# The smallest run that shows everything: 2 layers, 10 iterations of 4 samples of 32 positions.
+TINY = (
+    "--distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion "
+    "--no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization "
+    "--no-create-attention-mask-in-dataloader --num-workers 0 --ckpt-format torch_dist --num-layers 2 --hidden-size 32 "
+    "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm "
+    "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --min-lr 1e-5 --lr-decay-style WSD "
+    "--lr-wsd-decay-style linear --lr-wsd-decay-iters 4 --lr-warmup-iters 2 --tokenizer-type NullTokenizer --log-interval 1 "
+    "--eval-interval 5 --eval-iters 2"
+).split()
+TST = "--tst-bag-size 4 --tst-iters 6".split()
+
+_STEP = re.compile(r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+) \| lm loss of this iteration: ([\d.E+-]+)")
+_TRAIN = re.compile(r"iteration +(\d+)/ *\d+ \|.*?\| lm loss: ([\d.E+-]+) .*?grad norm: ([\d.]+)")
+_VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)")
+
+
+def data(corpus: Path) -> list[str]:
+    """Flags for the test corpus."""
+    return ["--data-path", str(corpus), "--split", "90,10,0", "--vocab-size", "512"]
+
+
+@dataclass
+class Run:
+    """Exit codes and output of a run."""
+
+    codes: list[int]
+    log: str
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.codes)
+
+    @property
+    def losses(self) -> dict[int, str]:
+        """Loss of each iteration, as printed (Megatron's own line averages the first two after a start)."""
+        return {int(m[1]): m[5] for m in _STEP.finditer(self.log)}
+
+    @property
+    def phases(self) -> dict[int, tuple[str, int, int]]:
+        """(phase, bag size, raw tokens) of each iteration."""
+        return {int(m[1]): (m[2], int(m[3]), int(m[4])) for m in _STEP.finditer(self.log)}
+
+    @property
+    def grad_norms(self) -> dict[int, str]:
+        return {int(m[1]): m[3] for m in _TRAIN.finditer(self.log)}
+
+    @property
+    def stock_losses(self) -> dict[int, str]:
+        """What Megatron's own log line says."""
+        return {int(m[1]): m[2] for m in _TRAIN.finditer(self.log)}
+
+    @property
+    def validation(self) -> dict[int, str]:
+        return {int(m[1]): m[2] for m in _VALID.finditer(self.log)}
+
+    @property
+    def error(self) -> str:
+        """The line that megatron_tst ended the run with."""
+        found = [line for line in self.log.splitlines() if line.startswith("megatron_tst: error")]
+        assert found, f"no error line in:\n{self.log[-2000:]}"
+        return found[0]
+
+
+class Zygote:
+    """Context manager around tests/zygote.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+
+    def __enter__(self) -> Zygote:
+        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "unit"), str(ROOT)])
+        environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
+        self.errors = open(self.folder / "zygote.log", "w")
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors, text=True, env=environment)  # fmt: skip
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.errors.close()
+
+    def train(self, *arguments: str, nproc: int = 1, script: str = SCRIPT, **job) -> Run:
+        """A training run of `script` in `nproc` processes."""
+        return self._run(nproc=nproc, script=[script, *map(str, arguments)], **job)
+
+    def launch(self, script: str, *arguments: str, nproc: int = 1, **job) -> Run:
+        """python -m megatron_tst.launch script arguments"""
+        return self._run(nproc=nproc, module=["megatron_tst.launch", str(script), *map(str, arguments)], **job)
+
+    def call(self, function: str, *arguments, nproc: int) -> Run:
+        """Call "module:function" in `nproc` ranks of a gloo group; arguments go through JSON."""
+        run = self._run(nproc=nproc, call=[function, *arguments])
+        assert run.ok, run.log[-3000:]
+        return run
+
+    def _run(self, seconds: int = 300, env: dict | None = None, **job) -> Run:
+        self.count += 1
+        log = self.folder / f"job{self.count}.log"
+        job.update(log=str(log), port=_free_port(), env=env or {}, seconds=seconds)
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, f"the zygote died, see {self.errors.name}"
+        return Run(json.loads(answer)["codes"], log.read_text(errors="replace") if log.exists() else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,33 @@
+"""A HybridModel layer spec of local modules (Megatron ships Transformer Engine's alone). --spec hybrid_spec hybrid_stack_spec"""
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+_gpt = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+
+hybrid_stack_spec = ModuleSpec(
+    module=HybridStack,
+    submodules=HybridStackSubmodules(
+        attention_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=_gpt.input_layernorm,
+                self_attention=_gpt.self_attention,
+                self_attn_bda=_gpt.self_attn_bda,
+                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+            ),
+        ),
+        mlp_layer=ModuleSpec(
+            module=MLPLayer,
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=_gpt.pre_mlp_layernorm,
+                mlp=_gpt.mlp,
+                mlp_bda=_gpt.mlp_bda,
+                sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,75 @@
+"""Tiny real GPTModel and HybridModel on local layer specs, with the same weights where they are the same network."""
+
+import torch
+
+
+def config(**changes):
+    from megatron.core.transformer import TransformerConfig
+
+    defaults = dict(
+        num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, add_bias_linear=False, normalization="RMSNorm",
+        hidden_dropout=0.0, attention_dropout=0.0, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=True, masked_softmax_fusion=False, persist_layer_norm=False, bias_activation_fusion=False,
+    )  # fmt: skip
+    return TransformerConfig(**(defaults | changes))
+
+
+def gpt(vocab=96, seed=0, tied=False, position="rope", dtype=torch.float32, experts=None, **changes):
+    """GPTModel, untied and rotary unless told otherwise."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    torch.manual_seed(seed)
+    if experts:
+        changes |= dict(num_moe_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=32, moe_token_dispatcher_type="alltoall")
+    model = GPTModel(
+        config=config(params_dtype=dtype, bf16=dtype == torch.bfloat16, **changes),
+        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm"),
+        vocab_size=vocab, max_sequence_length=64, position_embedding_type=position, share_embeddings_and_output_weights=tied,
+    )  # fmt: skip
+    return model.to(dtype)
+
+
+def hybrid(vocab=96, seed=0, **changes):
+    """HybridModel of the pattern `*-*-`: the network of gpt() with two layers."""
+    from hybrid_spec import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    torch.manual_seed(seed)
+    return HybridModel(
+        config=config(num_layers=4, **changes), hybrid_stack_spec=hybrid_stack_spec, vocab_size=vocab, max_sequence_length=64,
+        hybrid_layer_pattern="*-*-", position_embedding_type="rope", share_embeddings_and_output_weights=False,
+    )  # fmt: skip
+
+
+def copy_gpt_to_hybrid(source, target):
+    """Layer i of GPTModel is layers 2i (attention) and 2i+1 (MLP) of the HybridModel."""
+    weights = {}
+    for name, tensor in source.state_dict().items():
+        if name.startswith("decoder.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            half = 2 * int(layer) + (0 if rest.startswith(("input_layernorm", "self_attention")) else 1)
+            name = f"decoder.layers.{half}.{rest}"
+        weights[name.replace("decoder.final_layernorm", "decoder.final_norm")] = tensor
+    missing = {k for k in target.state_dict() if "_extra_state" not in k} ^ {k for k in weights if "_extra_state" not in k}
+    assert not missing, missing
+    target.load_state_dict(weights, strict=False)
+
+
+def batch(raw, s, superpose="both"):
+    """raw [b, n] token ids -> keyword arguments of model.forward; s = None: an ordinary batch."""
+    from megatron_tst.bags import superposed_sample
+
+    rows = []
+    for row in raw:
+        sample = {"tokens": row[:-1], "labels": row[1:], "loss_mask": torch.ones(len(row) - 1)}
+        if s is None:
+            sample["position_ids"] = torch.arange(len(row) - 1)
+        else:
+            length = (len(row) - 1) // (1 if superpose == "output" else s)
+            sample = superposed_sample(sample, length, s, superpose, torch.ones(s))
+        rows.append(sample)
+    stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    return {
+        "input_ids": stacked["tokens"], "position_ids": stacked["position_ids"], "attention_mask": None, "labels": stacked["labels"],
+    }  # fmt: skip

@@ -1,0 +1,168 @@
+"""Every refusal: the flag, what was expected, what was got, what to do; and the warnings."""
+
+import argparse
+import types
+import warnings
+
+import pytest
+
+from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments, check_arguments, check_resume, record_in_arguments
+
+
+def arguments(**changes):
+    """Megatron's arguments as far as TST looks at them, for a run that is fine."""
+    fine = dict(
+        train_iters=1000, train_samples=None, global_batch_size=8, seq_length=128, save="somewhere", dataloader_type="single",
+        mtp_num_layers=None, sft=False, reset_position_ids=False, reset_attention_mask=False, rampup_batch_size=None,
+        cross_entropy_loss_fusion=False, cross_entropy_fusion_impl="native", cuda_graph_impl="none", gtp_weight_remat_size=1,
+    )  # fmt: skip
+    return argparse.Namespace(**(fine | changes))
+
+
+FINE = TSTConfig(bag_size=6, step_ratio=0.3)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(bag_size=0), r"--tst-bag-size: expected a whole number >= 1, got 0\. The paper found 4 to 8"),
+        (dict(bag_size=-3), "--tst-bag-size: .* got -3"),
+        (dict(bag_size=2.5), "--tst-bag-size: .* got 2.5"),
+        (dict(bag_size="six"), "--tst-bag-size: .* got six"),
+        (dict(bag_size=4, step_ratio=1.0), r"--tst-step-ratio: expected a number in \[0, 1\), got 1.0\. The paper found 0.2 to 0.4"),
+        (dict(bag_size=4, step_ratio=-0.1), "--tst-step-ratio: .* got -0.1"),
+        (dict(bag_size=4, step_ratio="half"), "--tst-step-ratio: .* got half"),
+        (dict(bag_size=4, iters=-1), "--tst-iters: expected a whole number >= 0, got -1"),
+        (dict(bag_size=4, iters=1.5), "--tst-iters: .* got 1.5"),
+        (dict(bag_size=4, step_ratio=0.3, iters=5), "--tst-step-ratio and --tst-iters: expected one of the two, got 0.3 and 5. Leave one out"),
+        (dict(target_weighting="linear"), "--tst-target-weighting: expected one of uniform, .*fitted-power-law, got 'linear'"),
+        (dict(superpose="all"), "--tst-superpose: expected one of both, input, output, got 'all'"),
+        (dict(loss="bce"), "--tst-loss: expected one of mce, mce-alt, got 'bce'"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(TSTError, match=message):
+        TSTConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(mtp_num_layers=2), "--mtp-num-layers with TST: expected none, got 2. Its heads predict single tokens. Drop"),
+        (dict(sft=True), "--sft with TST: expected plain pre-training data, got packed sequences"),
+        (dict(reset_position_ids=True), "--reset-position-ids with TST: expected unset, got set. Bags would mix documents"),
+        (dict(reset_attention_mask=True), "--reset-attention-mask with TST"),
+        (dict(dataloader_inter_document_masking=True), "--dataloader-inter-document-masking with TST"),
+        (dict(rampup_batch_size=[2, 2, 100]), r"--rampup-batch-size with TST: expected none, got \[2, 2, 100\]. .* constant --global-batch-size"),
+        (dict(step_batch_size_schedule="0:2 100:4"), "--step-batch-size-schedule with TST"),
+        (dict(decrease_batch_size_if_needed=True), "--decrease-batch-size-if-needed with TST"),
+        (dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te"), "cross-entropy fusion with TST: .* got --cross-entropy-fusion-impl te"),
+        (dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"), "cross-entropy fusion with TST"),
+        (dict(fuse_linear_cross_entropy=True), "cross-entropy fusion with TST: .* got fuse_linear_cross_entropy"),
+        (dict(cuda_graph_impl="full_iteration"), "--cuda-graph-impl with TST: expected none or a per-layer graph, got full_iteration"),
+        (dict(cuda_graph_scope=["full_iteration"]), "--cuda-graph-impl with TST"),
+        (dict(cuda_graph_scope=[types.SimpleNamespace(name="full_iteration")]), "--cuda-graph-impl with TST"),
+        (dict(dataloader_type="cyclic"), "--dataloader-type with TST: expected single, got cyclic"),
+        (dict(dataloader_type="external"), "--dataloader-type with TST: expected single, got external"),
+        (dict(label_smoothing=0.1), "label smoothing with TST: expected 0, got 0.1"),
+        (dict(hybrid_context_parallel=True), "--hybrid-context-parallel with TST"),
+        (dict(fim_data=True), "--fim-data with TST"),
+        (dict(perform_rl_step=True), "--perform-rl-step with TST"),
+        (dict(logits_load_dir="teacher"), "--logits-load-dir with TST"),
+        (dict(modelopt_enabled=True), "ModelOpt with TST"),
+        (dict(gtp_weight_remat_size=2), "--gtp-weight-remat-size with TST: expected 1, got 2"),
+        (dict(phase_transition_iterations=[5]), "--phase-transition-iterations with TST"),
+    ],
+)
+def test_what_tst_does_not_work_with(changes, message):
+    check_arguments(FINE, arguments())
+    with pytest.raises(TSTError, match=message):
+        check_arguments(FINE, arguments(**changes))
+    check_arguments(TSTConfig(), arguments(**changes))  # without TST it is Megatron's business
+
+
+def test_fusions_and_graphs_that_work_are_let_through():
+    check_arguments(FINE, arguments(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native", cuda_graph_impl="local"))
+
+
+def test_bag_size_without_a_length_of_the_phase():
+    with pytest.raises(TSTError, match="--tst-bag-size: expected --tst-step-ratio or --tst-iters beside it, got 6"):
+        check_arguments(TSTConfig(bag_size=6), arguments())
+
+
+def test_recovery_must_have_iterations():
+    for iters in (1000, 1001):
+        with pytest.raises(TSTError, match=f"--tst-iters: expected fewer than the 1000 training iterations, got {iters}"):
+            check_arguments(TSTConfig(bag_size=6, iters=iters), arguments())
+    with pytest.raises(TSTError, match="--tst-step-ratio: expected at least half an iteration of 10, got 0.01"):
+        check_arguments(TSTConfig(bag_size=6, step_ratio=0.01), arguments(train_iters=10))
+
+
+def test_exit_at_boundary_needs_a_checkpoint():
+    with pytest.raises(TSTError, match="--tst-exit-at-boundary: expected --save beside it, got none"):
+        check_arguments(TSTConfig(bag_size=6, iters=300, exit_at_boundary=True), arguments(save=None))
+
+
+def warned(config, **changes):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_arguments(config, arguments(**changes))
+    return [str(w.message) for w in caught]
+
+
+def test_warnings_outside_the_papers_range():
+    assert warned(FINE) == warned(TSTConfig(bag_size=8, step_ratio=0.4)) == warned(TSTConfig(bag_size=4, iters=200)) == []
+    assert "bag size 16: the paper found 4 to 8 robust, and up to 16 at 10B" in warned(TSTConfig(bag_size=16, step_ratio=0.3))[0]
+    assert "bag size 2" in warned(TSTConfig(bag_size=2, step_ratio=0.3))[0]
+    assert "step ratio 0.500" in warned(TSTConfig(bag_size=6, iters=500))[0]
+    assert "have no effect" in warned(TSTConfig(step_ratio=0.3))[0]
+    assert "no iteration is superposed" in warned(TSTConfig(bag_size=6, iters=0))[0]
+
+
+def test_flags():
+    parse = add_tst_arguments(argparse.ArgumentParser()).parse_args
+    assert TSTConfig.from_args(parse([])) == TSTConfig() and not TSTConfig().enabled
+    given = "--tst-bag-size 6 --tst-step-ratio 0.3 --tst-target-weighting power-law --tst-superpose input --tst-loss mce-alt --tst-exit-at-boundary"
+    assert TSTConfig.from_args(parse(given.split())) == TSTConfig(6, 0.3, None, "power-law", "input", "mce-alt", True)
+    assert TSTConfig.from_args(parse(["--tst-bag-size", "4", "--tst-iters", "7"])).iters == 7
+    assert TSTConfig.from_args(argparse.Namespace()) == TSTConfig()  # a script without the flags
+    with pytest.raises(TSTError, match="got six"):  # and not a page of usage
+        TSTConfig.from_args(parse(["--tst-bag-size", "six"]))
+
+
+def recorded(config, **changes):
+    args = arguments(**changes)
+    for name in ("bag_size", "target_weighting", "superpose", "loss"):
+        setattr(args, f"tst_{name}", getattr(config, name))
+    if config.enabled:
+        record_in_arguments(config, config.schedule(args), args)
+    return args
+
+
+@pytest.mark.parametrize(
+    "config, changes, setting",
+    [
+        (TSTConfig(8, step_ratio=0.3), {}, "tst_bag_size"),
+        (TSTConfig(6, step_ratio=0.2), {}, "tst_superposition_samples"),
+        (FINE, dict(train_iters=2000), "tst_superposition_samples"),
+        (TSTConfig(6, iters=300), dict(train_iters=2000), "tst_recovery_samples"),
+        (FINE, dict(global_batch_size=16), "tst_superposition_samples"),
+        (FINE, dict(seq_length=64), "seq_length"),
+        (TSTConfig(6, 0.3, superpose="input"), {}, "tst_superpose"),
+        (TSTConfig(6, 0.3, target_weighting="power-law"), {}, "tst_target_weighting"),
+        (TSTConfig(6, 0.3, loss="mce-alt"), {}, "tst_loss"),
+    ],
+)
+def test_resume_with_other_settings(config, changes, setting):
+    check_resume(recorded(FINE), recorded(FINE))
+    with pytest.raises(TSTError, match=f"resuming with another {setting}: expected .* as in the checkpoint, got "):
+        check_resume(recorded(config, **changes), recorded(FINE))
+
+
+def test_resume_across_having_tst_at_all():
+    stock = arguments()
+    check_resume(stock, stock)
+    with pytest.raises(TSTError, match="resuming with TST: expected a checkpoint of a TST run, .*--finetune"):
+        check_resume(recorded(FINE), stock)
+    with pytest.raises(TSTError, match="resuming without TST: .* Add --tst-bag-size 6"):
+        check_resume(stock, recorded(FINE))

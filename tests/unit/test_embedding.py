@@ -1,0 +1,124 @@
+"""The superposed embedding against the fp64 reference and against Megatron's own, on one rank and over gloo."""
+
+import pytest
+import torch
+
+from megatron_tst import reference
+
+
+def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, group=None):
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+    size = megatron.get_tensor_model_parallel_world_size()
+    config = ModelParallelConfig(
+        tensor_model_parallel_size=size, sequence_parallel=scatter, params_dtype=dtype, use_cpu_initialization=True
+    )
+    return VocabParallelEmbedding(
+        vocab, width, init_method=torch.nn.init.normal_, reduce_scatter_embeddings=scatter, config=config
+    )
+
+
+@pytest.mark.parametrize("s", [1, 2, 3, 7])
+def test_equals_the_reference(patched, megatron, s):
+    torch.manual_seed(0)
+    module = build(megatron)
+    tokens = torch.randint(0, 64, (3, 5, s))
+    upstream = torch.randn(3, 5, 32)
+    out = module(tokens)
+    (grad,) = torch.autograd.grad((out * upstream).sum(), module.weight)
+    table = module.weight.detach().double().requires_grad_()
+    want = reference.superposed_embedding(table, tokens)
+    (want_grad,) = torch.autograd.grad((want * upstream).sum(), table)
+    assert out.shape == (3, 5, 32) and (out - want).abs().max() < 1e-6 and (grad - want_grad).abs().max() < 1e-5
+    assert patched.status().superposed_embeddings == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bag_of_one_and_plain_ids_are_stock_bit_for_bit(megatron, dtype):
+    from megatron_tst import patch
+
+    torch.manual_seed(0)
+    module = build(megatron, dtype=dtype)
+    ids = torch.randint(0, 64, (3, 5))
+    stock = module(ids)
+    patch.apply()
+    try:
+        assert torch.equal(module(ids), stock) and patch.status().superposed_embeddings == 0
+        assert torch.equal(module(ids.unsqueeze(-1)), stock) and patch.status().superposed_embeddings == 1
+    finally:
+        patch.remove()
+
+
+def test_order_in_a_bag_and_share_of_each_member(patched, megatron):
+    torch.manual_seed(0)
+    module = build(megatron)
+    bag = torch.tensor([[[5, 9, 5, 2]]])
+    assert torch.allclose(module(bag), module(bag.flip(-1)), atol=1e-7)
+    (grad,) = torch.autograd.grad(module(bag).sum(), module.weight)
+    assert grad[5].tolist() == [0.5] * 32 and grad[9].tolist() == grad[2].tolist() == [0.25] * 32 and grad.sum() == 32
+
+
+def test_bf16_output_is_one_rounding_of_the_exact_mean(patched, megatron):
+    torch.manual_seed(0)
+    module = build(megatron, dtype=torch.bfloat16)
+    tokens = torch.randint(0, 64, (4, 8, 6))
+    want = reference.superposed_embedding(module.weight.detach(), tokens)
+    assert (module(tokens).double() - want).abs().max() <= want.abs().max() * 2**-8
+
+
+def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
+    """Zipf-distributed ids, a gradient with nonzero mean: bf16 accumulation loses most of the frequent rows' gradient."""
+    torch.manual_seed(0)
+    vocab, shape = 1000, (8, 512, 8)
+    probabilities = 1 / torch.arange(1, vocab + 1).double()
+    tokens = torch.multinomial(probabilities, 8 * 512 * 8, replacement=True).view(shape)
+    module = build(megatron, vocab=vocab, dtype=torch.bfloat16)
+    upstream = (0.1 + torch.randn(*shape[:2], 32)).bfloat16()
+    (grad,) = torch.autograd.grad(module(tokens), module.weight, upstream)
+    table = module.weight.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(reference.superposed_embedding(table, tokens), table, upstream.double())
+    assert ((grad.double() - want).norm() / want.norm()).item() < 4e-3
+    frequent = (grad.double() - want)[0].norm() / want[0].norm()
+    assert frequent < 4e-3
+    # the guard is worth having: torch's own bf16 accumulation of the same gradient
+    bf16 = torch.nn.functional.embedding(tokens, module.weight).float().mean(2)
+    (lossy,) = torch.autograd.grad(bf16, module.weight, upstream.float())
+    assert (lossy.double() - want)[0].norm() / want[0].norm() > 10 * frequent
+
+
+def rank_compares_with_the_whole(scatter):
+    """TP ranks: each rank's shard of table and gradient against one table; sequence-parallel output is this rank's positions."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state, tensor_parallel
+
+    import megatron_tst
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    megatron_tst.apply()
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
+        torch.manual_seed(0)
+        module = build(parallel_state, dtype=dtype, scatter=scatter)
+        table = torch.randn(64, 32).to(dtype)
+        module.weight.data.copy_(table.chunk(size)[rank])
+        tokens = torch.randint(0, 64, (3, 8, 5))
+        tokens[0, 0] = 3  # a bag that one rank owns whole
+        upstream = torch.randn(3, 8, 32).to(dtype)
+        out = module(tokens)
+        want = reference.superposed_embedding(table, tokens)
+        whole = table.double().requires_grad_()
+        (want_grad,) = torch.autograd.grad(reference.superposed_embedding(whole, tokens), whole, upstream.double())
+        if scatter:
+            want, upstream = (t.transpose(0, 1).chunk(size)[rank] for t in (want, upstream))
+        (grad,) = torch.autograd.grad(out, module.weight, upstream.contiguous())
+        assert out.shape == want.shape and (out - want).abs().max() <= tolerance * 4, (out - want).abs().max()
+        error = (grad.double() - want_grad.chunk(size)[rank]).abs().max()
+        assert error <= tolerance * 8, error
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_table_split_over_ranks_equals_the_whole(zygote, size, scatter):
+    zygote.call("test_embedding:rank_compares_with_the_whole", scatter, nproc=size)

@@ -1,0 +1,286 @@
+"""multi_hot_cross_entropy against the fp64 reference: losses and every gradient, on one rank and over gloo."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_tst import reference
+from megatron_tst.config import LOSSES, TARGET_WEIGHTINGS
+from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+
+IGNORE = -100
+
+
+def draw(shape, vocab, s, seed=0, ignored=0.3, scale=3.0, few=None):
+    torch.manual_seed(seed)
+    labels = torch.randint(0, few or vocab, (*shape, s))  # few distinct labels: duplicates in a bag
+    labels[torch.rand(labels.shape) < ignored] = IGNORE
+    return scale * torch.randn(*shape, vocab), labels
+
+
+def grad_of(function, logits, upstream):
+    logits = logits.detach().clone().requires_grad_()
+    loss = function(logits)
+    (grad,) = torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), logits)
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("weighting", TARGET_WEIGHTINGS)
+@pytest.mark.parametrize("s", [1, 2, 5, 16])
+def test_equals_the_reference(loss, weighting, s):
+    logits, labels = draw((6, 5), 50, s, few=7)
+    labels[0, 0] = IGNORE
+    upstream = torch.randn(6, 5)
+    exact = reference.target_weights(weighting, s)
+    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, s), loss=loss), logits, upstream)
+    want, want_grad = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss), logits.double(), upstream)
+    assert got.dtype == torch.float32 and (got - want).abs().max() < 1e-5
+    assert (grad - want_grad.nan_to_num()).abs().max() < 1e-6 * (1 + upstream.abs().max())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(0, 9), vocab=st.integers(1, 70), s=st.integers(1, 9), seed=st.integers(0, 999),
+    weighting=st.sampled_from(TARGET_WEIGHTINGS), loss=st.sampled_from(LOSSES), ignored=st.sampled_from([0.0, 0.5, 1.0]),
+)  # fmt: skip
+def test_any_shape(n, vocab, s, seed, weighting, loss, ignored):
+    logits, labels = draw((n,), vocab, s, seed, ignored)
+    upstream = torch.randn(n)
+    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, s), loss=loss), logits, upstream)
+    want = reference.multi_hot_cross_entropy(logits, labels, reference.target_weights(weighting, s), loss)
+    assert torch.allclose(got.double(), want, atol=2e-5) and grad.isfinite().all()
+    assert (grad.double().sum(-1)).abs().max().item() < 1e-5 if n else True  # rows of the gradient sum to zero
+
+
+def test_gradcheck_of_the_reference():
+    """The oracle itself: its gradient is that of its value."""
+    logits, labels = draw((3,), 9, 4, few=4)
+    for loss in LOSSES:
+        weights = reference.target_weights("power-law", 4)
+        assert torch.autograd.gradcheck(
+            lambda z: reference.multi_hot_cross_entropy(z, labels, weights, loss), logits.double().requires_grad_()
+        )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1 / 256), (torch.float16, 1 / 2048)])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_gradient_is_the_fp32_one_rounded_once(dtype, tolerance, loss):
+    logits, labels = draw((4, 8), 333, 6)
+    logits = logits.to(dtype)
+    upstream = 1e-3 * torch.randn(4, 8)  # scaled before rounding: a bf16 gradient of 1/s first would lose this
+    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, upstream)
+    want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits.float(), upstream)
+    assert torch.equal(got, want) and grad.dtype == dtype and torch.equal(grad, want_grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_label_is_megatrons_cross_entropy_bit_for_bit(megatron, dtype):
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits, labels = draw((16, 4), 1000, 1, ignored=0)
+    logits, upstream = logits.to(dtype), torch.randn(16, 4)
+    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels), logits, upstream)
+    # a clone: Megatron's overwrites fp32 logits
+    want, want_grad = grad_of(lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, upstream)
+    assert torch.equal(got, want) and torch.equal(grad, want_grad)
+
+
+def test_logits_are_untouched_unless_asked():
+    logits, labels = draw((8,), 40, 3)
+    before = logits.clone()
+    _, out_of_place = grad_of(lambda z: multi_hot_cross_entropy(z, labels), logits, torch.ones(8))
+    assert torch.equal(logits, before)
+    leaf = logits.clone().requires_grad_()
+    inner = leaf * 1.0
+    multi_hot_cross_entropy(inner, labels, inplace_backward=True).sum().backward()
+    assert torch.equal(leaf.grad, out_of_place) and torch.equal(inner.detach(), out_of_place)  # the memory became the gradient
+
+
+def test_in_place_backward_runs_once():
+    logits, labels = draw((4,), 10, 2)
+    loss = multi_hot_cross_entropy(logits.requires_grad_() * 1.0, labels, inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="overwritten by the first backward"):
+        loss.backward()
+    twice = multi_hot_cross_entropy(logits * 1.0, labels).sum()
+    twice.backward(retain_graph=True)
+    twice.backward()
+
+
+def test_row_gradients_sum_to_zero_for_partly_ignored_bags():
+    logits, labels = draw((200,), 64, 4, ignored=0.6)
+    _, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, target_weights("power-law", 4)), logits, torch.ones(200))
+    assert grad.double().sum(-1).abs().max() < 1e-6
+
+
+def test_duplicates_count_with_multiplicity():
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    bag = torch.tensor([[2, 2, 0, 2]])
+    _, grad = grad_of(lambda z: multi_hot_cross_entropy(z, bag), logits, torch.ones(1))
+    assert torch.allclose(grad, logits.softmax(-1) - torch.tensor([[0.25, 0.0, 0.75]]))
+    # as a set for mce-alt
+    once = multi_hot_cross_entropy(logits, torch.tensor([[2, 0]]), loss="mce-alt")
+    assert torch.allclose(multi_hot_cross_entropy(logits, bag, loss="mce-alt"), once)
+
+
+def test_order_in_a_bag_matters_only_with_weights():
+    logits, labels = draw((50,), 30, 4, ignored=0)
+    flipped = labels.flip(-1)
+    for loss in LOSSES:
+        a, b = (multi_hot_cross_entropy(logits, y, loss=loss) for y in (labels, flipped))
+        assert torch.allclose(a, b, atol=1e-5)
+    a, b = (multi_hot_cross_entropy(logits, y, target_weights("power-law", 4)) for y in (labels, flipped))
+    assert (a - b).abs().max() > 0.1
+
+
+def test_fully_ignored_rows_are_exactly_zero():
+    logits, labels = draw((5,), 20, 3)
+    labels[2] = IGNORE
+    for loss in LOSSES:
+        got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5))
+        assert got[2] == 0 and (grad[2] == 0).all() and got[[0, 1, 3, 4]].all()
+
+
+def test_a_nan_row_stays_alone_and_padded_columns_get_zero():
+    logits, labels = draw((5,), 20, 3, ignored=0)
+    labels.clamp_(max=15)
+    logits[:, 16:] = -torch.inf
+    logits[1, 0] = torch.nan
+    for loss in LOSSES:
+        got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5))
+        assert got.isnan().tolist() == [False, True, False, False, False]
+        assert (grad[[0, 2, 3, 4], 16:] == 0).all() and grad[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_large_logits_are_finite_and_shifts_do_not_matter():
+    logits, labels = draw((20,), 30, 3)
+    a = multi_hot_cross_entropy(logits, labels)
+    assert torch.allclose(a, multi_hot_cross_entropy(logits + 100.0, labels), atol=1e-4)
+    for loss in LOSSES:
+        assert multi_hot_cross_entropy(1e4 * logits, labels, loss=loss).isfinite().all()
+
+
+def test_floor_is_the_entropy_of_the_bag():
+    labels = torch.tensor([[0, 1, 2, 3], [5, 5, 6, 6]])
+    target = torch.zeros(2, 8).scatter_add_(-1, labels, torch.full((2, 4), 0.25))
+    best = multi_hot_cross_entropy(target.log().clamp_min(-60), labels)
+    assert best.tolist() == pytest.approx([math.log(4), math.log(2)], abs=1e-5)
+    logits = torch.randn(2, 8)
+    assert (multi_hot_cross_entropy(logits, labels) >= best).all()
+    alt = multi_hot_cross_entropy(logits, labels[:1].expand(2, 4), loss="mce-alt")
+    assert (alt <= multi_hot_cross_entropy(logits, labels[:1].expand(2, 4)) - math.log(4) + 1e-6).all()  # Jensen
+
+
+@pytest.mark.parametrize("weighting", TARGET_WEIGHTINGS)
+def test_mean_over_positions_is_the_papers_average_where_every_bag_is_full(weighting):
+    logits, labels = draw((4, 16), 100, 5, ignored=0)
+    exact = reference.target_weights(weighting, 5)
+    got = multi_hot_cross_entropy(logits, labels, target_weights(weighting, 5)).double().mean()
+    assert got.item() == pytest.approx(reference.paper_loss(logits, labels, exact).item(), abs=1e-6)
+
+
+def test_difference_from_the_papers_average_with_one_extra_token():
+    """Only the last bag's lone label weighs more: as much as a whole bag, where the paper's average gives it 1/s of one."""
+    logits, labels = draw((2, 64), 100, 4, ignored=0)
+    labels[:, -1, 1:] = IGNORE
+    ours, theirs = multi_hot_cross_entropy(logits, labels).double(), reference.paper_loss(logits, labels)
+    assert 0 < abs(ours.mean() - theirs) < 0.1
+    assert abs(ours[:, :-1].mean() - reference.paper_loss(logits[:, :-1], labels[:, :-1])) < 1e-6
+
+
+def test_first_token_weighting_is_next_token_loss_of_the_bags_first_token(megatron):
+    logits, labels = draw((30,), 50, 4, ignored=0)
+    got = multi_hot_cross_entropy(logits, labels, target_weights("first-token", 4))
+    assert torch.equal(got, multi_hot_cross_entropy(logits, labels[:, :1]))
+
+
+def test_scale_of_the_weights_drops_out():
+    logits, labels = draw((30,), 50, 4)
+    weights = target_weights("power-law", 4)
+    for loss in LOSSES:
+        a, b = (multi_hot_cross_entropy(logits, labels, w, loss=loss) for w in (weights, 1000 * weights))
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_fitted_weights_are_the_papers():
+    assert (target_weights("fitted-power-law", 4) / target_weights("fitted-power-law", 4).sum()).tolist() == pytest.approx(
+        [0.293, 0.247, 0.233, 0.227], abs=6e-4
+    )
+
+
+def test_strided_rows_and_leading_dimensions():
+    wide = torch.randn(6, 3, 77)
+    labels = torch.randint(0, 50, (6, 3, 2))
+    view = wide[..., 5:55]  # row stride 77, unaligned start
+    assert torch.equal(multi_hot_cross_entropy(view, labels), multi_hot_cross_entropy(view.contiguous(), labels))
+    assert multi_hot_cross_entropy(view.transpose(0, 1), labels.transpose(0, 1)).shape == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(labels=torch.zeros(4, dtype=torch.int64)), "leading sizes of logits .* labels.unsqueeze"),
+        (dict(labels=torch.zeros(3, 2, dtype=torch.int64)), r"got labels \(3, 2\) and logits \(4, 10\)"),
+        (dict(labels=torch.zeros(4, 0, dtype=torch.int64)), "S >= 1"),
+        (dict(labels=torch.zeros(4, 2, dtype=torch.int32)), "expected int64 labels, got torch.int32"),
+        (dict(labels=torch.full((4, 2), 10)), "expected labels in 0..9 or -100, got 10"),
+        (dict(labels=torch.full((4, 2), -1)), "expected labels in 0..9 or -100, got -1"),
+        (dict(logits=torch.zeros(4, 10, dtype=torch.float64)), "fp32, bf16 or fp16, got torch.float64"),
+        (dict(weights=torch.ones(3)), r"expected weights \[2\]"),
+        (dict(weights=torch.tensor([1.0, -1.0])), "weights >= 0"),
+        (dict(weights=torch.zeros(2)), "one of them positive"),
+        (dict(loss="bce"), "one of .*mce.*got 'bce'"),
+        (dict(kernel="fast"), "got 'fast'"),
+    ],
+)
+def test_refusals(change, message):
+    call = dict(logits=torch.zeros(4, 10), labels=torch.zeros(4, 2, dtype=torch.int64)) | change
+    logits, labels = call.pop("logits"), call.pop("labels")
+    with pytest.raises(ValueError, match=message):
+        multi_hot_cross_entropy(logits, labels, **call)
+
+
+# --- over a vocabulary split across ranks -------------------------------------------------------------------------------------
+
+
+def rank_compares_with_the_whole(vocab, s, loss, weighting, which, dtype_name):
+    """One rank of a group: loss and this shard's gradient against the whole op."""
+    import torch.distributed as dist
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    logits, labels = draw((3, 7), vocab, s, seed=5, few=vocab if which == "any" else 6)
+    if which == "last":
+        labels = torch.where(labels >= 0, vocab - 1 - labels, labels)  # every label on the last rank
+    if which == "padded":
+        logits[..., -(vocab // size) - 1 :] = -torch.inf  # the last rank holds padding alone, the one before it some
+    dtype = getattr(torch, dtype_name)
+    logits = logits.to(dtype)
+    upstream, weights = torch.randn(3, 7), target_weights(weighting, s)
+    shard = logits.chunk(size, -1)[rank]
+    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, tp_group=dist.group.WORLD, loss=loss), shard, upstream)
+    want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream)
+    want_grad = want_grad.chunk(size, -1)[rank]
+    assert (got - want).abs().max() < 1e-5, (got - want).abs().max()
+    atol = 1e-6 if dtype == torch.float32 else 2**-8
+    assert torch.allclose(grad.float(), want_grad.float(), atol=atol, rtol=2**-7 if dtype != torch.float32 else 1e-5)
+    everywhere = [torch.empty_like(got) for _ in range(size)]
+    dist.all_gather(everywhere, got)
+    assert all(torch.equal(got, other) for other in everywhere)  # the same bits on every rank
+
+
+def rank_sweep(size):
+    for loss in LOSSES:
+        for which in ("any", "first", "last", "padded"):
+            for weighting in ("uniform", "power-law"):
+                rank_compares_with_the_whole(12 * size, 5, loss, weighting, which, "float32")
+    rank_compares_with_the_whole(12 * size, 5, "mce", "uniform", "any", "bfloat16")
+    rank_compares_with_the_whole(13 * size, 1, "mce", "uniform", "any", "float32")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_vocabulary_split_over_ranks_equals_the_whole(zygote, size):
+    zygote.call("test_loss:rank_sweep", size, nproc=size)

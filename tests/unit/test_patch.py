@@ -1,0 +1,136 @@
+"""The patch reaches Megatron in either import order, is all or nothing, and goes away without a trace."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import batch, gpt
+
+from megatron_tst import TSTConfig, compat, patch
+
+
+@pytest.fixture(autouse=True)
+def clean(megatron):
+    yield
+    patch.remove()
+
+
+def stock_functions():
+    return {seam: vars(seam.owner())[seam.attribute] for seam in compat.MODEL_SEAMS}
+
+
+def test_apply_is_idempotent_and_remove_restores():
+    before = stock_functions()
+    first = patch.apply()
+    ours = stock_functions()
+    assert set(first.seams) == {str(seam) for seam in compat.MODEL_SEAMS} and all(ours[s] is not before[s] for s in before)
+    assert patch.apply() == first and stock_functions() == ours
+    patch.remove()
+    assert stock_functions() == before and patch.status() == patch.Status()
+    patch.remove()
+    assert stock_functions() == before
+
+
+def test_settings_follow_the_last_apply():
+    labels, logits = torch.randint(0, 96, (2, 8, 3)), torch.randn(8, 2, 96)
+    model = gpt()
+    losses = []
+    for config in (TSTConfig(), TSTConfig(target_weighting="power-law"), TSTConfig(loss="mce-alt")):
+        assert patch.apply(config).config == config
+        losses.append(model.compute_language_model_loss(labels, logits))
+    assert all((a - b).abs().max() > 1e-3 for a, b in ((losses[0], losses[1]), (losses[1], losses[2]), (losses[0], losses[2])))
+
+
+@pytest.mark.parametrize("seam", compat.MODEL_SEAMS, ids=lambda seam: seam.attribute)
+def test_a_renamed_seam_raises_and_leaves_nothing_patched(monkeypatch, seam):
+    owner = seam.owner()
+    stock = vars(owner)[seam.attribute]
+    monkeypatch.delattr(owner, seam.attribute)
+    monkeypatch.setattr(owner, seam.attribute + "_renamed", stock, raising=False)
+    with pytest.raises(patch.PatchError, match=rf"nothing was patched: .*{seam.attribute}: expected to exist"):
+        patch.apply()
+    assert patch.status().seams == ()
+    others = [s for s in compat.MODEL_SEAMS if s != seam]
+    assert not any(hasattr(vars(s.owner())[s.attribute], "__wrapped__") for s in others if s.attribute == "forward")
+    monkeypatch.undo()
+    assert len(patch.apply().seams) == 2
+
+
+def test_a_changed_signature_raises(monkeypatch):
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    monkeypatch.setattr(LanguageModule, "compute_language_model_loss", lambda self, logits, labels: None)
+    with pytest.raises(patch.PatchError, match=r"expected parameters \('self', 'labels', 'logits'\), got \('self', 'logits', 'labels'\)"):
+        patch.apply()
+    assert patch.status().seams == ()
+
+
+def test_remove_does_not_drop_somebody_elses_patch(monkeypatch):
+    patch.apply()
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    ours = LanguageModule.compute_language_model_loss
+    LanguageModule.compute_language_model_loss = lambda self, labels, logits: ours(self, labels, logits)
+    with pytest.raises(patch.PatchError, match="was patched again"):
+        patch.remove()
+    assert len(patch.status().seams) == 2
+    LanguageModule.compute_language_model_loss = ours
+
+
+def test_models_built_before_apply_are_reached_and_released():
+    model = gpt()
+    arguments = batch(torch.randint(0, 96, (2, 25)), 3)
+    patch.apply()
+    assert model(**arguments).isfinite().all() and patch.status().multi_hot_losses == 1
+    patch.remove()
+    with pytest.raises((RuntimeError, ValueError)):  # stock Megatron cannot take a bag
+        model(**arguments)
+
+
+IMPORT_ORDER = """
+import os
+os.environ["MEGATRON_TST_CPU"] = "1"
+from megatron_tst import cpu
+cpu.enable_if_asked()
+{order}
+assert VocabParallelEmbedding.forward.__wrapped__ and LanguageModule.compute_language_model_loss.__wrapped__
+assert GPTModel.compute_language_model_loss is LanguageModule.compute_language_model_loss is HybridModel.compute_language_model_loss
+print("reached")
+"""
+MEGATRON_IMPORTS = """
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+"""
+
+
+@pytest.mark.parametrize("megatron_first", [True, False])
+def test_both_import_orders(megatron_first):
+    ours = "import megatron_tst\nmegatron_tst.apply()"
+    order = f"{MEGATRON_IMPORTS}\n{ours}" if megatron_first else f"{ours}\n{MEGATRON_IMPORTS}"
+    done = subprocess.run([sys.executable, "-c", IMPORT_ORDER.format(order=order)], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("reached"), done.stderr[-2000:]
+
+
+def test_importing_the_package_imports_neither_torch_nor_megatron():
+    code = "import sys, megatron_tst; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_half_installed_transformer_engine_is_survived(tmp_path):
+    """Transformer Engine without its torch part raises AssertionError on import, which Megatron does not catch."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("assert False, 'Could not find shared object file for Transformer Engine torch lib.'")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from megatron_tst import compat\n"
+        "if len(sys.argv) > 2: compat.hide_broken_transformer_engine()\n"
+        "import megatron.core.utils; print('imported')"
+    )
+    without = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert without.returncode and "AssertionError" in without.stderr  # the trap is still there
+    with_ = subprocess.run([sys.executable, "-c", code, str(tmp_path), "hide"], capture_output=True, text=True)
+    assert with_.stdout.strip() == "imported" and "cannot be imported (AssertionError" in with_.stderr

@@ -1,0 +1,101 @@
+"""A process that imports torch and Megatron once and then forks: one JSON job a line on stdin, one JSON answer a line on stdout.
+
+A job: {"nproc": 2, "port": 1234, "log": PATH, "env": {...}, "seconds": 300} and one of
+    "script": [PATH, ARGS...]   run as __main__, as torchrun would
+    "module": [NAME, ARGS...]   python -m NAME ARGS
+    "call":   ["module:function", ARGS...]   called in each rank with a gloo process group
+The answer: {"codes": [exit code of each rank]}. Ranks that outlive a failed one by 5 s, or the job's seconds, are killed (-9).
+"""
+
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    from megatron_tst import compat, cpu
+
+    cpu.enable_if_asked()
+    compat.hide_broken_transformer_engine()
+    # what a run would import, apart from the script itself
+    import megatron.core.models.gpt
+    import megatron.core.models.hybrid.hybrid_model
+    import megatron.training.training  # noqa: F401
+
+    import megatron_tst.training  # noqa: F401
+
+    for line in sys.stdin:
+        answers.write(json.dumps({"codes": run(json.loads(line))}) + "\n")
+        answers.flush()
+
+
+def run(job: dict) -> list[int]:
+    alive, codes = {}, {}
+    for rank in range(job["nproc"]):
+        pid = os.fork()
+        if pid == 0:
+            child(job, rank)
+        alive[pid] = rank
+    deadline = time.time() + job["seconds"]
+    while alive:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            codes[alive.pop(pid)] = code
+            if code:
+                deadline = min(deadline, time.time() + 5)
+        elif time.time() > deadline:
+            for pid in alive:
+                os.kill(pid, signal.SIGKILL)
+            deadline = float("inf")
+        else:
+            time.sleep(0.02)
+    return [codes[rank] for rank in range(job["nproc"])]
+
+
+def child(job: dict, rank: int) -> None:
+    code = 1
+    try:
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(job["env"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["nproc"]),
+                          MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))  # fmt: skip
+        code = start(job, rank) or 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def start(job: dict, rank: int) -> None:
+    if "call" in job:
+        import torch
+
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=job["nproc"])
+        module, function = job["call"][0].split(":")
+        getattr(importlib.import_module(module), function)(*job["call"][1:])
+        torch.distributed.barrier()
+        return
+    if "module" in job:
+        sys.argv = job["module"]
+        runpy.run_module(job["module"][0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = job["script"]
+        sys.path.insert(0, os.path.dirname(job["script"][0]))
+        runpy.run_path(job["script"][0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
