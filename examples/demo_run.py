@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("pretrain_gpt_tst.py")
-SEQ_LENGTH, BATCH = 128, 8
+SEQ_LENGTH, BATCH = 128, 16
 
 # What Megatron needs to be told on CPU: no fused CUDA kernels, gloo.
 CPU = (
@@ -18,7 +18,7 @@ CPU = (
 )
 MODEL = (
     f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
-    "--position-embedding-type rope --normalization RMSNorm --swiglu --ffn-hidden-size 384 --disable-bias-linear "
+    "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 512 --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02"
 )
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"

@@ -1,4 +1,4 @@
-"""Pre-train a GPT model with TST on megatron.training: a plain Megatron script plus the lines marked (TST).
+"""Pre-train a GPT model with TST on megatron.training: a plain Megatron script but for the two lines marked (TST).
 
 Needs nothing but the megatron-core 0.19 wheel. Users of a Megatron-LM checkout run its own pretrain_gpt.py through
 `python -m megatron_tst.launch` instead. MEGATRON_TST_CPU=1 trains on CPU (see cpu.py).
@@ -6,10 +6,9 @@ Needs nothing but the megatron-core 0.19 wheel. Users of a Megatron-LM checkout 
 
 from functools import partial
 
-from megatron_tst import compat, cpu
+from megatron_tst import training  # (TST)
 
-cpu.enable_if_asked()  # (TST)
-compat.hide_broken_transformer_engine()  # (TST)
+training.prepare()  # (TST) before megatron.training is imported
 
 import torch
 from megatron.core import mpu
@@ -18,13 +17,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args
+from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
-
-from megatron_tst.config import add_tst_arguments  # (TST)
-from megatron_tst.training import pretrain  # (TST) in place of megatron.training's
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
@@ -104,6 +100,6 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
 datasets_provider.is_distributed = True
 
 if __name__ == "__main__":
-    args = parse_and_validate_args(extra_args_provider=add_tst_arguments)  # (TST)
+    args = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

@@ -70,6 +70,7 @@ BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", ())
 
 # How an unmodified script is reached: names that it imports from megatron.training.
 ADD_ARGUMENTS = Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",))
+VALIDATE_ARGUMENTS = Seam("megatron.training.arguments", "validate_args", ("args",))
 PRETRAIN = Seam("megatron.training", "pretrain", ("cfg_container", "train_valid_test_dataset_provider"))
 
 

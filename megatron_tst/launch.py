@@ -12,7 +12,7 @@ import os
 import runpy
 import sys
 
-from megatron_tst import compat, cpu
+from megatron_tst import training
 
 
 def main(argv: list[str]) -> None:
@@ -26,24 +26,8 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python script` does: its checkout's megatron comes first
     sys.argv = argv
-    cpu.enable_if_asked()
-    compat.hide_broken_transformer_engine()
-    _reach_script()
+    training.prepare()
     runpy.run_path(script, run_name="__main__")
-
-
-def _reach_script() -> None:
-    """Give the script our flags and our pretrain, under the names by which it imports them."""
-    from megatron_tst import patch, training
-    from megatron_tst.config import add_tst_arguments
-
-    with training.one_line_errors():
-        patch.install(
-            {
-                compat.ADD_ARGUMENTS: lambda stock: lambda parser: add_tst_arguments(stock(parser)),
-                compat.PRETRAIN: lambda stock: training.pretrain,
-            }
-        )
 
 
 if __name__ == "__main__":

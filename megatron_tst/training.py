@@ -1,7 +1,7 @@
 """Glue to megatron.training: pretrain, batches for tensor-parallel ranks, logging, the boundary.
 
-A script of your own needs two of these: `extra_args_provider=add_tst_arguments` (config.py) and `pretrain` in place of
-megatron.training.pretrain; examples/pretrain_gpt_tst.py shows it. `python -m megatron_tst.launch` does both for an unmodified script.
+`prepare()` puts our flags and our `pretrain` under the names by which a script imports them; examples/pretrain_gpt_tst.py calls it in
+its first lines, `python -m megatron_tst.launch` for an unmodified script. Everything else is reached from `pretrain`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_tst import bags, compat, patch
-from megatron_tst.config import TSTConfig, TSTError, check_arguments, check_resume, record_in_arguments, refuse
+from megatron_tst import bags, compat, cpu, patch
+from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments, check_arguments, check_resume, record_in_arguments, refuse
 from megatron_tst.data import check_data_files, check_output_folder, two_phase_provider
 from megatron_tst.loss import target_weights
 from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
@@ -25,10 +25,55 @@ LOSS_KEY = "lm loss"  # the name that Megatron's scripts report their loss under
 EXCESS_KEY = "mce minus bag entropy"
 
 
+def prepare() -> None:
+    """Give scripts the --tst flags and TST's pretrain. Call before the script imports megatron.training.
+
+    Also asks for CPU training where the environment does (cpu.py), and survives a half-installed Transformer Engine.
+    """
+    cpu.enable_if_asked()
+    compat.hide_broken_transformer_engine()
+    with one_line_errors():
+        patch.install(
+            {
+                compat.ADD_ARGUMENTS: lambda stock: lambda parser: add_tst_arguments(stock(parser)),
+                compat.VALIDATE_ARGUMENTS: _validate_args,
+                compat.PRETRAIN: lambda stock: pretrain,
+                compat.BUILD_HELPERS: build_dataset_helpers,
+            }
+        )
+
+
+_checked = None  # the arguments that were checked last: once is enough
+_entered = False  # whether pretrain was reached
+
+
+def check(args) -> TSTConfig:
+    """The TST settings of Megatron's arguments, after every check that needs no data: flags, conflicts, output folders."""
+    global _checked
+    config = TSTConfig.from_args(args)
+    if _checked is not args:
+        check_arguments(config, args)
+        if args.rank == 0:
+            for flag in ("save", "tensorboard_dir", "data_cache_path"):
+                check_output_folder("--" + flag.replace("_", "-"), getattr(args, flag, None))
+        _checked = args
+    return config
+
+
+def _validate_args(stock):
+    def validate_args(args, *rest, **named):
+        result = stock(args, *rest, **named)
+        with one_line_errors():
+            check(args)
+        return result
+
+    return validate_args
+
+
 def pretrain(*positional, **named):
     """megatron.training.pretrain with TST: the same arguments, the same return value.
 
-    Reads the --tst-* flags from Megatron's global arguments. With bag size 1 Megatron's own function runs unchanged, but
+    Reads the --tst flags from Megatron's global arguments. With bag size 1 Megatron's own function runs unchanged, but
     for the checks of input files and output folders and of the checkpoint that is resumed from.
 
     Ends the process with one line on stderr and exit code 2 where the set-up is wrong.
@@ -41,11 +86,12 @@ def _pretrain(*positional, **named):
     import megatron.training.training as loop
     from megatron.training import get_args
 
+    global _entered
+    _entered = True
     call = inspect.signature(loop.pretrain).bind(*positional, **named)
     args = get_args()
-    config = TSTConfig.from_args(args)
-    check_arguments(config, args)
-    _check_paths(args)
+    config = check(args)
+    _check_data(args)
     patch.install({compat.CHECK_CHECKPOINT: _check_checkpoint_args, compat.BUILD_HELPERS: build_dataset_helpers})
     if not config.enabled:
         return loop.pretrain(*call.args, **call.kwargs)
@@ -249,6 +295,17 @@ def _reach_batches(run: _Run, forward_step, args) -> None:
         )
 
 
+def _check_entered() -> None:
+    """Megatron is being initialised: by now a run that asks for TST must have come through our pretrain."""
+    if _checked is not None and TSTConfig.from_args(_checked).enabled and not _entered:
+        refuse(
+            "the --tst flags",
+            "a script that calls the pretrain that megatron_tst gives it",
+            "one that took megatron.training.pretrain before megatron_tst was there, or has a loop of its own",
+            "Run it through `python -m megatron_tst.launch`, or call megatron_tst.training.prepare() before importing megatron.training.",
+        )
+
+
 def _check_checkpoint_args(stock):
     def check_checkpoint_args(checkpoint_args, *rest, **named):
         from megatron.training import get_args
@@ -267,6 +324,8 @@ def build_dataset_helpers(stock):
     """
 
     def compile_helpers():
+        with one_line_errors():
+            _check_entered()
         try:
             import megatron.core.datasets.helpers_cpp  # noqa: F401
         except ImportError:
@@ -282,20 +341,18 @@ def build_dataset_helpers(stock):
     return compile_helpers
 
 
-def _check_paths(args) -> None:
+def _check_data(args) -> None:
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    if not getattr(args, "mock_data", False):
-        try:
-            blend, per_split = get_blend_and_blend_per_split(args)
-        except OSError as error:
-            raise TSTError(f"data arguments file: expected a readable file, got {error}. Check --data-args-path.") from error
-        blends = [b for b in [blend, *(per_split or [])] if b]
-        exact = args.vocab_size if args.tokenizer_type == "NullTokenizer" else None
-        check_data_files([p for prefixes, _ in blends for p in prefixes], exact or getattr(args, "padded_vocab_size", None))
-    if args.rank == 0:
-        for flag in ("save", "tensorboard_dir", "data_cache_path"):
-            check_output_folder("--" + flag.replace("_", "-"), getattr(args, flag, None))
+    if getattr(args, "mock_data", False):
+        return
+    try:
+        blend, per_split = get_blend_and_blend_per_split(args)
+    except OSError as error:
+        raise TSTError(f"data arguments file: expected a readable file, got {error}. Check --data-args-path.") from error
+    prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
+    exact = args.vocab_size if args.tokenizer_type == "NullTokenizer" else None
+    check_data_files(prefixes, exact or getattr(args, "padded_vocab_size", None))
 
 
 def _print_last(text: str) -> None:

@@ -1,0 +1,114 @@
+"""What is wrong ends the run with one line and exit code 2, before training starts."""
+
+import os
+import shutil
+
+import pytest
+from runner import SCRIPT, TINY, TST, data
+
+
+def refused(run, *parts):
+    assert run.codes == [2] * len(run.codes), (run.codes, run.log[-2000:])
+    assert "Traceback" not in run.log and not run.losses, run.log[-2000:]
+    line = run.error
+    assert run.log.count("megatron_tst: error") == len(run.codes)
+    for part in parts:
+        assert part in line, line
+    return line
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--tst-bag-size", "0", "--tst-iters", "6"], ["--tst-bag-size: expected a whole number >= 1, got 0"]),
+        (["--tst-bag-size", "x", "--tst-iters", "6"], ["--tst-bag-size", "got x"]),
+        (["--tst-bag-size", "4", "--tst-step-ratio", "1.5"], ["--tst-step-ratio: expected a number in [0, 1), got 1.5"]),
+        (["--tst-bag-size", "4", "--tst-step-ratio", "0.3", "--tst-iters", "6"], ["--tst-step-ratio and --tst-iters: expected one of the two"]),
+        (["--tst-bag-size", "4"], ["expected --tst-step-ratio or --tst-iters beside it"]),
+        (["--tst-bag-size", "4", "--tst-iters", "10"], ["--tst-iters: expected fewer than the 10 training iterations, got 10"]),
+        ([*TST, "--tst-loss", "bce"], ["--tst-loss: expected one of mce, mce-alt, got 'bce'"]),
+        ([*TST, "--tst-exit-at-boundary"], ["--tst-exit-at-boundary: expected --save beside it"]),
+        ([*TST, "--dataloader-type", "cyclic"], ["--dataloader-type with TST: expected single, got cyclic"]),
+        ([*TST, "--reset-position-ids"], ["--reset-position-ids with TST"]),
+        ([*TST, "--reset-attention-mask"], ["--reset-attention-mask with TST"]),
+        ([*TST, "--rampup-batch-size", "2", "2", "8"], ["--rampup-batch-size with TST"]),
+        ([*TST, "--mtp-num-layers", "1"], ["--mtp-num-layers with TST: expected none, got 1"]),
+    ],
+)  # fmt: skip
+def test_refusals_end_to_end(zygote, corpus, flags, parts):
+    refused(zygote.train(*TINY, *data(corpus), *flags), *parts)
+
+
+def test_every_rank_says_so_and_exits(zygote, corpus):
+    refused(zygote.train(*TINY, *data(corpus), "--tst-bag-size", "0", nproc=2))
+
+
+@pytest.fixture
+def copied(corpus, tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", tmp_path / f"text{suffix}")
+    return tmp_path / "text"
+
+
+@pytest.mark.parametrize("tst", [TST, []])
+def test_missing_dataset(zygote, tmp_path, tst):
+    refused(zygote.train(*TINY, *tst, *data(tmp_path / "no")), "--data-path: expected", "no.idx", "tools/prepare_corpus.py")
+
+
+def test_truncated_dataset(zygote, copied):
+    os.truncate(f"{copied}.bin", 5000)
+    refused(zygote.train(*TINY, *TST, *data(copied)), "text.bin: expected", "got 5000", "truncated")
+    os.truncate(f"{copied}.idx", 50)
+    refused(zygote.train(*TINY, *TST, *data(copied)), "text.idx: expected a whole Megatron index")
+
+
+def test_vocabulary_mismatch(zygote, corpus):
+    flags = data(corpus)
+    flags[flags.index("512")] = "400"
+    refused(zygote.train(*TINY, *TST, *flags), "vocabulary of", "below the tokenizer's 400")
+
+
+def test_unwritable_output_folder(zygote, corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(zygote.train(*TINY, *TST, *data(corpus), "--save", tmp_path / "file" / "ck", "--save-interval", "5"), "--save: expected a folder that can be written to")
+    refused(zygote.train(*TINY, *TST, *data(corpus), "--tensorboard-dir", "/proc/tb"), "--tensorboard-dir: expected a folder")
+
+
+def test_too_little_data(zygote, corpus):
+    """Several unweighted datasets are never repeated by Megatron: too few samples is said at start-up."""
+    flags = data(corpus)
+    flags.insert(2, str(corpus))
+    refused(zygote.train(*TINY, *TST, *flags, "--global-batch-size", "4096", "--micro-batch-size", "2"), "training data: expected", "samples of 128 tokens")
+
+
+def test_resume_with_other_settings(zygote, corpus, tmp_path):
+    flags = [*TINY, *data(corpus)]
+    save = ["--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4"]
+    assert zygote.train(*flags, *TST, *save).ok
+    load = ["--load", tmp_path / "ck"]
+    refused(zygote.train(*flags, "--tst-bag-size", "2", "--tst-iters", "6", *load), "resuming with another tst_bag_size: expected 4 as in the checkpoint, got 2")
+    refused(zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load), "tst_superposition_samples: expected 24", "got 20")
+    refused(zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load), "tst_target_weighting")
+    refused(zygote.train(*flags, *load), "resuming without TST", "Add --tst-bag-size 4")
+    assert zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load, "--finetune").ok
+
+
+def test_resume_of_a_stock_checkpoint_with_tst(zygote, corpus, tmp_path):
+    flags = [*TINY, *data(corpus)]
+    assert zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4").ok
+    refused(zygote.train(*flags, *TST, "--load", tmp_path / "ck"), "resuming with TST: expected a checkpoint of a TST run", "--finetune")
+
+
+def test_a_script_that_took_stock_pretrain_is_stopped(zygote, corpus, tmp_path):
+    """Flags that would silently do nothing: the script binds Megatron's pretrain before megatron_tst is there."""
+    script = tmp_path / "late.py"
+    text = open(SCRIPT).read()
+    script.write_text(text.replace("from megatron_tst import training", "from megatron.training import pretrain as stock\nfrom megatron_tst import training")
+                      .replace("    pretrain(config,", "    stock(config,"))  # fmt: skip
+    run = zygote.train(*TINY, *TST, *data(corpus), script=str(script))
+    refused(run, "the --tst flags: expected a script that calls the pretrain", "prepare() before importing megatron.training")
+
+
+def test_launch_says_what_it_wants(zygote):
+    run = zygote.launch("no_such_script.py")
+    assert run.codes == [2] and "expected the path of a Megatron script, got 'no_such_script.py'" in run.log

@@ -1,0 +1,98 @@
+"""python -m megatron_tst.launch: scripts that know nothing of TST, and Megatron-LM's own."""
+
+import os
+from pathlib import Path
+
+import pytest
+from runner import SCRIPT, TINY, TST, data
+
+TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
+CHECKOUTS = [Path(p) for p in os.environ.get("MEGATRON_LM", "").split(os.pathsep) if p]
+needs_checkout = pytest.mark.skipif(
+    not CHECKOUTS,
+    reason="NOT RUN: Megatron-LM's unmodified scripts; set MEGATRON_LM=/path/to/Megatron-LM (tags core_v0.18.2, core_v0.19.0; ':' between)",
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The example without its two lines: an ordinary script on megatron.training."""
+    path = tmp_path_factory.mktemp("script") / "pretrain_plain.py"
+    path.write_text("".join(line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""')))
+    assert "megatron_tst" not in path.read_text().split('"""')[2]
+    return path
+
+
+def test_plain_script_trains_both_phases_as_our_own_does(zygote, corpus, plain):
+    want = zygote.train(*TINY, *TST, *data(corpus))
+    got = zygote.launch(plain, *TINY, *TST, *data(corpus))
+    assert got.ok and len(got.losses) == 10, got.log[-3000:]
+    assert got.losses == want.losses and got.validation == want.validation
+
+
+def test_without_flags_the_script_is_stock(zygote, corpus, plain):
+    got = zygote.launch(plain, *TINY, *data(corpus))
+    assert got.ok and "[tst]" not in got.log and len(got.stock_losses) == 10, got.log[-3000:]
+
+
+def test_tensor_parallel_ranks_get_their_batches(zygote, corpus, plain, tmp_path):
+    flags = [*TINY, *TST, *data(corpus)]
+    one = zygote.launch(plain, *flags, "--save", tmp_path, "--save-interval", "4")
+    assert one.ok, one.log[-3000:]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    two = zygote.launch(plain, *flags, "--load", tmp_path, *TP2, nproc=2)
+    assert two.ok, two.log[-3000:]
+    for i in range(5, 11):
+        assert float(two.losses[i]) == pytest.approx(float(one.losses[i]), rel=1e-6)
+
+
+def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parallelism(zygote, corpus, plain, tmp_path):
+    script = tmp_path / "other.py"
+    script.write_text(plain.read_text().replace("get_batch_on_this_tp_rank", "another_name").replace(
+        "import get_attr_wrapped_model, get_batch_on_this_cp_rank, another_name",
+        "import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank as another_name"))  # fmt: skip
+    run = zygote.launch(script, *TINY, *TST, *data(corpus), *TP2, nproc=2)
+    assert run.codes == [2, 2] and "tensor parallelism with this script: expected a forward_step whose module calls" in run.error
+
+
+def test_hybrid_model_gives_the_digits_of_the_gpt_model(zygote, corpus, plain, tmp_path):
+    hybrid = tmp_path / "pretrain_hybrid.py"
+    hybrid.write_text(plain.read_text().replace("gpt_config_from_args", "hybrid_config_from_args"))
+    flags = [*TINY, *TST, *data(corpus)]
+    at = flags.index("--num-layers")
+    layers = ["--hybrid-layer-pattern", "*-*-", "--spec", "hybrid_spec", "hybrid_stack_spec"]
+    want = zygote.launch(plain, *flags)
+    got = zygote.launch(hybrid, *flags[:at], *flags[at + 2 :], *layers)
+    assert got.ok and len(got.losses) == 10, got.log[-3000:]
+    assert got.losses == want.losses and got.validation == want.validation
+
+
+@needs_checkout
+@pytest.mark.parametrize("checkout", CHECKOUTS, ids=lambda p: p.name)
+@pytest.mark.parametrize("script", ["pretrain_gpt.py", "pretrain_hybrid.py"])
+def test_megatron_lms_own_script(checkout, script, corpus, tmp_path):
+    """Both phases and a resume, in a fresh process that takes Megatron from the checkout."""
+    import subprocess
+    import sys
+
+    from runner import Run, _free_port
+
+    layers = ["--hybrid-layer-pattern", "*-*-", "--spec", "hybrid_spec", "hybrid_stack_spec"]
+    flags = [*TINY, *TST, *data(corpus)]
+    if script == "pretrain_hybrid.py":
+        at = flags.index("--num-layers")
+        flags = [*flags[:at], *flags[at + 2 :], *layers]
+
+    def run(*more):
+        unit = str(Path(__file__).parent.parent / "unit")
+        environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()),
+                           PYTHONPATH=unit)  # fmt: skip
+        done = subprocess.run([sys.executable, "-m", "megatron_tst.launch", str(checkout / script), *flags, *map(str, more)],
+                              capture_output=True, text=True, env=environment)  # fmt: skip
+        return Run([done.returncode], done.stdout + done.stderr)
+
+    first = run("--save", tmp_path, "--save-interval", "4")
+    assert first.ok and len(first.losses) == 10, first.log[-3000:]
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    again = run("--load", tmp_path)
+    assert again.ok and again.losses == {i: first.losses[i] for i in range(5, 11)}, again.log[-3000:]
