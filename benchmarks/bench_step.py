@@ -100,6 +100,7 @@ def measure(options) -> dict:
 
 def _set_up(options):
     """-> (step(batch), ordinary batch, superposed batch)."""
+    import pretrain_gpt_tst as script
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
@@ -112,9 +113,9 @@ def _set_up(options):
     from megatron_tst.bags import superposed_sample
     from megatron_tst.loss import target_weights
 
-    import pretrain_gpt_tst as script
-
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881"))
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881")
+    )
     argv, sys.argv = sys.argv, ["bench_step", *demo_run.flags(None, options.vocab_size, 1000, moe=options.moe)]
     stdout, sys.stdout = sys.stdout, sys.stderr  # Megatron's tables
     try:
@@ -139,9 +140,18 @@ def _set_up(options):
     def batch(superposed):
         rows, length, size = [], args.seq_length, options.bag_size
         for _ in range(args.micro_batch_size):
-            raw = torch.randint(0, options.vocab_size, (length * (size if superposed and options.superpose != "output" else 1) + 1,))
-            row = {"tokens": raw[:-1], "labels": raw[1:], "loss_mask": torch.ones(len(raw) - 1), "position_ids": torch.arange(length)}
-            rows.append(superposed_sample(row, length, size, options.superpose, target_weights("uniform", size)) if superposed else row)
+            raw = torch.randint(
+                0, options.vocab_size, (length * (size if superposed and options.superpose != "output" else 1) + 1,)
+            )
+            row = {
+                "tokens": raw[:-1],
+                "labels": raw[1:],
+                "loss_mask": torch.ones(len(raw) - 1),
+                "position_ids": torch.arange(length),
+            }
+            rows.append(
+                superposed_sample(row, length, size, options.superpose, target_weights("uniform", size)) if superposed else row
+            )
         return {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
 
     # one process, so the batch is whole where it is: what crosses between ranks is not part of this figure
@@ -149,7 +159,14 @@ def _set_up(options):
 
     def step(batch):
         loop.train_step(
-            script.forward_step, RerunDataIterator(iter([batch])), model, optimizer, scheduler, model_config, forward_backward, iteration=0
+            script.forward_step,
+            RerunDataIterator(iter([batch])),
+            model,
+            optimizer,
+            scheduler,
+            model_config,
+            forward_backward,
+            iteration=0,
         )
 
     return step, batch(False), batch(True)
@@ -194,7 +211,9 @@ def _processor() -> str:
 
 def _commit() -> str:
     try:
-        return subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
     except OSError:
         return ""
 

@@ -17,9 +17,9 @@ CPU = (
     "--no-create-attention-mask-in-dataloader --num-workers 0"
 )
 MODEL = (
-    f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
-    "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 512 --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.02"
+    f"--num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
+    "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 384 --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06"
 )
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"
 
@@ -27,7 +27,7 @@ MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-l
 def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, moe: bool = False) -> list[str]:
     """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay, both arms alike."""
     optimizer = (
-        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 2e-3 --min-lr 0 --lr-decay-style WSD "
+        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 5e-3 --min-lr 0 --lr-decay-style WSD "
         f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {iterations // 5} --lr-warmup-iters {min(100, iterations // 10)} "
         f"--adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --seed {seed}"
     )

@@ -6,6 +6,7 @@ A refusal names the flag, what was expected, what was got and what to do, and co
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from dataclasses import dataclass
 
@@ -92,7 +93,12 @@ class TSTConfig:
         total = samples // args.global_batch_size
         t1 = self.iters if self.iters is not None else round((self.step_ratio or 0) * total)
         if t1 >= total > 0:
-            refuse("--tst-iters", f"fewer than the {total} training iterations", t1, "Recovery needs the rest: the paper uses 60 to 80 %.")
+            refuse(
+                "--tst-iters",
+                f"fewer than the {total} training iterations",
+                t1,
+                "Recovery needs the rest: the paper uses 60 to 80 %.",
+            )
         if self.enabled and t1 == 0:
             refuse(
                 "--tst-step-ratio", f"at least half an iteration of {total}", self.step_ratio, "Raise it, or drop the --tst- flags."
@@ -163,7 +169,9 @@ def _conflicts(args):
     def of(name, default=None):
         return getattr(args, name, default)
 
-    one_document = "Bags would mix documents that must not see each other. Drop the flag: TST packs documents as plain pre-training does."
+    one_document = (
+        "Bags would mix documents that must not see each other. Drop the flag: TST packs documents as plain pre-training does."
+    )
     constant = "The boundary is a number of samples of one batch size. Use a constant --global-batch-size."
     graph = of("cuda_graph_impl"), [str(getattr(x, "name", x)) for x in of("cuda_graph_scope") or []]
     fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
@@ -196,7 +204,13 @@ def _conflicts(args):
         of("dataloader_type"),
         "A sample's index says its phase, so samples must come in order. Use --dataloader-type single.",
     )
-    yield "label smoothing", of("label_smoothing"), "0", of("label_smoothing"), "It is defined for one label a position. Switch it off."
+    yield (
+        "label smoothing",
+        of("label_smoothing"),
+        "0",
+        of("label_smoothing"),
+        "It is defined for one label a position. Switch it off.",
+    )
     yield "--hybrid-context-parallel", of("hybrid_context_parallel"), "unset", "set", "Use --context-parallel-size alone."
     yield "--fim-data", of("fim_data"), "unset", "set", "Fill-in-the-middle rearranges samples of ordinary length. Drop the flag."
     yield "--perform-rl-step", of("perform_rl_step"), "unset", "set", "Use TST for pre-training alone."
@@ -236,21 +250,29 @@ def check_resume(args: argparse.Namespace, checkpoint_args: argparse.Namespace) 
         return
     if not theirs:
         refuse(
-            "resuming with TST", "a checkpoint of a TST run", "one without TST settings", "Add --finetune to start TST from its weights, or drop the --tst- flags."
+            "resuming with TST",
+            "a checkpoint of a TST run",
+            "one without TST settings",
+            "Add --finetune to start TST from its weights, or drop the --tst- flags.",
         )
     if not ours:
         refuse(
-            "resuming without TST", "the --tst- flags of the checkpoint's run", "none",
+            "resuming without TST",
+            "the --tst- flags of the checkpoint's run",
+            "none",
             f"Add --tst-bag-size {checkpoint_args.tst_bag_size} and the run's other --tst- flags, or --finetune to keep the weights alone.",
         )
     for name, default in _KEPT.items():
         value, stored = getattr(args, name, default), getattr(checkpoint_args, name, default)
         if value != stored:
             refuse(
-                f"resuming with another {name}", f"{stored} as in the checkpoint", value,
+                f"resuming with another {name}",
+                f"{stored} as in the checkpoint",
+                value,
                 "The order of the data and the boundary hang on it. Give the flags of the first run (--train-iters and --global-batch-size too).",
             )
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"megatron_tst: {text}", stacklevel=3)
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"megatron_tst: {text}", stacklevel=3)

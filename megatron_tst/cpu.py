@@ -30,7 +30,10 @@ def enable_if_asked() -> None:
     import torch
 
     if torch.cuda.is_available():
-        print(f"megatron_tst: error: {SWITCH}: expected a machine without a GPU, got one. Unset it to train on the GPU.", file=sys.stderr)
+        print(
+            f"megatron_tst: error: {SWITCH}: expected a machine without a GPU, got one. Unset it to train on the GPU.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     if not getattr(torch, "_megatron_tst_cpu", False):
         torch._megatron_tst_cpu = True

@@ -39,7 +39,9 @@ class TwoPhaseDataset(torch.utils.data.Dataset):
         TSTError: the dataset is too small, its samples have another length, or a token id is outside the vocabulary.
     """
 
-    def __init__(self, long_samples, schedule: Schedule, config: TSTConfig, vocab_size: int | None = None, causal_mask: bool = False):
+    def __init__(
+        self, long_samples, schedule: Schedule, config: TSTConfig, vocab_size: int | None = None, causal_mask: bool = False
+    ):
         if len(long_samples) < schedule.long_samples:
             refuse(
                 "training data",
@@ -137,7 +139,12 @@ def check_data_files(prefixes: list[str], vocab_size: int | None, documents: int
         itemsize = np.dtype(dataset.index.dtype).itemsize
         expected, got = int(pointers[-1]) + int(lengths[-1]) * itemsize, os.path.getsize(prefix + ".bin")
         if got != expected:
-            refuse(f"{prefix}.bin", f"{expected} bytes as its index says", got, "The file is truncated or not the index's: copy it again.")
+            refuse(
+                f"{prefix}.bin",
+                f"{expected} bytes as its index says",
+                got,
+                "The file is truncated or not the index's: copy it again.",
+            )
         if vocab_size is None:
             continue
         for i in np.unique(np.linspace(0, len(lengths) - 1, documents).astype(np.int64)):
@@ -174,4 +181,6 @@ def check_output_folder(flag: str, folder: str | None) -> None:
             pass
         os.unlink(probe)
     except OSError as error:
-        refuse(flag, "a folder that can be written to", f"{folder}: {error.strerror}", "Choose another one or mend its permissions.")
+        refuse(
+            flag, "a folder that can be written to", f"{folder}: {error.strerror}", "Choose another one or mend its permissions."
+        )

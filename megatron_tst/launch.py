@@ -22,7 +22,10 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if argv else 2)
     script = argv[0]
     if not os.path.isfile(script):
-        print(f"megatron_tst: error: launch: expected the path of a Megatron script, got {script!r}, which is no file.", file=sys.stderr)
+        print(
+            f"megatron_tst: error: launch: expected the path of a Megatron script, got {script!r}, which is no file.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python script` does: its checkout's megatron comes first
     sys.argv = argv

@@ -105,7 +105,9 @@ def _check(logits, labels, weights, loss, kernel):
     if weights is None:
         return
     if weights.shape != labels.shape[-1:]:
-        raise ValueError(f"{name}: expected weights [{labels.shape[-1]}], one for each place in the bag, got {tuple(weights.shape)}.")
+        raise ValueError(
+            f"{name}: expected weights [{labels.shape[-1]}], one for each place in the bag, got {tuple(weights.shape)}."
+        )
     if weights.device.type == "cpu" and not (bool((weights >= 0).all()) and bool((weights > 0).any())):
         raise ValueError(f"{name}: expected weights >= 0, one of them positive, got {weights.tolist()}.")
 
@@ -180,7 +182,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
         if ctx.inplace is None:
-            raise RuntimeError("multi_hot_cross_entropy: the logits were overwritten by the first backward (inplace_backward=True).")
+            raise RuntimeError(
+                "multi_hot_cross_entropy: the logits were overwritten by the first backward (inplace_backward=True)."
+            )
         rows_NV, labels_NS, weights_S, peak_N, sum_exp_N, *target_N = ctx.saved_tensors
         grad_NV = rows_NV.detach() if ctx.inplace else torch.empty_like(rows_NV)
         may_overwrite_z = ctx.inplace or rows_NV.dtype != torch.float32  # else .float() below is the caller's memory
@@ -204,7 +208,9 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
             p = torch.sub(z, peak_N[chunk].unsqueeze(-1), out=z if may_overwrite_z else None)
             p = p.exp_().div_(sum_exp_N[chunk].unsqueeze(-1))
             p.scatter_(-1, index, p.gather(-1, index) - c)
-            grad_NV[chunk] = p.mul_(torch.where(valid, grad_N[chunk], 0.0).unsqueeze(-1))  # scaled in fp32, rounded once
+            p.mul_(torch.where(valid, grad_N[chunk], 0.0).unsqueeze(-1))  # scaled in fp32, rounded once
+            if p.data_ptr() != grad_NV[chunk].data_ptr():  # fp32 in place: it is there already
+                grad_NV[chunk] = p
         return grad_NV, None, None, None, None, None, None
 
 

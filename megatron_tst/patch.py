@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -115,7 +116,7 @@ def install(replacements: dict[compat.Seam, Callable]) -> None:
         ours = functools.wraps(stock)(make(stock))
         setattr(seam.owner(), seam.attribute, ours)
         _state.installed[seam] = (stock, ours)
-    if new:
+    if new and os.environ.get("RANK", "0") == "0":
         logger.info("megatron_tst patched %s (Megatron %s)", ", ".join(map(str, new)), compat.megatron_version())
 
 

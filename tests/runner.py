@@ -27,7 +27,9 @@ TINY = (
 ).split()
 TST = "--tst-bag-size 4 --tst-iters 6".split()
 
-_STEP = re.compile(r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+) \| lm loss of this iteration: ([\d.E+-]+)")
+_STEP = re.compile(
+    r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+) \| lm loss of this iteration: ([\d.E+-]+)"
+)
 _TRAIN = re.compile(r"iteration +(\d+)/ *\d+ \|.*?\| lm loss: ([\d.E+-]+) .*?grad norm: ([\d.]+)")
 _VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)")
 

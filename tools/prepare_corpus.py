@@ -67,6 +67,9 @@ def find_files(roots: list[Path]) -> list[Path]:
 
 def build(files: list[Path], prefix: Path, vocab_size: int) -> dict:
     """Train the tokenizer on `files`, write prefix.bin, .idx, .json and .tokenizer.json; returns what .json holds."""
+    from megatron_tst import compat
+
+    compat.hide_broken_transformer_engine()
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -80,7 +83,9 @@ def build(files: list[Path], prefix: Path, vocab_size: int) -> dict:
     tokenizer.add_special_tokens([END])
     end = tokenizer.token_to_id(END)
     if end != vocab_size - 1:
-        raise SystemExit(_error(f"--vocab-size: the text is too small for {vocab_size} ids, it gives {end + 1}. Ask for fewer or add text."))
+        raise SystemExit(
+            _error(f"--vocab-size: the text is too small for {vocab_size} ids, it gives {end + 1}. Ask for fewer or add text.")
+        )
 
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
     tokens = 0

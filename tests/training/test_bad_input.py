@@ -70,7 +70,10 @@ def test_vocabulary_mismatch(zygote, corpus):
 
 def test_unwritable_output_folder(zygote, corpus, tmp_path):
     (tmp_path / "file").write_text("")
-    refused(zygote.train(*TINY, *TST, *data(corpus), "--save", tmp_path / "file" / "ck", "--save-interval", "5"), "--save: expected a folder that can be written to")
+    refused(
+        zygote.train(*TINY, *TST, *data(corpus), "--save", tmp_path / "file" / "ck", "--save-interval", "5"),
+        "--save: expected a folder that can be written to",
+    )
     refused(zygote.train(*TINY, *TST, *data(corpus), "--tensorboard-dir", "/proc/tb"), "--tensorboard-dir: expected a folder")
 
 
@@ -78,7 +81,11 @@ def test_too_little_data(zygote, corpus):
     """Several unweighted datasets are never repeated by Megatron: too few samples is said at start-up."""
     flags = data(corpus)
     flags.insert(2, str(corpus))
-    refused(zygote.train(*TINY, *TST, *flags, "--global-batch-size", "4096", "--micro-batch-size", "2"), "training data: expected", "samples of 128 tokens")
+    refused(
+        zygote.train(*TINY, *TST, *flags, "--global-batch-size", "4096", "--micro-batch-size", "2"),
+        "training data: expected",
+        "samples of 128 tokens",
+    )
 
 
 def test_resume_with_other_settings(zygote, corpus, tmp_path):
@@ -86,8 +93,13 @@ def test_resume_with_other_settings(zygote, corpus, tmp_path):
     save = ["--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4"]
     assert zygote.train(*flags, *TST, *save).ok
     load = ["--load", tmp_path / "ck"]
-    refused(zygote.train(*flags, "--tst-bag-size", "2", "--tst-iters", "6", *load), "resuming with another tst_bag_size: expected 4 as in the checkpoint, got 2")
-    refused(zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load), "tst_superposition_samples: expected 24", "got 20")
+    refused(
+        zygote.train(*flags, "--tst-bag-size", "2", "--tst-iters", "6", *load),
+        "resuming with another tst_bag_size: expected 4 as in the checkpoint, got 2",
+    )
+    refused(
+        zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load), "tst_superposition_samples: expected 24", "got 20"
+    )
     refused(zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load), "tst_target_weighting")
     refused(zygote.train(*flags, *load), "resuming without TST", "Add --tst-bag-size 4")
     assert zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load, "--finetune").ok
@@ -96,7 +108,9 @@ def test_resume_with_other_settings(zygote, corpus, tmp_path):
 def test_resume_of_a_stock_checkpoint_with_tst(zygote, corpus, tmp_path):
     flags = [*TINY, *data(corpus)]
     assert zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4").ok
-    refused(zygote.train(*flags, *TST, "--load", tmp_path / "ck"), "resuming with TST: expected a checkpoint of a TST run", "--finetune")
+    refused(
+        zygote.train(*flags, *TST, "--load", tmp_path / "ck"), "resuming with TST: expected a checkpoint of a TST run", "--finetune"
+    )
 
 
 def test_a_script_that_took_stock_pretrain_is_stopped(zygote, corpus, tmp_path):

@@ -14,7 +14,9 @@ TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "6
 def whole(zygote, corpus, tmp_path_factory):
     """The undisturbed run, with checkpoints before, at and after the boundary. -> (run, folder of checkpoints)"""
     folder = tmp_path_factory.mktemp("whole")
-    run = zygote.train(*TINY, *TST, *data(corpus), "--save", folder / "ck", "--save-interval", "2", "--tensorboard-dir", folder / "tb")
+    run = zygote.train(
+        *TINY, *TST, *data(corpus), "--save", folder / "ck", "--save-interval", "2", "--tensorboard-dir", folder / "tb"
+    )
     assert run.ok, run.log[-3000:]
     return run, folder
 
@@ -30,11 +32,16 @@ def resume(zygote, corpus, folder, iteration, tmp_path, *flags, nproc=1):
 def test_both_phases_and_what_is_said(whole, corpus):
     run, _ = whole
     L, s, batch = 32, 4, 4
-    assert {i: phase for i, (phase, _, _) in run.phases.items()} == {i: "superposition" if i <= 6 else "recovery" for i in range(1, 11)}
+    assert {i: phase for i, (phase, _, _) in run.phases.items()} == {
+        i: "superposition" if i <= 6 else "recovery" for i in range(1, 11)
+    }
     assert [bag for _, bag, _ in run.phases.values()] == [4] * 6 + [1] * 4
     assert [raw for _, _, raw in run.phases.values()] == [batch * L * (s * min(i, 6) + max(i - 6, 0)) for i in range(1, 11)]
     assert "on: bag size 4 (both superposed), 6 iterations of superposition (24 samples, 3072 raw tokens)" in run.log
-    assert run.log.count("[tst] boundary after iteration 6") == 1 and "superposed on this rank: 12 embedding and 12 loss calls" in run.log
+    assert (
+        run.log.count("[tst] boundary after iteration 6") == 1
+        and "superposed on this rank: 12 embedding and 12 loss calls" in run.log
+    )
     excess = re.findall(r"iteration +(\d+)/.*mce minus bag entropy: ([\d.E+]+)", run.log)
     assert [int(i) for i, _ in excess] == [1, 2, 3, 4, 5, 6]
     assert all(0 < float(x) < float(run.losses[int(i)]) for i, x in excess if int(i) != 2)
@@ -136,16 +143,15 @@ def test_bag_size_one_is_stock(zygote, corpus, tmp_path):
         assert "[tst]" not in got.log
 
 
-def test_first_recovery_step_is_that_of_a_run_without_tst(zygote, corpus, whole, tmp_path):
-    """From the boundary's checkpoint, stock Megatron on the same samples: patch off, bag size 1, the same data order."""
-    run, folder = whole
+def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(zygote, corpus, whole, tmp_path):
+    """The boundary's checkpoint loads without TST and gives the validation loss that TST's own run gives, to the last digit."""
+    _, folder = whole
     weights = tmp_path / "ck"
     shutil.copytree(folder / "ck" / "iter_0000006", weights / "iter_0000006")
     (weights / "latest_checkpointed_iteration.txt").write_text("6")
     stock = zygote.train(*TINY, *data(corpus), "--load", weights, "--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", "1",
                          "--skip-train")  # fmt: skip
     assert stock.ok, stock.log[-3000:]
-    # the validation loss of those weights, evaluated by stock code, is the one printed at the end of a run that stops there
     again = zygote.train(*TINY, *TST, *data(corpus), "--load", weights, "--skip-train")
     assert again.ok, again.log[-3000:]
     evaluated = [re.findall(r"lm loss value: ([\d.E+]+)", r.log) for r in (stock, again)]
@@ -193,6 +199,10 @@ def test_weights_hold_no_trace_of_tst(whole):
     """No parameter is added: the checkpoint has exactly the keys of a stock model's."""
     import torch.distributed.checkpoint as dcp
 
-    keys = {k for k in dcp.FileSystemReader(whole[1] / "ck" / "iter_0000006").read_metadata().state_dict_metadata if "optimizer" not in k}
+    keys = {
+        k
+        for k in dcp.FileSystemReader(whole[1] / "ck" / "iter_0000006").read_metadata().state_dict_metadata
+        if "optimizer" not in k
+    }
     assert keys and not [k for k in keys if "tst" in k.lower()]
     assert torch.cuda.is_available() or "embedding.word_embeddings.weight" in keys

@@ -23,7 +23,9 @@ def test_a_good_dataset_passes(copied):
 
 
 def test_missing(tmp_path):
-    with pytest.raises(TSTError, match=r"--data-path: expected .*no.bin and .*no.idx, got no file .*no.idx\. Give the prefix without"):
+    with pytest.raises(
+        TSTError, match=r"--data-path: expected .*no.bin and .*no.idx, got no file .*no.idx\. Give the prefix without"
+    ):
         check_data_files([str(tmp_path / "no")], 512)
 
 

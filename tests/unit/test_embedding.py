@@ -14,9 +14,7 @@ def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, grou
     config = ModelParallelConfig(
         tensor_model_parallel_size=size, sequence_parallel=scatter, params_dtype=dtype, use_cpu_initialization=True
     )
-    return VocabParallelEmbedding(
-        vocab, width, init_method=torch.nn.init.normal_, reduce_scatter_embeddings=scatter, config=config
-    )
+    return VocabParallelEmbedding(vocab, width, init_method=torch.nn.init.normal_, reduce_scatter_embeddings=scatter, config=config)
 
 
 @pytest.mark.parametrize("s", [1, 2, 3, 7])

@@ -261,7 +261,9 @@ def rank_compares_with_the_whole(vocab, s, loss, weighting, which, dtype_name):
     logits = logits.to(dtype)
     upstream, weights = torch.randn(3, 7), target_weights(weighting, s)
     shard = logits.chunk(size, -1)[rank]
-    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, tp_group=dist.group.WORLD, loss=loss), shard, upstream)
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, weights, tp_group=dist.group.WORLD, loss=loss), shard, upstream
+    )
     want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream)
     want_grad = want_grad.chunk(size, -1)[rank]
     assert (got - want).abs().max() < 1e-5, (got - want).abs().max()

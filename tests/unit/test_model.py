@@ -43,7 +43,9 @@ def test_bag_of_one_is_stock_bit_for_bit(patched, build, dtype):
     for name in grads:
         # the table's gradient is accumulated in fp32 here, in the table's dtype by stock
         exact = "word_embeddings" not in name or dtype == torch.float32
-        assert torch.equal(grads[name], want_grads[name]) if exact else torch.allclose(grads[name], want_grads[name], rtol=2**-6), name
+        assert torch.equal(grads[name], want_grads[name]) if exact else torch.allclose(grads[name], want_grads[name], rtol=2**-6), (
+            name
+        )
 
 
 def test_ordinary_batches_run_stock_code(patched):

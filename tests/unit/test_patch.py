@@ -61,7 +61,9 @@ def test_a_changed_signature_raises(monkeypatch):
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     monkeypatch.setattr(LanguageModule, "compute_language_model_loss", lambda self, logits, labels: None)
-    with pytest.raises(patch.PatchError, match=r"expected parameters \('self', 'labels', 'logits'\), got \('self', 'logits', 'labels'\)"):
+    with pytest.raises(
+        patch.PatchError, match=r"expected parameters \('self', 'labels', 'logits'\), got \('self', 'logits', 'labels'\)"
+    ):
         patch.apply()
     assert patch.status().seams == ()
 
