@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if not _has_gpu():
         os.environ["MEGATRON_TST_CPU"] = "1"
         cpu.enable_if_asked()
+    # stdout is for the result alone: Megatron logs and prints there
+    result, _ = os.fdopen(os.dup(1), "w"), os.dup2(2, 1)
     row = measure(options)
     if options.csv:
         new = not options.csv.exists()
@@ -51,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-    print(json.dumps(row) if options.json else "\n".join(f"{key:24} {value}" for key, value in row.items()))
+    print(
+        json.dumps(row) if options.json else "\n".join(f"{key:24} {value}" for key, value in row.items()), file=result, flush=True
+    )
     return 0
 
 
@@ -117,7 +121,6 @@ def _set_up(options):
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881")
     )
     argv, sys.argv = sys.argv, ["bench_step", *demo_run.flags(None, options.vocab_size, 1000, moe=options.moe)]
-    stdout, sys.stdout = sys.stdout, sys.stderr  # Megatron's tables
     try:
         args = parse_and_validate_args()
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -128,7 +131,7 @@ def _set_up(options):
             script.ModelType.encoder_or_decoder, checkpointing_context={}, cfg_container=config, pg_collection=groups
         )
     finally:
-        sys.argv, sys.stdout = argv, stdout
+        sys.argv = argv
     patch.apply()
     for chunk in model:
         chunk.train()
