@@ -1,4 +1,4 @@
-"""The small run of the demo, the sweep and the benchmark: Megatron's flags for a 1.2M-parameter GPT on CPU, and how to start it."""
+"""The small run of the demo, the sweep and the benchmark: Megatron's flags for a 0.6M-parameter GPT on CPU, and how to start it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ CPU = (
 MODEL = (
     f"--num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
     "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 384 --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.06"
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.05 "
+    "--embedding-init-method-std 1.0"
 )
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"
 
@@ -27,9 +28,9 @@ MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-l
 def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, moe: bool = False) -> list[str]:
     """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay, both arms alike."""
     optimizer = (
-        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 5e-3 --min-lr 0 --lr-decay-style WSD "
+        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 2e-3 --min-lr 0 --lr-decay-style WSD "
         f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {iterations // 5} --lr-warmup-iters {min(100, iterations // 10)} "
-        f"--adam-beta1 0.9 --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0 --seed {seed}"
+        f"--adam-beta1 0.9 --adam-beta2 0.999 --weight-decay 0.01 --clip-grad 1.0 --seed {seed}"
     )
     data = f"--data-path {corpus} --split 95,5,0" if corpus else "--mock-data"
     data += f" --tokenizer-type NullTokenizer --vocab-size {vocab_size}"

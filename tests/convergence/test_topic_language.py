@@ -8,7 +8,7 @@ shifted, the switch lost or the optimizer reset, the gain would shrink or turn (
 import pytest
 import torch
 
-V, L, BATCH, STEPS, S, RATIO = 2048, 32, 16, 300, 4, 0.3
+V, L, BATCH, STEPS, S, RATIO = 2048, 32, 16, 200, 4, 0.3
 
 
 def topics(seed):
