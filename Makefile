@@ -2,11 +2,12 @@
 # make test   set up, then run the tests
 # make bench  set up, then measure the superposition step against the ordinary one
 # make style  ruff
-# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes)
+# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes), SEED=1
 
 VENV ?= .venv
 OUT ?= demo_out
 MOE ?= 0
+SEED ?= 1
 RUN = $(VENV)/bin/python
 
 .PHONY: setup demo test bench style clean
@@ -20,7 +21,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh
 	@touch $@
 
 demo: setup
-	$(RUN) examples/cpu_demo.py --out $(OUT) $(if $(filter 1,$(MOE)),--moe)
+	$(RUN) examples/cpu_demo.py --out $(OUT) --seed $(SEED) $(if $(filter 1,$(MOE)),--moe)
 
 test: setup
 	$(RUN) -m pytest

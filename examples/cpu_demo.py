@@ -27,7 +27,7 @@ import plot_runs
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-BAG_SIZE, STEP_RATIO, ITERATIONS = 2, 0.2, 1200
+BAG_SIZE, STEP_RATIO, ITERATIONS = 2, 0.2, 1000
 console = Console(highlight=False, soft_wrap=True)
 
 

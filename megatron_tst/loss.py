@@ -28,7 +28,7 @@ _PLACE_WEIGHT = {  # g(i), i = 1..S from the bag's first token (paper, section 5
 assert tuple(_PLACE_WEIGHT) == TARGET_WEIGHTINGS
 
 # Rows are taken in chunks so that the fp32 working copy stays in cache (CPU) or small beside the logits (GPU).
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -65,7 +65,7 @@ def multi_hot_cross_entropy(
         A NaN in a row of logits makes that row's loss NaN and no other.
 
     Collectives: one all-gather of 4 floats a row in forward if tp > 1, none in backward.
-    Saved for backward: the logits (not a copy), the labels and 2 floats a row (3 for mce-alt).
+    Saved for backward: the logits (not a copy) and, for each row, 2 floats and what its S labels take off the softmax.
 
     Raises:
         ValueError: mismatched shapes, wrong dtypes, unknown loss or kernel; on CPU also a label outside the vocabulary
@@ -129,11 +129,11 @@ def _chunks(rows_NV: torch.Tensor):
     return (slice(i, i + size) for i in range(0, rows_NV.shape[0], size))
 
 
-def _own_labels(labels, weights, vocab_start, vocab_size):
-    """-> index [n, S] into the local columns (0 where not owned), owned [n, S], weight [n, S] (0 where ignored)."""
+def _own_labels(labels, vocab_start, vocab_size):
+    """-> index [n, S] into the local columns (0 where not owned), owned [n, S]."""
     local = labels - vocab_start
     owned = (local >= 0) & (local < vocab_size) & (labels != IGNORE)
-    return local.masked_fill(~owned, 0), owned, weights * (labels != IGNORE)
+    return local.masked_fill_(~owned, 0), owned
 
 
 def _same(index, owned):
@@ -146,37 +146,48 @@ def _normalised(weight):
     return weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _log_relative(weight):
-    """mce-alt: log of each weight over the largest valid one; -inf for an ignored label."""
-    return (weight / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).log()
+def _log_weight_of_token(index, owned, weight):
+    """mce-alt: log of each token's weight, the largest of its occurrences, over the largest in the bag. [n, S]"""
+    relative = (weight / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).log()
+    return torch.where(_same(index, owned), relative.unsqueeze(-2), -torch.inf).amax(-1)
 
 
 class _MultiHotCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_NV, labels_NS, weights_S, group, vocab_start, loss, inplace):
-        # What this rank knows of each row: max, sum of exponentials, target term, weight of the owned labels.
-        local_4N = torch.empty(4, rows_NV.shape[0], dtype=torch.float32, device=rows_NV.device)
+        index_NS, owned_NS = _own_labels(labels_NS, vocab_start, rows_NV.shape[1])
+        weight_NS = weights_S * (labels_NS != IGNORE)
+        # The only passes over the logits: each row's maximum, sum of exponentials, and the logits of its labels.
+        peak_N, sum_exp_N = torch.empty(2, rows_NV.shape[0], dtype=torch.float32, device=rows_NV.device)
+        picked_NS = torch.empty(labels_NS.shape, dtype=torch.float32, device=rows_NV.device)
         for chunk in _chunks(rows_NV):
             z = rows_NV[chunk].float()
-            peak = z.amax(-1).clamp_min(_LOWEST)  # a shard of padding alone is all -inf
-            index, owned, weight = _own_labels(labels_NS[chunk], weights_S, vocab_start, z.shape[1])
-            picked = z.gather(-1, index) - peak.unsqueeze(-1)
-            if loss == "mce":
-                weight = _normalised(weight) * owned
-                # a weight of 0 must not meet a picked -inf
-                target, held = torch.where(weight > 0, weight * picked, 0.0).sum(-1), weight.sum(-1)
-            else:
-                first = torch.tril(_same(index, owned), diagonal=-1).logical_not().all(-1) & owned
-                scaled = picked + _distinct_log_weight(index, owned, weight)
-                target, held = scaled.masked_fill(~first, -torch.inf).logsumexp(-1), torch.zeros_like(peak)
-            sum_exp = (z - peak.unsqueeze(-1)).exp_().sum(-1)
-            local_4N[:, chunk] = torch.stack([peak, sum_exp, target, held])
+            peak = z.amax(-1).clamp_min_(_LOWEST)  # a shard of padding alone is all -inf
+            peak_N[chunk] = peak
+            picked_NS[chunk] = z.gather(-1, index_NS[chunk])
+            sum_exp_N[chunk] = (z - peak.unsqueeze(-1)).exp_().sum(-1)
 
-        peak, sum_exp, target = _combine(local_4N, group, loss)
-        valid = ((labels_NS != IGNORE) & (weights_S > 0)).any(-1)
-        ctx.save_for_backward(rows_NV, labels_NS, weights_S, peak, sum_exp, *([target] if loss == "mce-alt" else []))
-        ctx.vocab_start, ctx.loss, ctx.inplace = vocab_start, loss, inplace
-        return torch.where(valid, sum_exp.log() - target, 0.0)
+        picked_NS -= peak_N.unsqueeze(-1)
+        held_N = torch.zeros_like(peak_N)  # weight of the labels that this rank owns
+        if loss == "mce":
+            weight_NS = _normalised(weight_NS) * owned_NS
+            held_N = weight_NS.sum(-1)
+            target_N = torch.where(weight_NS > 0, weight_NS * picked_NS, 0.0).sum(-1)  # a weight of 0 must not meet a picked -inf
+        else:
+            scaled_NS = picked_NS + _log_weight_of_token(index_NS, owned_NS, weight_NS)
+            repeated_NS = torch.tril(_same(index_NS, owned_NS), diagonal=-1).any(-1)
+            target_N = scaled_NS.masked_fill(repeated_NS | ~owned_NS, -torch.inf).logsumexp(-1)
+            picked_NS = scaled_NS + peak_N.unsqueeze(-1)
+        peak_N, sum_exp_N, target_N = _combine(torch.stack([peak_N, sum_exp_N, target_N, held_N]), group, loss)
+
+        # What the bag takes off the softmax in each column that it names, for backward.
+        valid_N = ((labels_NS != IGNORE) & (weights_S > 0)).any(-1)
+        if loss == "mce-alt":
+            share_NS = (picked_NS - (peak_N + target_N).unsqueeze(-1)).exp()
+            weight_NS = torch.where(owned_NS & valid_N.unsqueeze(-1), share_NS, 0.0)
+        ctx.save_for_backward(rows_NV, index_NS, weight_NS, valid_N, peak_N, sum_exp_N)
+        ctx.loss, ctx.inplace = loss, inplace
+        return torch.where(valid_N, sum_exp_N.log() - target_N, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -185,38 +196,25 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "multi_hot_cross_entropy: the logits were overwritten by the first backward (inplace_backward=True)."
             )
-        rows_NV, labels_NS, weights_S, peak_N, sum_exp_N, *target_N = ctx.saved_tensors
+        rows_NV, index_NS, weight_NS, valid_N, peak_N, sum_exp_N = ctx.saved_tensors
         grad_NV = rows_NV.detach() if ctx.inplace else torch.empty_like(rows_NV)
         may_overwrite_z = ctx.inplace or rows_NV.dtype != torch.float32  # else .float() below is the caller's memory
         ctx.inplace = None if ctx.inplace else False
+        # Columns are written, not accumulated, so every place that names a column must hold all that the bag takes off it: no
+        # order of additions, hence deterministic. A place without an owned label points at column 0 and holds column 0's.
+        together_NSS = torch.where(index_NS.unsqueeze(-1) == index_NS.unsqueeze(-2), weight_NS.unsqueeze(-2), 0.0)
+        off_NS = together_NSS.sum(-1) if ctx.loss == "mce" else together_NSS.amax(-1)
+        scale_N = torch.where(valid_N, grad_N, 0.0)
         for chunk in _chunks(rows_NV):
             z = rows_NV[chunk].detach().float()
-            index, owned, weight = _own_labels(labels_NS[chunk], weights_S, ctx.vocab_start, z.shape[1])
-            valid = (weight > 0).any(-1)
-            # c: what the bag takes off the softmax in each named column. The columns are written, not accumulated, so every
-            # place that names a column must hold the column's whole c: no order of additions, hence deterministic. A place
-            # without an owned label points at column 0 and must hold what column 0 takes off.
-            points_to = index.unsqueeze(-1) == index.unsqueeze(-2)
-            if ctx.loss == "mce":
-                c = _normalised(weight) * owned
-                c = torch.where(points_to, c.unsqueeze(-2), 0.0).sum(-1)
-            else:
-                picked = z.gather(-1, index) - peak_N[chunk].unsqueeze(-1)
-                scaled = picked + _distinct_log_weight(index, owned, weight) - target_N[0][chunk].unsqueeze(-1)
-                c = torch.where(owned & valid.unsqueeze(-1), scaled, -torch.inf).exp()
-                c = torch.where(points_to, c.unsqueeze(-2), 0.0).amax(-1)
             p = torch.sub(z, peak_N[chunk].unsqueeze(-1), out=z if may_overwrite_z else None)
-            p = p.exp_().div_(sum_exp_N[chunk].unsqueeze(-1))
-            p.scatter_(-1, index, p.gather(-1, index) - c)
-            p.mul_(torch.where(valid, grad_N[chunk], 0.0).unsqueeze(-1))  # scaled in fp32, rounded once
+            p.exp_().div_(sum_exp_N[chunk].unsqueeze(-1))
+            index = index_NS[chunk]
+            p.scatter_(-1, index, p.gather(-1, index) - off_NS[chunk])
+            p.mul_(scale_N[chunk].unsqueeze(-1))  # scaled in fp32, rounded once
             if p.data_ptr() != grad_NV[chunk].data_ptr():  # fp32 in place: it is there already
                 grad_NV[chunk] = p
         return grad_NV, None, None, None, None, None, None
-
-
-def _distinct_log_weight(index, owned, weight):
-    """mce-alt: log-weight of each place's token, the largest of its occurrences. [n, S]"""
-    return torch.where(_same(index, owned), _log_relative(weight).unsqueeze(-2), -torch.inf).amax(-1)
 
 
 def _combine(local_4N, group, loss):

@@ -193,5 +193,7 @@ def one_line_errors():
     except (TSTError, patch.PatchError) as error:
         rank = os.environ.get("RANK", "0")
         prefix = "megatron_tst: error: " if rank == "0" else f"megatron_tst: error on rank {rank}: "
-        print(prefix + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        text = str(error).strip().splitlines() or [""]
+        # an error of a data-loading worker comes with the worker's traceback, its own text last
+        print(prefix + (text[-1] if "Traceback" in str(error) else " ".join(text)), file=sys.stderr, flush=True)
         sys.exit(2)

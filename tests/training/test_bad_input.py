@@ -68,6 +68,22 @@ def test_vocabulary_mismatch(zygote, corpus):
     refused(zygote.train(*TINY, *TST, *flags), "vocabulary of", "below the tokenizer's 400")
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_foreign_tokens_are_named_by_the_dataset_too(zygote, copied, workers):
+    """The check at start-up looks at 256 documents; the dataset looks at every sample that it gives out (here the first is off)."""
+    with open(f"{copied}.bin", "r+b") as tokens:
+        tokens.write(b"\xff\x7f" * (os.path.getsize(f"{copied}.bin") // 2))
+    refused(zygote.train(*TINY, *TST, *data(copied)), "token ids below the tokenizer's 512", "32767 in document 0")
+    script = copied.parent / "unchecked.py"
+    script.write_text(
+        open(SCRIPT).read().replace("training.prepare()", "training.check_data_files = lambda *a: None; training.prepare()", 1)
+    )
+    flags = list(TINY)
+    flags[flags.index("--num-workers") + 1] = workers
+    run = zygote.train(*flags, *TST, *data(copied), script=str(script))
+    refused(run, "training sample 0: expected token ids below the vocabulary size 512, got 32767")
+
+
 def test_unwritable_output_folder(zygote, corpus, tmp_path):
     (tmp_path / "file").write_text("")
     refused(
