@@ -152,7 +152,7 @@ def last_screen(options, corpus: Path, here: Path, runs: dict[str, plot_runs.Run
     )
     console.print(f"    The switch came after iteration {tst.boundary}, in process: optimizer, schedule and data went on.")
     console.print(
-        "    The sweep behind this setting, with its spread, is in the README: small-scale figures say nothing about large models.\n"
+        "    What other settings gave, losses included, is in docs/LOG.md: figures of this scale say nothing about large models.\n"
     )
     console.print(f"    picture      {here / 'loss.png'}")
     console.print(f"    logs         {here / 'baseline.log'}  {here / 'tst.log'}")
