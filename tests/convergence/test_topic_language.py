@@ -2,7 +2,7 @@
 
 64 topics, each a distribution over 2048 tokens (Zipf times exp(2 * noise)); a document is one topic, its tokens independent given it.
 Three paired seeds through a real GPTModel, equal FLOPs: every TST run ends below its baseline. If bags were mis-averaged, labels
-shifted, the switch lost or the optimizer reset, the gain would shrink or turn (a reset alone costs .02, no superposition .13).
+shifted or the switch lost, the gain would shrink or turn.
 """
 
 import pytest
