@@ -1,6 +1,6 @@
 """The sweep behind the demo's setting: baseline and TST arms over seeds at equal FLOPs, on the demo's corpus and model.
 
-    python benchmarks/sweep_demo.py --corpus demo_out/corpus --iterations 700 --arms 1:0 2:0.2 3:0.2 --seeds 1 2 3
+    python benchmarks/sweep_demo.py --corpus demo_out/corpus --iterations 1000 --arms 1:0 2:0.2 --seeds 1 2 3
 
 An arm is BAG_SIZE:STEP_RATIO, 1:0 the baseline. Rows go to benchmarks/data/demo_sweep.csv as runs end; a summary is printed.
 """
@@ -26,7 +26,7 @@ import plot_runs
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True, help="prefix made by tools/prepare_corpus.py")
-    parser.add_argument("--iterations", type=int, default=700)
+    parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--arms", nargs="+", default=["1:0", "2:0.2"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--moe", action="store_true")
@@ -63,7 +63,7 @@ def run(options, arm: str, seed: int, port: int) -> dict:
     if code or result.final_validation is None:
         raise SystemExit(f"{log}: training ended with exit code {code}")
     return {
-        "model": "demo-moe" if options.moe else "demo",
+        "model": demo_run.NAME + (" moe" if options.moe else ""),
         "iterations": options.iterations,
         "bag_size": bag_size,
         "step_ratio": ratio,

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     corpus = prepare(options.out / "corpus")
     logs = train(options, corpus, here)
     runs = {"baseline": plot_runs.read_log(logs["baseline"]), f"TST s={BAG_SIZE}, r={STEP_RATIO}": plot_runs.read_log(logs["tst"])}
-    size = "mixture of experts, 2 layers x 96" if options.moe else "2 layers x 96"
+    size = "mixture of experts, 3 layers x 128" if options.moe else "3 layers x 128"
     plot_runs.plot(runs, here / "loss.png", f"GPT {size} on CPU, Python standard library, seed {options.seed}")
     last_screen(options, corpus, here, runs, time.time() - started)
     return 0

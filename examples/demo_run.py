@@ -1,4 +1,4 @@
-"""The small run of the demo, the sweep and the benchmark: Megatron's flags for a 0.6M-parameter GPT on CPU, and how to start it."""
+"""The small run of the demo, the sweep and the benchmark: Megatron's flags for a 1.1M-parameter GPT on CPU, and how to start it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("pretrain_gpt_tst.py")
 SEQ_LENGTH, BATCH = 128, 16
+NAME = "3x128 lr 4e-3"  # in the tables of sweeps
 
 # What Megatron needs to be told on CPU: no fused CUDA kernels, gloo.
 CPU = (
@@ -17,8 +18,8 @@ CPU = (
     "--no-create-attention-mask-in-dataloader --num-workers 0"
 )
 MODEL = (
-    f"--num-layers 2 --hidden-size 96 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
-    "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 384 --disable-bias-linear "
+    f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
+    "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 512 --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.05 "
     "--embedding-init-method-std 1.0"
 )
@@ -28,7 +29,7 @@ MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-l
 def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, moe: bool = False) -> list[str]:
     """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay, both arms alike."""
     optimizer = (
-        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 2e-3 --min-lr 0 --lr-decay-style WSD "
+        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 4e-3 --min-lr 0 --lr-decay-style WSD "
         f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {iterations // 5} --lr-warmup-iters {min(100, iterations // 10)} "
         f"--adam-beta1 0.9 --adam-beta2 0.999 --weight-decay 0.01 --clip-grad 1.0 --seed {seed}"
     )
