@@ -10,16 +10,14 @@ from the profiler's allocation events, on a GPU from the caching allocator).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, append_rows, has_gpu, peak_bytes, seconds, where
+
 sys.path.insert(0, str(ROOT / "examples"))
 
 import demo_run
@@ -40,29 +38,18 @@ def main(argv: list[str] | None = None) -> int:
 
     from megatron_tst import cpu
 
-    if not _has_gpu():
+    if not has_gpu():
         os.environ["MEGATRON_TST_CPU"] = "1"
         cpu.enable_if_asked()
     # stdout is for the result alone: Megatron logs and prints there
     result, _ = os.fdopen(os.dup(1), "w"), os.dup2(2, 1)
     row = measure(options)
     if options.csv:
-        new = not options.csv.exists()
-        with open(options.csv, "a", newline="") as out:
-            writer = csv.DictWriter(out, row.keys())
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_rows(options.csv, [row])
     print(
         json.dumps(row) if options.json else "\n".join(f"{key:24} {value}" for key, value in row.items()), file=result, flush=True
     )
     return 0
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def measure(options) -> dict:
@@ -78,17 +65,16 @@ def measure(options) -> dict:
     times = {kind: [] for kind in kinds}
     for _ in range(options.steps):
         for kind, batch in kinds.items():
-            times[kind].append(_timed(step, batch))
-    memory = {kind: statistics.median(_peak_bytes(step, batch) for _ in range(3)) for kind, batch in kinds.items()}
+            times[kind].append(seconds(lambda batch=batch: step(batch)))
+    memory = {
+        kind: statistics.median(peak_bytes(lambda batch=batch: step(batch)) for _ in range(3)) for kind, batch in kinds.items()
+    }
     median = {kind: statistics.median(values) for kind, values in times.items()}
-    import megatron.core
-
     return {
         "model": "demo-moe" if options.moe else "demo",
         "bag_size": options.bag_size,
         "superpose": options.superpose,
         "threads": options.threads,
-        "device": torch.cuda.get_device_name() if _has_gpu() else _processor(),
         "ordinary_ms": round(1e3 * median["ordinary"], 2),
         "superposed_ms": round(1e3 * median["superposed"], 2),
         "time_ratio": round(median["superposed"] / median["ordinary"], 4),
@@ -96,9 +82,7 @@ def measure(options) -> dict:
         "superposed_peak_mb": round(memory["superposed"] / 2**20, 2),
         "memory_ratio": round(memory["superposed"] / memory["ordinary"], 4),
         "steps": options.steps,
-        "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
-        "commit": _commit(),
+        **where(),
     }
 
 
@@ -138,7 +122,7 @@ def _set_up(options):
     model_config = get_model_config(model[0])
     model_config.grad_scale_func = optimizer.scale_loss
     forward_backward = loop.get_forward_backward_func()
-    device = "cuda" if _has_gpu() else "cpu"
+    device = "cuda" if has_gpu() else "cpu"
 
     def batch(superposed):
         rows, length, size = [], args.seq_length, options.bag_size
@@ -173,52 +157,6 @@ def _set_up(options):
         )
 
     return step, batch(False), batch(True)
-
-
-def _timed(step, batch) -> float:
-    import torch
-
-    if _has_gpu():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step(batch)
-    if _has_gpu():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _peak_bytes(step, batch) -> int:
-    """Largest amount of tensor memory alive during a step beyond what was alive at its start."""
-    import torch
-
-    if _has_gpu():
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        step(batch)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(batch)
-    alive = peak = 0
-    allocations = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(allocations, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
-def _processor() -> str:
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'} ({os.cpu_count()} cores)"
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":
