@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make bench  set up, then measure the superposition step against the ordinary one
 # make style  ruff
+# setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
 # Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes), SEED=1
 
 VENV ?= .venv
@@ -14,10 +15,12 @@ RUN = $(VENV)/bin/python
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh $(wildcard csrc/*)
 	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && echo "setup: $$python -> $(VENV) (downloads torch the first time)" && "$$python" -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools pybind11 ninja
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	@$(RUN) -m megatron_tst.extension
 	@touch $@
 
 demo: setup
@@ -34,4 +37,4 @@ style: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info megatron_tst/_C*.so

@@ -1,0 +1,66 @@
+"""The C++/CUDA extension: whether it is there, what it holds, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+KERNELS = ("auto", "extension", "torch")
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What was found.
+
+    Args:
+        loaded: whether torch.ops.megatron_tst.multi_hot_ce_* are registered.
+        cuda: whether the CUDA kernels are among them.
+        description: one line for a log.
+    """
+
+    loaded: bool
+    cuda: bool
+    description: str
+
+
+@functools.cache
+def load() -> Extension:
+    """Import the extension once; never raises."""
+    import torch
+
+    try:
+        from megatron_tst import _C
+    except ModuleNotFoundError:
+        return Extension(False, False, "not built. `pip install --no-build-isolation` this package and read what setup.py says")
+    except Exception as error:  # built for another torch: undefined symbols, missing libraries
+        return Extension(False, False, f"built but not loadable with torch {torch.__version__} ({error}). Build it again")
+    if _C.torch_version != torch.__version__.split("+")[0]:
+        return Extension(False, False, f"built with torch {_C.torch_version}, this is torch {torch.__version__}. Build it again")
+    cuda = _C.cuda_architectures
+    return Extension(True, bool(cuda), f"CPU kernels{f', CUDA kernels for {cuda}' if cuda else ', no CUDA kernels'}")
+
+
+def choose(kernel: str, device: str) -> str:
+    """ "extension" or "torch" for a request of "auto", "extension" or "torch" and a device type.
+
+    Raises:
+        ValueError: the extension is asked for and cannot run there.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"multi_hot_cross_entropy: expected kernel to be one of {', '.join(KERNELS)}, got {kernel!r}.")
+    if kernel == "torch":
+        return "torch"
+    extension = load()
+    fits = extension.loaded and (device in ("cpu", "meta") or (device == "cuda" and extension.cuda))
+    if fits:
+        return "extension"
+    if kernel == "extension":
+        raise ValueError(
+            f"multi_hot_cross_entropy: expected the extension's {device} kernels, got an extension that is {extension.description}. "
+            "Or ask for kernel 'auto' or 'torch'."
+        )
+    return "torch"
+
+
+if __name__ == "__main__":
+    print(f"megatron_tst extension: {load().description}")
