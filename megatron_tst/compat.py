@@ -58,6 +58,10 @@ LOSS = Seam(
     ("self", "labels", "logits"),
 )
 MODEL_SEAMS = (EMBEDDING, LOSS)
+# for --tst-fused-linear-loss alone
+_FORWARD = ("self", "input_ids", "position_ids", "attention_mask", "decoder_input", "labels")
+GPT_FORWARD = Seam("megatron.core.models.gpt.gpt_model", "GPTModel.forward", _FORWARD)
+HYBRID_FORWARD = Seam("megatron.core.models.hybrid.hybrid_model", "HybridModel.forward", _FORWARD)
 
 # Functions of the training loop, each looked up as a module global at every call (0.18 and 0.19).
 TRAINING_LOG = Seam("megatron.training.training", "training_log", ("loss_dict", "total_loss_dict", "learning_rate", "iteration"))

@@ -10,6 +10,8 @@ import os
 import warnings
 from dataclasses import dataclass
 
+from megatron_tst import extension
+from megatron_tst.extension import KERNELS
 from megatron_tst.schedule import Schedule
 
 TARGET_WEIGHTINGS = ("uniform", "power-law", "exponential", "first-token", "fitted-power-law")
@@ -38,6 +40,9 @@ class TSTConfig:
         superpose: "both"; "input" (bags in, the next single token out); "output" (single tokens in, the next s tokens out).
         loss: "mce" or "mce-alt".
         exit_at_boundary: save and exit after the last superposed iteration.
+        kernel: of the superposed loss: "extension" (C++/CUDA), "torch", or "auto", the extension where it is there.
+        kernel_in_recovery: the extension computes the training loss of the recovery phase too, in Megatron's place.
+        fused_linear_loss: output layer and training loss in one op, in both phases: less memory, a third more work in the output layer.
 
     Raises:
         TSTError: a value outside its range, or values that contradict each other.
@@ -50,6 +55,9 @@ class TSTConfig:
     superpose: str = "both"
     loss: str = "mce"
     exit_at_boundary: bool = False
+    kernel: str = "auto"
+    kernel_in_recovery: bool = False
+    fused_linear_loss: bool = False
 
     def __post_init__(self):
         s, r, t1 = self.bag_size, self.step_ratio, self.iters
@@ -65,6 +73,7 @@ class TSTConfig:
             ("--tst-target-weighting", self.target_weighting, TARGET_WEIGHTINGS),
             ("--tst-superpose", self.superpose, SUPERPOSE),
             ("--tst-loss", self.loss, LOSSES),
+            ("--tst-kernel", self.kernel, KERNELS),
         ):
             if value not in allowed:
                 refuse(flag, f"one of {', '.join(allowed)}", repr(value), "Choose one of these.")
@@ -118,6 +127,11 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--tst-superpose", default="both", help=f"one of {', '.join(SUPERPOSE)}")
     group.add_argument("--tst-loss", default="mce", help=f"one of {', '.join(LOSSES)}")
     group.add_argument("--tst-exit-at-boundary", action="store_true", help="save and exit after the last superposed iteration")
+    group.add_argument("--tst-kernel", default="auto", help=f"of the superposed loss, one of {', '.join(KERNELS)}")
+    group.add_argument("--tst-kernel-in-recovery", action="store_true", help="the extension's loss in the recovery phase too")
+    group.add_argument(
+        "--tst-fused-linear-loss", action="store_true", help="output layer and loss in one op: no [L, b, V/tp] logits"
+    )
     return parser
 
 
@@ -141,7 +155,7 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
         TSTError: with the flag, what was expected, what was got, what to do.
     """
     if config.bag_size == 1:
-        if config.step_ratio or config.iters or config.exit_at_boundary:
+        if config.step_ratio or config.iters or config.exit_at_boundary or config.kernel_in_recovery or config.fused_linear_loss:
             _warn("--tst-bag-size is 1: the other --tst flags have no effect and the run is stock Megatron")
         return
     if config.step_ratio is None and config.iters is None:
@@ -152,8 +166,18 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
     for what, bad, expected, got, do in _conflicts(args):
         if bad:
             refuse(f"{what} with TST", expected, got, do)
+    for name in _NOT_WITH_FUSED_LINEAR_LOSS if config.fused_linear_loss else ():
+        if getattr(args, name, None):
+            flag = f"--{name.replace('_', '-')}"
+            refuse(
+                f"{flag} with --tst-fused-linear-loss",
+                "unset",
+                "set",
+                "It needs the output layer's own forward. Drop one of the two.",
+            )
     if config.exit_at_boundary and not getattr(args, "save", None):
         refuse("--tst-exit-at-boundary", "--save beside it", "none", "Without a checkpoint the superposition phase would be lost.")
+    _check_kernel(config)
     schedule = config.schedule(args)
     ratio = schedule.superposition_samples / schedule.train_samples
     low, high = ROBUST_BAG_SIZES
@@ -161,6 +185,30 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
         _warn(f"bag size {config.bag_size}: the paper found {low} to {high} robust, and up to {LARGEST_BAG_SIZE} at 10B parameters")
     if not ROBUST_RATIOS[0] - 0.005 <= ratio <= ROBUST_RATIOS[1] + 0.005:
         _warn(f"step ratio {ratio:.3f}: the paper found {ROBUST_RATIOS[0]} to {ROBUST_RATIOS[1]} robust")
+
+
+# MuP scales logits between the output layer and the loss; the others take the output layer or its gradient elsewhere.
+_NOT_WITH_FUSED_LINEAR_LOSS = (
+    "use_mup", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp", "use_torch_fsdp2",
+)  # fmt: skip
+
+
+def _check_kernel(config):
+    """Refuse kernels that are not there before training, not at the first loss."""
+    device = "cpu" if os.environ.get("MEGATRON_TST_CPU") == "1" else "cuda"
+    for flag, asked, kernel in (
+        ("--tst-kernel extension", config.kernel == "extension", "extension"),
+        ("--tst-kernel-in-recovery", config.kernel_in_recovery, "torch" if config.kernel == "torch" else "extension"),
+    ):
+        if not asked:
+            continue
+        try:
+            if extension.choose(kernel, device) == "extension":
+                continue
+            got = "--tst-kernel torch"
+        except ValueError:
+            got = f"an extension that is {extension.load().description}"
+        refuse(flag, f"the extension's {device} kernels", got, "Build the extension, or drop the flag.")
 
 
 def _conflicts(args):

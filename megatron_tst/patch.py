@@ -5,16 +5,21 @@ Two class methods carry TST; which phase it is, only the shape of the batch says
     VocabParallelEmbedding.forward(ids)                          3-D ids    -> mean of the bag's rows    else stock
     LanguageModule.compute_language_model_loss(labels, logits)   3-D labels -> multi-hot cross entropy   else stock
 
-So validation, inference, the recovery phase and other models in the process run stock code.
+So validation, inference, the recovery phase and other models in the process run stock code. (With --tst-kernel-in-recovery the
+extension takes one label a position too, in training alone. With --tst-fused-linear-loss a third patch, on the forward of GPTModel
+and HybridModel, hands the output layer's work to the loss in training: linear_loss.py.)
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+import torch
 
 from megatron_tst import compat
 from megatron_tst.config import TSTConfig
@@ -35,12 +40,16 @@ class Status:
         config: the settings that the loss uses, None when nothing is applied.
         superposed_embeddings: calls of the embedding with bags.
         multi_hot_losses: calls of the loss with bags.
+        recovery_losses: calls of our loss with one label a position (kernel_in_recovery, fused_linear_loss).
+        fused_linear_losses: calls of the loss without materialised logits (fused_linear_loss).
     """
 
     seams: tuple[str, ...] = ()
     config: TSTConfig | None = None
     superposed_embeddings: int = 0
     multi_hot_losses: int = 0
+    recovery_losses: int = 0
+    fused_linear_losses: int = 0
 
 
 @dataclass
@@ -50,6 +59,8 @@ class _State:
     weights: dict = field(default_factory=dict)  # (bag size, device) -> fp32 [S]
     embeddings: int = 0
     losses: int = 0
+    recovery_losses: int = 0
+    fused_linear_losses: int = 0
 
 
 _state = _State()
@@ -70,7 +81,8 @@ def apply(config: TSTConfig | None = None) -> Status:
     config = config or TSTConfig()
     _state.config = config
     _state.weights.clear()
-    install({compat.EMBEDDING: _embedding, compat.LOSS: _loss})
+    fused = {compat.GPT_FORWARD: _model_forward, compat.HYBRID_FORWARD: _model_forward} if config.fused_linear_loss else {}
+    install({compat.EMBEDDING: _embedding, compat.LOSS: _loss} | fused)
     return status()
 
 
@@ -86,13 +98,15 @@ def remove() -> Status:
     for seam, (stock, _) in _state.installed.items():
         setattr(seam.owner(), seam.attribute, stock)
     _state.installed.clear()
-    _state.config, _state.embeddings, _state.losses = None, 0, 0
+    _state.config = None
+    _state.embeddings = _state.losses = _state.recovery_losses = _state.fused_linear_losses = 0
     return status()
 
 
 def status() -> Status:
     """What is patched in this process and how often it ran."""
-    return Status(tuple(map(str, _state.installed)), _state.config, _state.embeddings, _state.losses)
+    counts = _state.embeddings, _state.losses, _state.recovery_losses, _state.fused_linear_losses
+    return Status(tuple(map(str, _state.installed)), _state.config, *counts)
 
 
 def install(replacements: dict[compat.Seam, Callable]) -> None:
@@ -133,24 +147,53 @@ def _embedding(stock):
 
 
 def _loss(stock):
-    from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+    from megatron_tst.linear_loss import DeferredLogits, loss_of_deferred
+    from megatron_tst.loss import multi_hot_cross_entropy
 
     def compute_language_model_loss(self, labels, logits):
-        if labels.dim() != 3:
+        config, deferred = _state.config, isinstance(logits, DeferredLogits)
+        if labels.dim() == 3:
+            _state.losses += 1
+            labels, loss, kernel = labels.transpose(0, 1), config.loss, config.kernel
+        elif deferred or (config.kernel_in_recovery and torch.is_grad_enabled()):
+            _state.recovery_losses += 1
+            labels, loss, kernel = labels.t().unsqueeze(-1), "mce", config.kernel
+        else:
             return stock(self, labels, logits)
-        _state.losses += 1
-        key = labels.shape[-1], logits.device
-        if key not in _state.weights:
-            _state.weights[key] = target_weights(_state.config.target_weighting, *key)
-        # labels [b, L, S], logits [L, b, V/tp]; nothing else reads the logits here, so their memory becomes the gradient's
-        loss = multi_hot_cross_entropy(
-            logits,
-            labels.transpose(0, 1).contiguous(),
-            _state.weights[key],
-            tp_group=self.tp_group,
-            loss=_state.config.loss,
-            inplace_backward=True,
-        )
+        # labels [L, b, S], logits [L, b, V/tp]
+        if deferred:
+            _state.fused_linear_losses += 1
+            loss = loss_of_deferred(logits, labels, _weights(labels), loss=loss, kernel=kernel)
+        else:
+            # nothing else reads the logits here, so their memory becomes the gradient's
+            loss = multi_hot_cross_entropy(
+                logits, labels, _weights(labels), tp_group=self.tp_group, loss=loss, inplace_backward=True, kernel=kernel
+            )
         return loss.transpose(0, 1).contiguous()
 
     return compute_language_model_loss
+
+
+def _weights(labels: torch.Tensor) -> torch.Tensor:
+    """Of the places in a bag, fp32 [S] on the labels' device."""
+    from megatron_tst.loss import target_weights
+
+    key = labels.shape[-1], labels.device
+    if key not in _state.weights:
+        _state.weights[key] = target_weights(_state.config.target_weighting, *key)
+    return _state.weights[key]
+
+
+def _model_forward(stock):
+    from megatron_tst.linear_loss import deferred_logits
+
+    signature = inspect.signature(stock)
+
+    def forward(self, *positional, **named):
+        labels = signature.bind(self, *positional, **named).arguments.get("labels")
+        if labels is None or not self.post_process or not torch.is_grad_enabled() or not _state.config.fused_linear_loss:
+            return stock(self, *positional, **named)
+        with deferred_logits(self.output_layer):
+            return stock(self, *positional, **named)
+
+    return forward

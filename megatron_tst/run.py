@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_tst import bags, compat, patch
+from megatron_tst import bags, compat, extension, patch
 from megatron_tst.config import TSTConfig
 from megatron_tst.loss import target_weights
 from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
@@ -177,9 +177,14 @@ class Run:
                 f" [tst] on: bag size {c.bag_size} ({c.superpose} superposed), {s.superposition_iters} iterations of superposition "
                 f"({s.superposition_samples} samples, {s.raw_tokens(s.superposition_samples)} raw tokens) then recovery to sample "
                 f"{s.train_samples} ({s.raw_tokens(s.train_samples)} raw tokens in all) | loss {c.loss}, {c.target_weighting} weighting | "
-                f"Megatron {compat.megatron_version()}, patched: {', '.join(patch.status().seams)}",
+                f"loss kernel: {self._kernels()} | Megatron {compat.megatron_version()}, patched: {', '.join(patch.status().seams)}",
                 flush=True,
             )
+
+    def _kernels(self) -> str:
+        kernel = extension.choose(self.config.kernel, "cuda" if torch.cuda.is_available() else "cpu")
+        recovery = "extension" if self.config.kernel_in_recovery else "Megatron's"
+        return f"{kernel} (extension: {extension.load().description}), in recovery {recovery}"
 
 
 def _print_last(text: str) -> None:

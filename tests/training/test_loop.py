@@ -7,6 +7,8 @@ import pytest
 import torch
 from runner import SCRIPT, TINY, TST, data
 
+from megatron_tst import extension
+
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 
 
@@ -82,8 +84,15 @@ def test_stopped_and_resumed_prints_the_same_losses(zygote, corpus, whole, tmp_p
 
 @pytest.mark.parametrize(
     "flags",
-    [TP2, [*TP2, "--sequence-parallel"], ["--pipeline-model-parallel-size", "2"], ["--num-workers", "2"]],
-    ids=["TP2", "TP2+SP", "PP2", "DP2, prefetch workers"],
+    [
+        TP2,
+        [*TP2, "--sequence-parallel"],
+        ["--pipeline-model-parallel-size", "2"],
+        ["--num-workers", "2"],
+        [*TP2, "--sequence-parallel", "--tst-fused-linear-loss"],
+        ["--pipeline-model-parallel-size", "2", "--tst-fused-linear-loss"],
+    ],
+    ids=["TP2", "TP2+SP", "PP2", "DP2, prefetch workers", "TP2+SP, fused linear", "PP2, fused linear"],
 )
 def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
     run, folder = whole
@@ -92,6 +101,23 @@ def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
     for i in range(5, 11):
         assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=1e-6), i
     assert again.phases == {i: run.phases[i] for i in range(5, 11)}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--tst-kernel", "torch"], ["--tst-kernel-in-recovery"], ["--tst-fused-linear-loss"]],
+    ids=["torch", "in recovery", "fused linear"],
+)
+def test_every_kernel_trains_the_same(zygote, corpus, whole, flags):
+    """Both phases, gradients through DistributedDataParallel's buffers; nothing else depends on the kernel."""
+    if "--tst-kernel-in-recovery" in flags and not extension.load().loaded:
+        pytest.skip(f"the extension is {extension.load().description}")
+    run = zygote.train(*TINY, *TST, *data(corpus), *flags)
+    assert run.ok, run.log[-3000:]
+    for i, loss in whole[0].losses.items():
+        assert float(run.losses[i]) == pytest.approx(float(loss), rel=2e-6), i
+        assert float(run.grad_norms[i]) == pytest.approx(float(whole[0].grad_norms[i]), rel=2e-3), i
+    assert ("GPTModel.forward" in run.log) == ("--tst-fused-linear-loss" in flags)
 
 
 def test_skipped_iterations_reach_tensor_parallel_ranks(zygote, corpus, whole, tmp_path):

@@ -44,6 +44,7 @@ FINE = TSTConfig(bag_size=6, step_ratio=0.3)
         (dict(target_weighting="linear"), "--tst-target-weighting: expected one of uniform, .*fitted-power-law, got 'linear'"),
         (dict(superpose="all"), "--tst-superpose: expected one of both, input, output, got 'all'"),
         (dict(loss="bce"), "--tst-loss: expected one of mce, mce-alt, got 'bce'"),
+        (dict(kernel="triton"), "--tst-kernel: expected one of auto, extension, torch, got 'triton'"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -181,3 +182,31 @@ def test_resume_across_having_tst_at_all():
         check_resume(recorded(FINE), stock)
     with pytest.raises(TSTError, match="resuming without TST: .* Add --tst-bag-size 6"):
         check_resume(stock, recorded(FINE))
+
+
+@pytest.mark.parametrize(
+    "name", ["use_mup", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp"]
+)
+def test_what_the_fused_linear_loss_does_not_work_with(name):
+    config = TSTConfig(bag_size=6, step_ratio=0.3, fused_linear_loss=True)
+    check_arguments(config, arguments())
+    check_arguments(FINE, arguments(**{name: True}))
+    with pytest.raises(TSTError, match=f"--{name.replace('_', '-')} with --tst-fused-linear-loss: expected unset, got set"):
+        check_arguments(config, arguments(**{name: True}))
+
+
+def test_kernels_that_are_not_there_are_refused_before_training(monkeypatch):
+    from megatron_tst import extension
+
+    def settings(**changes):
+        return TSTConfig(bag_size=6, step_ratio=0.3, **changes)
+
+    for there, device in ((False, "1"), (True, "0")):  # no extension; an extension without CUDA kernels, on a GPU
+        monkeypatch.setenv("MEGATRON_TST_CPU", device)
+        monkeypatch.setattr(extension, "load", lambda there=there: extension.Extension(there, False, "without CUDA"))
+        check_arguments(settings(), arguments())
+        for asked in (dict(kernel="extension"), dict(kernel_in_recovery=True)):
+            with pytest.raises(TSTError, match="--tst-kernel.*: expected the extension's c.* kernels, got an extension that is"):
+                check_arguments(settings(**asked), arguments())
+    with pytest.raises(TSTError, match="--tst-kernel-in-recovery: expected the extension's .* got --tst-kernel torch"):
+        check_arguments(settings(kernel="torch", kernel_in_recovery=True), arguments())

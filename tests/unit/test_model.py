@@ -24,21 +24,22 @@ def loss_and_grads(model, arguments, upstream=None):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def stock_and_patched(model, stock_arguments, arguments):
-    from megatron_tst import patch
+def stock_and_patched(model, stock_arguments, arguments, kernel="auto"):
+    from megatron_tst import TSTConfig, patch
 
     patch.remove()
     stock = loss_and_grads(model, stock_arguments)
-    patch.apply()
+    patch.apply(TSTConfig(kernel=kernel))
     return stock, loss_and_grads(model, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("build", [gpt, hybrid])
 def test_bag_of_one_is_stock_bit_for_bit(patched, build, dtype):
+    """With the torch kernel; the extension's exp is another one, within an ulp (test_loss.py)."""
     model = build().to(dtype)
     raw = raw_tokens(1)
-    (want, want_grads), (got, grads) = stock_and_patched(model, batch(raw, None), batch(raw, 1))
+    (want, want_grads), (got, grads) = stock_and_patched(model, batch(raw, None), batch(raw, 1), "torch")
     assert torch.equal(got, want) and patched.status().multi_hot_losses == 1
     for name in grads:
         # the table's gradient is accumulated in fp32 here, in the table's dtype by stock
@@ -148,6 +149,30 @@ def test_every_mode_learns(megatron, superpose, loss):
             losses.append(loss_and_grads(model, arguments)[0].mean().item())
             optimizer.step()
         assert losses[-1] < losses[0] - 1.0, losses
+    finally:
+        patch.remove()
+
+
+@pytest.mark.parametrize("kernel", ["torch", "extension"])
+def test_kernel_in_the_recovery_phase(megatron, kernel):
+    """One label a position through the extension: Megatron's loss and gradients, in training alone."""
+    from megatron_tst import TSTConfig, extension, patch
+
+    if not extension.load().loaded:
+        pytest.skip(f"the extension is {extension.load().description}")
+    model, arguments = gpt(), batch(raw_tokens(1), None)
+    want, want_grads = loss_and_grads(model, arguments)
+    patch.apply(TSTConfig(bag_size=S, iters=1, kernel=kernel, kernel_in_recovery=kernel == "extension"))
+    try:
+        got, grads = loss_and_grads(model, arguments)
+        assert patch.status().recovery_losses == (kernel == "extension")
+        assert torch.allclose(got, want, rtol=1e-6)
+        for name, grad in grads.items():
+            assert torch.allclose(grad, want_grads[name], rtol=1e-5, atol=1e-7 * want_grads[name].abs().max().item() + 1e-9), name
+        model.eval()
+        with torch.no_grad():
+            model(**arguments)
+        assert patch.status().recovery_losses == (kernel == "extension")  # evaluation is Megatron's
     finally:
         patch.remove()
 

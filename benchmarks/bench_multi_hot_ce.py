@@ -1,0 +1,275 @@
+"""Multi-hot cross entropy, forward and backward to the logits' gradient: ours against its peers, in one process, interleaved.
+
+    python benchmarks/bench_multi_hot_ce.py [-N 64] [-V 128256] [-s 1 4 16] [--dtype bf16] [--tp 1] [--threads 1]
+                                            [--json] [--csv FILE] [--plot FILE]
+
+Time: medians over rounds in which every variant runs once. share_of_copy: bandwidth over the three passes that are needed (read,
+read, write), as a share of what a copy of the logits (read, write) reaches. extra_mb: peak memory beyond the logits, the gradient
+included. With --tp N, N processes hold V / N columns each (gloo on CPU); the figures are rank 0's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+from measure import append_rows, has_gpu, peak_bytes, seconds, where
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-N", "--rows", type=int, default=64, help="positions")
+    parser.add_argument("-V", "--vocab-size", type=int, default=128256, help="the whole vocabulary")
+    parser.add_argument("-s", "--bag-size", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
+    parser.add_argument("--threads", type=int, default=1, help="of each process, on CPU")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--variants", nargs="+", help="some of them alone, by name")
+    parser.add_argument("--json", action="store_true", help="print a list of rows and nothing else on stdout")
+    parser.add_argument("--csv", type=Path, help="append the rows")
+    parser.add_argument("--plot", type=Path, help="draw time over bag size")
+    options = parser.parse_args(argv)
+    if options.vocab_size % options.tp:
+        parser.error(f"--vocab-size: expected a multiple of --tp {options.tp}, got {options.vocab_size}.")
+
+    out, _ = os.fdopen(os.dup(1), "w"), os.dup2(2, 1)  # stdout is for the result alone
+    rows = run_ranks(options)
+    if options.csv:
+        append_rows(options.csv, rows)
+    if options.plot:
+        plot(rows, options.plot)
+    print(json.dumps(rows) if options.json else table(rows), file=out, flush=True)
+    return 0
+
+
+def run_ranks(options) -> list[dict]:
+    import torch.multiprocessing as mp
+
+    if options.tp == 1:
+        return measure(0, options)
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(_rank, (options, queue), nprocs=options.tp, join=False)
+    rows = queue.get()
+    while not context.join():
+        pass
+    return rows
+
+
+def _rank(rank, options, queue):
+    rows = measure(rank, options)
+    if rank == 0:
+        queue.put(rows)
+
+
+def measure(rank: int, options) -> list[dict]:
+    """One rank's part: every variant, bag size and dtype."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.device("cuda", rank) if has_gpu() else torch.device("cpu")
+    torch.set_num_threads(options.threads)
+    from megatron_tst import compat
+
+    compat.hide_broken_transformer_engine()
+    os.environ.setdefault("MASTER_ADDR", "localhost")
+    os.environ.setdefault("MASTER_PORT", "29671")
+    dist.init_process_group("nccl" if has_gpu() else "gloo", rank=rank, world_size=options.tp)
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=options.tp)
+    rows = []
+    for dtype in options.dtype:
+        for bag_size in options.bag_size:
+            rows += measure_shape(options, DTYPES[dtype], dtype, bag_size, device, parallel_state.get_tensor_model_parallel_group())
+    dist.destroy_process_group()
+    return rows
+
+
+def measure_shape(options, dtype_name, short, bag_size, device, group) -> list[dict]:
+    import torch
+    import torch.distributed as dist
+
+    torch.manual_seed(0)
+    labels = torch.randint(0, options.vocab_size, (options.rows, bag_size), device=device)
+    source = (3 * torch.randn(options.rows, options.vocab_size // options.tp, device=device)).to(getattr(torch, dtype_name))
+    leaf = source.clone().requires_grad_()
+    calls = {
+        name: functools.partial(forward_backward, loss, leaf, labels)
+        for name, loss in variants(group, bag_size).items()
+        if not options.variants or name in options.variants
+    }
+    calls["copy"] = lambda: source.clone()
+
+    def fresh():  # in-place variants leave the gradient in the logits
+        with torch.no_grad():
+            leaf.copy_(source)
+        if options.tp > 1:
+            dist.barrier(group)
+
+    times = {name: [] for name in calls}
+    extra = {}
+    for name, call in list(calls.items()):
+        fresh()
+        try:
+            call()  # compiles
+            fresh()
+            extra[name] = peak_bytes(call)
+        except Exception as error:  # a peer that does not run here is named, not hidden
+            print(f"{name}: does not run here: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            del calls[name]
+    for _ in range(options.rounds):
+        for name, call in calls.items():
+            fresh()
+            call()  # the allocator's state is then the variant's own, as it is in training
+            fresh()
+            times[name].append(seconds(call))
+    copy = statistics.median(times["copy"])
+    return [
+        {
+            "variant": name,
+            "N": options.rows,
+            "V": options.vocab_size,
+            "s": bag_size,
+            "dtype": short,
+            "tp": options.tp,
+            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+            "ms": round(1e3 * statistics.median(times[name]), 3),
+            "share_of_copy": round(1.5 * copy / statistics.median(times[name]), 3),
+            "extra_mb": round(extra[name] / 1e6, 1),
+            "logits_mb": round(source.nbytes / 1e6, 1),
+            **where(),
+        }
+        for name in calls
+    ]
+
+
+def forward_backward(loss, leaf, labels):
+    import torch
+
+    return torch.autograd.grad(loss(leaf, labels).mean(), leaf)
+
+
+def variants(group, bag_size: int) -> dict:
+    """name -> loss(logits [N, V/tp], labels [N, s]) -> [N]. "single" takes the first label alone, "x s" is called once a label."""
+    import torch
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    from megatron_tst import extension
+    from megatron_tst.loss import multi_hot_cross_entropy
+
+    def ours(**options):
+        return lambda z, y: multi_hot_cross_entropy(z, y, tp_group=group, **options)
+
+    def each_label(single):
+        return lambda z, y: sum(single(z, y[:, k]) for k in range(y.shape[1])) / y.shape[1]
+
+    def first_label(single):
+        return lambda z, y: single(z, y[:, 0])
+
+    def megatron(z, y):  # it writes over fp32 logits
+        return vocab_parallel_cross_entropy(z.unsqueeze(0).clone() if z.dtype == torch.float32 else z.unsqueeze(0), y.unsqueeze(0))[
+            0
+        ]
+
+    def megatron_fused(z, y):
+        z = z.clone() if z.dtype == torch.float32 else z
+        return fused_vocab_parallel_cross_entropy(z.unsqueeze(1), y.unsqueeze(1), group)[:, 0]
+
+    found = {}
+    if extension.load().loaded:
+        found["ours"] = ours(kernel="extension")
+        found["ours, in place"] = ours(kernel="extension", inplace_backward=True)
+    found["ours, torch"] = ours(kernel="torch")
+    found["megatron, single"] = first_label(megatron)
+    found["megatron x s"] = each_label(megatron)
+    found["megatron fused x s"] = each_label(megatron_fused)
+    if group.size() == 1:
+        found["paper's loop"] = each_label(paper_loss)
+        found["paper's loop, compiled"] = torch.compile(each_label(paper_loss), dynamic=False)
+        found["lse + gather, compiled"] = torch.compile(lse_and_gather, dynamic=False)
+    found.update(optional_peers(group, each_label, first_label))
+    return found
+
+
+def paper_loss(logits, labels):
+    """Listing 3's inner step: cross entropy of one place in the bag, on fp32 logits."""
+    import torch.nn.functional as F
+
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def lse_and_gather(logits, labels):
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, labels).mean(-1)
+
+
+def optional_peers(group, each_label, first_label) -> dict:
+    """Transformer Engine's and Liger's, where they are installed and a GPU is there."""
+    found = {}
+    if not has_gpu():
+        return found
+    try:
+        from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
+
+        def te(z, y):
+            return parallel_cross_entropy(z.unsqueeze(0).clone(), y.unsqueeze(0), 0.0, False, group if group.size() > 1 else None)[
+                0
+            ]
+
+        found["te, single"], found["te x s"] = first_label(te), each_label(te)
+    except Exception as error:
+        print(f"Transformer Engine: left out: {error}", file=sys.stderr)
+    try:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        def liger(z, y):
+            return liger_cross_entropy(z.clone(), y, reduction="none")
+
+        found["liger, single"], found["liger x s"] = first_label(liger), each_label(liger)
+    except Exception as error:
+        print(f"Liger: left out: {error}", file=sys.stderr)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    keys = ("variant", "N", "V", "s", "dtype", "tp", "threads", "ms", "share_of_copy", "extra_mb")
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
+    first = rows[0]
+    return "\n".join(
+        [*lines, "", f"{first['device']}, torch {first['torch']}, megatron-core {first['megatron_core']}, {first['commit']}"]
+    )
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    first = rows[0]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == name and row["dtype"] == first["dtype"]]
+        axes.plot([row["s"] for row in mine], [row["ms"] for row in mine], marker="o", label=name, lw=2.5 if "ours" in name else 1)
+    axes.set(
+        xscale="log", yscale="log", xlabel="bag size s", ylabel="forward + backward, ms",
+        title=f"N = {first['N']}, V = {first['V']}, {first['dtype']}, tp = {first['tp']}\n{first['device']}",
+    )  # fmt: skip
+    axes.set_xticks(sorted({row["s"] for row in rows}), [str(s) for s in sorted({row["s"] for row in rows})])
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
