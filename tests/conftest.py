@@ -25,6 +25,15 @@ from runner import Zygote
 torch.set_num_threads(1)
 
 
+def pytest_terminal_summary(terminalreporter):
+    from megatron_tst import extension
+
+    terminalreporter.section("megatron_tst")
+    terminalreporter.line(f"extension: {extension.load().description}")
+    if not HAS_GPU:
+        terminalreporter.line("GPU tests did NOT run: no GPU here. On a GPU machine: tools/gpu_check.sh OUT")
+
+
 @pytest.fixture(scope="session")
 def megatron():
     """Model-parallel state of one process, and Megatron's random-number tracker."""
