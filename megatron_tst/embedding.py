@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import mappings
 
+from megatron_tst import main_grad
+
 
 def superposed_embedding(module: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Mean of the embedding rows of each bag, for a megatron.core VocabParallelEmbedding.
@@ -21,7 +23,8 @@ def superposed_embedding(module: torch.nn.Module, tokens: torch.Tensor) -> torch
         The sum over the bag and over ranks and the division by S are fp32, then one cast.
 
     Wire: [b, L, H] fp32 once in forward, whatever S; in backward what stock moves ([b, L, H] in the table's dtype, gathered
-    under sequence parallelism, else nothing). The weight gradient is accumulated in fp32 and cast once.
+    under sequence parallelism, else nothing). The weight gradient is accumulated in fp32: in `main_grad` where Megatron's
+    DistributedDataParallel has put one, else in a buffer that is cast once.
     """
     return _PoolBags.apply(module.weight, tokens, module.vocab_start_index, module.tp_group, module.reduce_scatter_embeddings)
 
@@ -50,20 +53,21 @@ class _PoolBags(torch.autograd.Function):
         else:
             mean = mappings.reduce_from_tensor_model_parallel_region(mean, group=group)
         ctx.save_for_backward(local_SN, owned_SN)
-        ctx.table, ctx.group, ctx.scatter = (weight_VH.shape, weight_VH.dtype), group, scatter
+        ctx.weight, ctx.group, ctx.scatter = weight_VH, group, scatter
         return mean.to(weight_VH.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         local_SN, owned_SN = ctx.saved_tensors
-        shape, dtype = ctx.table
+        weight_VH = ctx.weight
         if ctx.scatter:
             grad = mappings.gather_from_sequence_parallel_region(grad, tensor_parallel_output_grad=False, group=ctx.group)
-        grad_NH = grad.reshape(-1, shape[1]).float() / len(local_SN)
+        grad_NH = grad.reshape(-1, weight_VH.shape[1]).float() / len(local_SN)
         # fp32: in bf16 a frequent token's thousands of small contributions are lost
-        grad_VH = torch.zeros(shape, dtype=torch.float32, device=grad.device)
+        buffer = main_grad.buffer_of(weight_VH)
+        sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=grad.device) if buffer is None else buffer
         for place in range(len(local_SN)):
             rows = grad_NH if owned_SN is None else grad_NH * owned_SN[place].unsqueeze(-1)
-            grad_VH.index_add_(0, local_SN[place], rows)
-        return grad_VH.to(dtype), None, None, None, None
+            sum_VH.index_add_(0, local_SN[place], rows)
+        return sum_VH.to(weight_VH.dtype) if buffer is None else main_grad.added(weight_VH), None, None, None, None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, mappings
 
-from megatron_tst import extension
+from megatron_tst import extension, main_grad
 from megatron_tst.loss import KERNELS, of_all_ranks
 
 # Logits of one chunk: large enough for matrix products at full speed, small beside the model's activations.
@@ -93,54 +93,41 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
             logits = hidden_NH[rows] @ weight_VH.t()
             local_4N[:, rows] = run("statistics")(logits, labels_NS[rows], weights_S, vocab_start, vocab_size, alt)
         loss_N, saved_3N = run("loss")(of_all_ranks(local_4N, group), labels_NS, weights_S, alt)
-        ctx.save_for_backward(hidden_NH, weight_VH, labels_NS, weights_S, saved_3N)
+        ctx.save_for_backward(hidden_NH, labels_NS, weights_S, saved_3N)
         ctx.rest = vocab_start, alt, run, fuse_accumulation
-        # an attribute that saved tensors do not keep
-        ctx.parameter = weight_VH if hasattr(weight_VH, "main_grad") else None
+        ctx.weight = weight_VH  # the parameter itself: a saved tensor does not bring its main_grad back
         return loss_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
-        hidden_NH, weight_VH, labels_NS, weights_S, saved_3N = ctx.saved_tensors
+        hidden_NH, labels_NS, weights_S, saved_3N = ctx.saved_tensors
         vocab_start, alt, run, fuse_accumulation = ctx.rest
-        wanted, accumulate, finish = _weight_gradient(weight_VH, ctx.parameter, fuse_accumulation, ctx.needs_input_grad[1])
-        grad_NH = torch.empty_like(hidden_NH)
-        grad_N = grad_N.contiguous()
+        weight_VH = ctx.weight
+        accumulate, finish = (None, lambda: None)
+        if ctx.needs_input_grad[1]:
+            accumulate, finish = _weight_gradient(weight_VH, fuse_accumulation)
+        grad_NH, grad_N = torch.empty_like(hidden_NH), grad_N.contiguous()
         for rows in _chunks(hidden_NH, weight_VH):
             logits = hidden_NH[rows] @ weight_VH.t()
             run("gradient_")(logits, labels_NS[rows], weights_S, saved_3N[:, rows].contiguous(), grad_N[rows], vocab_start, alt)
             torch.mm(logits, weight_VH, out=grad_NH[rows])
-            if wanted:
+            if accumulate:
                 accumulate(logits, hidden_NH[rows])
         return grad_NH, finish(), *[None] * 8
 
 
-def _weight_gradient(weight_VH, parameter, fuse_accumulation, wanted):
-    """-> whether it is wanted; accumulate(gradient of logits [n, V], hidden [n, H]); finish() -> what autograd gets."""
-    main_grad = getattr(parameter, "main_grad", None)
-    if not wanted:
-        return False, None, lambda: None
-    if main_grad is None or main_grad.dtype != torch.float32 or not hasattr(parameter, "grad_added_to_main_grad"):
+def _weight_gradient(weight_VH, fuse_accumulation):
+    """-> accumulate(gradient of logits [n, V], hidden [n, H]) and finish() -> what autograd gets."""
+    buffer = main_grad.buffer_of(weight_VH)
+    if buffer is None:
         sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
-        return True, lambda g, h: _add_product(sum_VH, g, h), lambda: sum_VH.to(weight_VH.dtype)
+        return lambda g, h: _add_product(sum_VH, g, h), lambda: sum_VH.to(weight_VH.dtype)
+    if fuse_accumulation and weight_VH.is_cuda and weight_VH.dtype != torch.float32:  # products summed in fp32, Megatron's own kernel
+        from fused_weight_gradient_mlp_cuda import wgrad_gemm_accum_fp32
 
-    def accumulate(grad_nV, hidden_nH):
-        if fuse_accumulation and grad_nV.is_cuda:  # bf16 products summed in fp32, Megatron's own kernel
-            import fused_weight_gradient_mlp_cuda
-
-            fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden_nH, grad_nV, main_grad)
-        else:
-            _add_product(main_grad, grad_nV, hidden_nH)
-
-    def finish():
-        # As Megatron's linear layers do: the hook of DistributedDataParallel must see a gradient and not add it, but for a
-        # weight that is tied to the embedding, whose own gradient comes along.
-        parameter.grad_added_to_main_grad = True
-        make = torch.zeros if getattr(parameter, "zero_out_wgrad", False) else torch.empty
-        return make(weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device)
-
-    return True, accumulate, finish
+        return lambda g, h: wgrad_gemm_accum_fp32(h, g, buffer), lambda: main_grad.added(weight_VH)
+    return lambda g, h: _add_product(buffer, g, h), lambda: main_grad.added(weight_VH)
 
 
 def _add_product(sum_VH, grad_nV, hidden_nH):

@@ -85,6 +85,24 @@ def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
     assert (lossy.double() - want)[0].norm() / want[0].norm() > 10 * frequent
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradient_goes_into_main_grad(patched, megatron, tied):
+    """Added in fp32 to what other micro-batches left there; a tied weight's dummy gradient is zeros, since the hook adds it."""
+    torch.manual_seed(0)
+    module = build(megatron, dtype=torch.bfloat16)
+    tokens, upstream = torch.randint(0, 64, (4, 8, 6)), torch.randn(4, 8, 32).bfloat16()
+    (want,) = torch.autograd.grad(module(tokens), module.weight, upstream)
+    before = torch.randn(module.weight.shape)
+    module.weight.main_grad, module.weight.grad_added_to_main_grad = before.clone(), False
+    module.weight.zero_out_wgrad = tied
+    (dummy,) = torch.autograd.grad(module(tokens), module.weight, upstream)
+    assert module.weight.grad_added_to_main_grad and (not tied or (dummy == 0).all())
+    assert torch.allclose(module.weight.main_grad - before, want.float(), rtol=2**-8, atol=1e-5)
+    table = module.weight.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(reference.superposed_embedding(table, tokens), table, upstream.double())
+    assert torch.allclose((module.weight.main_grad - before).double(), exact, atol=1e-5)  # no rounding to bf16 on the way
+
+
 def rank_compares_with_the_whole(scatter):
     """TP ranks: each rank's shard of table and gradient against one table; sequence-parallel output is this rank's positions."""
     import torch.distributed as dist
