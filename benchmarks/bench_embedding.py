@@ -55,7 +55,11 @@ def measure(options, short, bag_size) -> list[dict]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
     v, h, shape = options.vocab_size, options.hidden_size, (options.micro_batch_size, options.seq_length, bag_size)
-    ids = torch.multinomial(1 / torch.arange(1, v + 1).double(), shape[0] * shape[1] * bag_size, replacement=True).view(shape).to(device)
+    ids = (
+        torch.multinomial(1 / torch.arange(1, v + 1).double(), shape[0] * shape[1] * bag_size, replacement=True)
+        .view(shape)
+        .to(device)
+    )
     table = torch.randn(v, h, device=device).to(getattr(torch, DTYPES[short])).requires_grad_()
     upstream = (0.1 + torch.randn(*shape[:2], h, device=device)).to(table.dtype)
     exact = torch.zeros(v, h, dtype=torch.float64, device=device)

@@ -1,6 +1,6 @@
 """Output layer and loss, forward and backward: separate against --tst-fused-linear-loss, time for memory, in one process, interleaved.
 
-    python benchmarks/bench_linear_loss.py [-N 1024] [-V 32000] [-H 512] [-s 4] [--dtype fp32] [--json] [--csv FILE]
+python benchmarks/bench_linear_loss.py [-N 1024] [-V 32000] [-H 512] [-s 4] [--dtype fp32] [--json] [--csv FILE]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kernel of the extension once, on small shapes: for compute-sanitizer (CUDA) or AddressSanitizer (CPU), which make it slow.
 
-    compute-sanitizer python tools/sanitize.py                              on a GPU
-    tools/address_sanitizer.sh                                              on CPU
+compute-sanitizer python tools/sanitize.py                              on a GPU
+tools/address_sanitizer.sh                                              on CPU
 """
 
 from __future__ import annotations

@@ -40,7 +40,9 @@ def grad_of(function, logits, upstream):
 
 def check(logits, labels, upstream, weighting="power-law", loss="mce", **options):
     weights = target_weights(weighting, labels.shape[1])
-    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss, kernel="extension", **options), logits, upstream)
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss, kernel="extension", **options), logits, upstream
+    )
     exact = reference.target_weights(weighting, labels.shape[1])
     want, want_grad = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss), logits.double(), upstream)
     assert (got - want).abs().max() < 2e-5
@@ -111,7 +113,9 @@ def test_more_than_2_to_the_31_elements():
     leaf = logits.requires_grad_()
     loss = multi_hot_cross_entropy(leaf, labels, inplace_backward=True, kernel="extension")
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
-    want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels[-3:], kernel="extension"), tail, torch.ones(3, device="cuda"))
+    want, want_grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels[-3:], kernel="extension"), tail, torch.ones(3, device="cuda")
+    )
     assert torch.equal(loss.detach()[-3:], want) and torch.equal(grad[-3:], want_grad)
 
 
