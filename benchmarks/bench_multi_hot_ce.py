@@ -1,6 +1,6 @@
 """Multi-hot cross entropy, forward and backward to the logits' gradient: ours against its peers, in one process, interleaved.
 
-    python benchmarks/bench_multi_hot_ce.py [-N 64] [-V 128256] [-s 1 4 16] [--dtype bf16] [--tp 1] [--threads 1]
+    python benchmarks/bench_multi_hot_ce.py [-N 64] [-V 128256] [-s 1 4 16] [--dtype bf16] [--tp 1] [--threads 1 2]
                                             [--json] [--csv FILE] [--plot FILE]
 
 Time: medians over rounds in which every variant runs once. share_of_copy: bandwidth over the three passes that are needed (read,
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-s", "--bag-size", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
-    parser.add_argument("--threads", type=int, default=1, help="of each process, on CPU")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of each process, on CPU")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--variants", nargs="+", help="some of them alone, by name")
     parser.add_argument("--json", action="store_true", help="print a list of rows and nothing else on stdout")
@@ -75,7 +75,6 @@ def measure(rank: int, options) -> list[dict]:
     import torch.distributed as dist
 
     device = torch.device("cuda", rank) if has_gpu() else torch.device("cpu")
-    torch.set_num_threads(options.threads)
     from megatron_tst import compat
 
     compat.hide_broken_transformer_engine()
@@ -87,67 +86,71 @@ def measure(rank: int, options) -> list[dict]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=options.tp)
     rows = []
     for dtype in options.dtype:
-        for bag_size in options.bag_size:
-            rows += measure_shape(options, DTYPES[dtype], dtype, bag_size, device, parallel_state.get_tensor_model_parallel_group())
+        rows += measure_dtype(options, dtype, device, parallel_state.get_tensor_model_parallel_group())
     dist.destroy_process_group()
     return rows
 
 
-def measure_shape(options, dtype_name, short, bag_size, device, group) -> list[dict]:
+def measure_dtype(options, dtype, device, group) -> list[dict]:
+    """All bag sizes, numbers of threads and variants in the same rounds: a machine's slow minute meets them all."""
     import torch
     import torch.distributed as dist
 
     torch.manual_seed(0)
-    labels = torch.randint(0, options.vocab_size, (options.rows, bag_size), device=device)
-    source = (3 * torch.randn(options.rows, options.vocab_size // options.tp, device=device)).to(getattr(torch, dtype_name))
+    source = 3 * torch.randn(options.rows, options.vocab_size // options.tp, device=device)
+    source = source.to(getattr(torch, DTYPES[dtype]))
     leaf = source.clone().requires_grad_()
-    calls = {
-        name: functools.partial(forward_backward, loss, leaf, labels)
-        for name, loss in variants(group, bag_size).items()
-        if not options.variants or name in options.variants
-    }
-    calls["copy"] = lambda: source.clone()
+    calls = {}
+    for s in options.bag_size:
+        labels = torch.randint(0, options.vocab_size, (options.rows, s), device=device)
+        for name, loss in variants(group).items():
+            if not options.variants or name in options.variants:
+                calls[name, s] = functools.partial(forward_backward, loss, leaf, labels)
+        calls["copy", s] = source.clone
+    calls = {(*key, threads): call for key, call in calls.items() for threads in options.threads}
 
-    def fresh():  # in-place variants leave the gradient in the logits
+    def fresh(threads):
+        """In-place variants leave the gradient in the logits."""
+        torch.set_num_threads(threads)
         with torch.no_grad():
             leaf.copy_(source)
         if options.tp > 1:
             dist.barrier(group)
 
-    times = {name: [] for name in calls}
+    times = {key: [] for key in calls}
     extra = {}
-    for name, call in list(calls.items()):
-        fresh()
+    for key, call in list(calls.items()):
+        fresh(key[2])
         try:
             call()  # compiles
-            fresh()
-            extra[name] = peak_bytes(call)
+            fresh(key[2])
+            extra[key] = peak_bytes(call)
         except Exception as error:  # a peer that does not run here is named, not hidden
-            print(f"{name}: does not run here: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-            del calls[name]
+            print(f"{key}: does not run here: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            del calls[key]
     for _ in range(options.rounds):
-        for name, call in calls.items():
-            fresh()
+        for key, call in calls.items():
+            fresh(key[2])
             call()  # the allocator's state is then the variant's own, as it is in training
-            fresh()
-            times[name].append(seconds(call))
-    copy = statistics.median(times["copy"])
+            fresh(key[2])
+            times[key].append(seconds(call))
+    median = {key: statistics.median(times[key]) for key in calls}
     return [
         {
             "variant": name,
             "N": options.rows,
             "V": options.vocab_size,
-            "s": bag_size,
-            "dtype": short,
+            "s": s,
+            "dtype": dtype,
             "tp": options.tp,
-            "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-            "ms": round(1e3 * statistics.median(times[name]), 3),
-            "share_of_copy": round(1.5 * copy / statistics.median(times[name]), 3),
-            "extra_mb": round(extra[name] / 1e6, 1),
+            "threads": threads,
+            "ms": round(1e3 * median[name, s, threads], 3),
+            "share_of_copy": round(1.5 * median["copy", s, threads] / median[name, s, threads], 3),
+            "extra_mb": round(extra[name, s, threads] / 1e6, 1),
             "logits_mb": round(source.nbytes / 1e6, 1),
             **where(),
         }
-        for name in calls
+        for name, s, threads in calls
     ]
 
 
@@ -157,7 +160,7 @@ def forward_backward(loss, leaf, labels):
     return torch.autograd.grad(loss(leaf, labels).mean(), leaf)
 
 
-def variants(group, bag_size: int) -> dict:
+def variants(group) -> dict:
     """name -> loss(logits [N, V/tp], labels [N, s]) -> [N]. "single" takes the first label alone, "x s" is called once a label."""
     import torch
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -259,7 +262,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     first = rows[0]
     for name in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == name and row["dtype"] == first["dtype"]]
+        mine = [row for row in rows if row["variant"] == name and all(row[k] == first[k] for k in ("dtype", "threads"))]
         axes.plot([row["s"] for row in mine], [row["ms"] for row in mine], marker="o", label=name, lw=2.5 if "ours" in name else 1)
     axes.set(
         xscale="log", yscale="log", xlabel="bag size s", ylabel="forward + backward, ms",

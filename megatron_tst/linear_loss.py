@@ -18,8 +18,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, mappings
 from megatron_tst import extension, main_grad
 from megatron_tst.loss import KERNELS, of_all_ranks
 
-# Logits of one chunk: large enough for matrix products at full speed, small beside the model's activations.
-_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+# Logits of one chunk: small beside the model's activations, large enough for matrix products at full speed and few sums into [V, H].
+_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 
 @dataclass
@@ -141,5 +141,5 @@ def _add_product(sum_VH, grad_nV, hidden_nH):
 
 def _chunks(hidden_NH, weight_VH):
     row_bytes = weight_VH.shape[0] * hidden_NH.element_size()
-    size = max(1, _CHUNK_BYTES.get(hidden_NH.device.type, 8 << 20) // row_bytes)
+    size = max(1, _CHUNK_BYTES.get(hidden_NH.device.type, 32 << 20) // row_bytes)
     return (slice(i, i + size) for i in range(0, len(hidden_NH), size))
