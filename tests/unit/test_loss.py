@@ -87,6 +87,16 @@ def test_gradcheck_of_the_reference():
         )
 
 
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double:UserWarning")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck_of_the_op(loss):
+    """As far as fp32 goes: differences over 0.02 in a logit."""
+    logits, labels = draw((3,), 9, 4, few=4, scale=1.0)
+    weights = target_weights("power-law", 4)
+    op = lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss)  # noqa: E731
+    assert torch.autograd.gradcheck(op, logits.requires_grad_(), eps=1e-2, atol=2e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1 / 256), (torch.float16, 1 / 2048)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_half_precision_gradient_is_the_fp32_one_rounded_once(dtype, tolerance, loss):
@@ -96,6 +106,16 @@ def test_half_precision_gradient_is_the_fp32_one_rounded_once(dtype, tolerance, 
     got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, upstream)
     want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits.float(), upstream)
     assert torch.equal(got, want) and grad.dtype == dtype and torch.equal(grad, want_grad.to(dtype))
+
+
+@pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 8), (torch.float16, 11)])
+def test_ties_round_to_even(dtype, bits):
+    """Two equal logits: the column without the label gets upstream / 2, here halfway between two numbers of the dtype."""
+    upstream = 2 * (1 + torch.arange(1, 16, 2) * 2.0**-bits)
+    _, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, torch.zeros(8, 1, dtype=torch.int64)), torch.ones(8, 2).to(dtype), upstream
+    )
+    assert torch.equal(grad[:, 1], (upstream / 2).to(dtype)) and torch.equal(grad[:, 0], -(upstream / 2).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
