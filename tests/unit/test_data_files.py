@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import types
 
 import prepare_corpus
 import pytest
 
-from megatron_tst.config import TSTError
-from megatron_tst.data import check_data_files, check_output_folder
+from megatron_tst.config import TSTConfig, TSTError
+from megatron_tst.data import check_data_files, check_output_folder, two_phase_provider
+from megatron_tst.schedule import Schedule
 
 
 @pytest.fixture
@@ -97,3 +99,20 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
 
     assert re.search(message, captured.err) and captured.err.count("\n") == 1
     assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".prepare*"))
+
+
+def test_provider_is_asked_for_long_training_samples_and_stock_validation():
+    """Sizes and sequence length of the two calls; what they return is tested in the training loop."""
+    args = types.SimpleNamespace(seq_length=32, create_attention_mask_in_dataloader=True)
+    schedule = Schedule(4, 32, 4, 6, 40, 4)
+    asked = []
+
+    def provider(sizes, vp_stage=None):
+        asked.append((list(sizes), args.seq_length, args.create_attention_mask_in_dataloader, vp_stage))
+        return None, "valid", "test"
+
+    provider.is_distributed = True
+    wrapped = two_phase_provider(provider, args, schedule, TSTConfig(bag_size=4, iters=6))
+    assert wrapped.is_distributed and wrapped([40, 17, None], vp_stage=1) == (None, "valid", "test")
+    assert asked == [([schedule.long_samples, 1, None], schedule.long_sample_length, False, 1), ([1, 17, None], 32, True, 1)]
+    assert (args.seq_length, args.create_attention_mask_in_dataloader) == (32, True)
