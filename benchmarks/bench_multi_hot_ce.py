@@ -128,6 +128,7 @@ def measure_dtype(options, dtype, device, group) -> list[dict]:
         except Exception as error:  # a peer that does not run here is named, not hidden
             print(f"{key}: does not run here: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
             del calls[key]
+            torch.cuda.empty_cache()  # out of memory, most likely: s copies of the logits
     for _ in range(options.rounds):
         for key, call in calls.items():
             fresh(key[2])

@@ -13,6 +13,10 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=0
+$python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || {
+    echo "gpu_check: error: expected a torch that sees an NVIDIA GPU, got none ($python). Set PYTHON, or run it on a GPU machine." >&2
+    exit 2
+}
 
 step() { # NAME COMMAND...: run, keep its output, report
     local name=$1 start=$SECONDS code; shift
@@ -45,7 +49,7 @@ case " $steps " in *" tests "*)
     step test_extension $python -m pytest -p no:cacheprovider -q tests/unit/test_extension.py ;;
 esac
 case " $steps " in *" sanitizer "*)
-    for tool in memcheck racecheck initcheck; do
+    for tool in memcheck racecheck synccheck; do
         step sanitizer_$tool compute-sanitizer --tool $tool --error-exitcode 9 $python tools/sanitize.py
     done ;;
 esac

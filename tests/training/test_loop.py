@@ -118,6 +118,8 @@ def test_every_kernel_trains_the_same(zygote, corpus, whole, flags):
         assert float(run.losses[i]) == pytest.approx(float(loss), rel=2e-6), i
         assert float(run.grad_norms[i]) == pytest.approx(float(whole[0].grad_norms[i]), rel=2e-3), i
     assert ("GPTModel.forward" in run.log) == ("--tst-fused-linear-loss" in flags)
+    said = "torch" if "torch" in flags else extension.choose("auto", "cpu")
+    assert run.log.count(f"loss kernel: {said} (extension: ") == 1
 
 
 def test_skipped_iterations_reach_tensor_parallel_ranks(zygote, corpus, whole, tmp_path):

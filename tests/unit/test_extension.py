@@ -1,10 +1,15 @@
 """The extension's ops by themselves: registration, refusals, memory, threads. What they compute is tested in test_loss.py."""
 
+import importlib.abc
+import re
 import shutil
+import sys
+import types
 
 import pytest
 import torch
 
+import megatron_tst
 from megatron_tst import extension
 from megatron_tst.loss import multi_hot_cross_entropy, target_weights
 
@@ -159,3 +164,39 @@ def test_choice_of_the_kernel(monkeypatch):
         extension.choose("extension", "cuda")
     monkeypatch.setattr(extension, "load", lambda: extension.Extension(True, False, "CPU kernels, no CUDA kernels"))
     assert [extension.choose("auto", device) for device in ("cpu", "cuda")] == ["extension", "torch"]
+
+
+@pytest.mark.parametrize(
+    "module, said",
+    [
+        (None, "not built. `pip install --no-build-isolation`"),
+        (
+            types.SimpleNamespace(torch_version="1.0.0", cuda_architectures=""),
+            r"built with torch 1.0.0, this is torch .* Build it again",
+        ),
+        (
+            types.SimpleNamespace(torch_version=torch.__version__.split("+")[0], cuda_architectures=""),
+            "CPU kernels, no CUDA kernels",
+        ),
+    ],
+)
+def test_what_is_said_of_an_extension(monkeypatch, module, said):
+    monkeypatch.delattr(megatron_tst, "_C", raising=False)
+    monkeypatch.setitem(sys.modules, "megatron_tst._C", module)
+    if module is not None:
+        monkeypatch.setattr(megatron_tst, "_C", module, raising=False)
+    found = extension.load.__wrapped__()
+    assert re.search(said, found.description) and found.loaded == said.startswith("CPU kernels") and not found.cuda
+
+
+def test_an_extension_that_cannot_be_loaded_is_named(monkeypatch):
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == "megatron_tst._C":
+                raise ImportError("_C.so: undefined symbol: _ZN3c10")
+
+    monkeypatch.delattr(megatron_tst, "_C", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_tst._C", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    found = extension.load.__wrapped__()
+    assert not found.loaded and re.search("built but not loadable with torch .*undefined symbol.*Build it again", found.description)
