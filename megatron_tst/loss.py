@@ -77,7 +77,7 @@ def multi_hot_cross_entropy(
         rows_NV = rows_NV.contiguous()
     labels_NS = labels.reshape(-1, labels.shape[-1]).contiguous()
     if weights is None:
-        weights = torch.ones(labels.shape[-1])
+        weights = torch.ones(labels.shape[-1], device=logits.device)  # not copied there: that would wait for the GPU
     weights = weights.to(device=logits.device, dtype=torch.float32).contiguous()
     loss_N = _MultiHotCrossEntropy.apply(
         rows_NV, labels_NS, weights, tp_group if ranks > 1 else None, rank * columns, ranks * columns, loss == "mce-alt",
@@ -90,8 +90,10 @@ def _check(logits, labels, weights, loss):
     name = "multi_hot_cross_entropy"
     if loss not in LOSSES:
         raise ValueError(f"{name}: expected loss to be one of {LOSSES}, got {loss!r}.")
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16) or logits.dim() < 1:
-        raise ValueError(f"{name}: expected logits [..., V/tp] in fp32, bf16 or fp16, got {logits.dtype} {tuple(logits.shape)}.")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16) or logits.dim() < 1 or not logits.shape[-1]:
+        raise ValueError(
+            f"{name}: expected logits [..., V/tp >= 1] in fp32, bf16 or fp16, got {logits.dtype} {tuple(logits.shape)}."
+        )
     if labels.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64 labels, got {labels.dtype}.")
     if labels.dim() != logits.dim() or labels.shape[:-1] != logits.shape[:-1] or labels.shape[-1] < 1:

@@ -276,6 +276,8 @@ def test_strided_rows_and_leading_dimensions():
         (dict(labels=torch.full((4, 2), 10)), "expected labels in 0..9 or -100, got 10"),
         (dict(labels=torch.full((4, 2), -1)), "expected labels in 0..9 or -100, got -1"),
         (dict(logits=torch.zeros(4, 10, dtype=torch.float64)), "fp32, bf16 or fp16, got torch.float64"),
+        (dict(logits=torch.zeros(4, 0)), r"V/tp >= 1\] in fp32, bf16 or fp16, got torch.float32 \(4, 0\)"),
+        (dict(labels=torch.zeros(4, 2, dtype=torch.int64, device="meta")), "labels on the device of the logits, cpu, got meta"),
         (dict(weights=torch.ones(3)), r"expected weights \[2\]"),
         (dict(weights=torch.tensor([1.0, -1.0])), "weights >= 0"),
         (dict(weights=torch.zeros(2)), "one of them positive"),
