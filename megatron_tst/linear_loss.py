@@ -123,9 +123,8 @@ def _weight_gradient(weight_VH, fuse_accumulation):
     if buffer is None:
         sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
         return lambda g, h: _add_product(sum_VH, g, h), lambda: sum_VH.to(weight_VH.dtype)
-    if (
-        fuse_accumulation and weight_VH.is_cuda and weight_VH.dtype != torch.float32
-    ):  # products summed in fp32, Megatron's own kernel
+    if fuse_accumulation and weight_VH.is_cuda and weight_VH.dtype != torch.float32:
+        # products summed in fp32: Megatron's own kernel
         from fused_weight_gradient_mlp_cuda import wgrad_gemm_accum_fp32
 
         return lambda g, h: wgrad_gemm_accum_fp32(h, g, buffer), lambda: main_grad.added(weight_VH)

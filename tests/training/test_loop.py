@@ -111,7 +111,7 @@ def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
 def test_every_kernel_trains_the_same(zygote, corpus, whole, flags):
     """Both phases, gradients through DistributedDataParallel's buffers; nothing else depends on the kernel."""
     if "--tst-kernel-in-recovery" in flags and not extension.load().loaded:
-        pytest.skip(f"the extension is {extension.load().description}")
+        pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     run = zygote.train(*TINY, *TST, *data(corpus), *flags)
     assert run.ok, run.log[-3000:]
     for i, loss in whole[0].losses.items():

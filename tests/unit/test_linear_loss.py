@@ -38,7 +38,7 @@ def loss_and_grads(model, arguments):
 @pytest.mark.parametrize("loss", ["mce", "mce-alt"])
 def test_equals_the_separate_layer_and_loss(build, tied, s, loss, kernel):
     if kernel == "extension" and not extension.load().loaded:
-        pytest.skip(f"the extension is {extension.load().description}")
+        pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     model = build(tied=True, position="learned_absolute") if tied else build()
     torch.manual_seed(1)
     arguments = batch(torch.randint(0, V, (2, L * (s or 1) + 1)), s)

@@ -21,7 +21,7 @@ def kernel(request):
     """Every test of this file runs with both kernels."""
     global _kernel
     if request.param == "extension" and not extension.load().loaded:
-        pytest.skip(f"the extension is {extension.load().description}")
+        pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     _kernel = request.param
     return _kernel
 

@@ -159,7 +159,7 @@ def test_kernel_in_the_recovery_phase(megatron, kernel):
     from megatron_tst import TSTConfig, extension, patch
 
     if not extension.load().loaded:
-        pytest.skip(f"the extension is {extension.load().description}")
+        pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     model, arguments = gpt(), batch(raw_tokens(1), None)
     want, want_grads = loss_and_grads(model, arguments)
     patch.apply(TSTConfig(bag_size=S, iters=1, kernel=kernel, kernel_in_recovery=kernel == "extension"))
