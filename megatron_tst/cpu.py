@@ -84,6 +84,7 @@ def _devices(torch) -> None:
     # batches, rotary caches, embedding masks: x.cuda()
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
     torch.Tensor.pin_memory = lambda self, *a, **k: self
+    torch.Tensor.record_stream = lambda self, stream: None
     torch.cuda.device_count = lambda: 1  # initialize.py:270 skips model parallelism without a device
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda *a: None
@@ -120,6 +121,9 @@ def _streams(torch) -> None:
 
         def __exit__(self, *exc):
             return False
+
+        def record_event(self, event=None):
+            return event or Stream()
 
         def query(self):
             return True
