@@ -39,6 +39,10 @@ class Seam:
     def attribute(self) -> str:
         return self.name.split(".")[-1]
 
+    @property
+    def exists(self) -> bool:
+        return hasattr(importlib.import_module(self.module), self.attribute)
+
     def problem(self) -> str | None:
         """What is wrong with this seam in the installed Megatron, or None."""
         try:
@@ -57,7 +61,15 @@ LOSS = Seam(
     "LanguageModule.compute_language_model_loss",
     ("self", "labels", "logits"),
 )
-MODEL_SEAMS = (EMBEDDING, LOSS)
+# multi-token prediction: functions that Megatron's module of that name looks up in itself at every call
+_MTP = "megatron.core.transformer.multi_token_prediction"
+MTP_ROLL = Seam(_MTP, "roll_tensor", ("tensor", "shifts", "dims", "cp_group", "packed_seq_params"))
+MTP_ACCEPTANCE = Seam(  # from 0.19
+    _MTP,
+    "_compute_mtp_acceptance_counts",
+    ("mtp_logits", "mtp_labels", "loss_mask", "output_layer", "runtime_gather_output", "tp_group"),
+)
+MODEL_SEAMS = (EMBEDDING, LOSS, MTP_ROLL)  # in every supported version
 # for --tst-fused-linear-loss alone
 _FORWARD = ("self", "input_ids", "position_ids", "attention_mask", "decoder_input", "labels")
 GPT_FORWARD = Seam("megatron.core.models.gpt.gpt_model", "GPTModel.forward", _FORWARD)

@@ -6,8 +6,9 @@ Two class methods carry TST; which phase it is, only the shape of the batch says
     LanguageModule.compute_language_model_loss(labels, logits)   3-D labels -> multi-hot cross entropy   else stock
 
 So validation, inference, the recovery phase and other models in the process run stock code. (With --tst-kernel-in-recovery the
-extension takes one label a position too, in training alone. With --tst-fused-linear-loss a third patch, on the forward of GPTModel
-and HybridModel, hands the output layer's work to the loss in training: linear_loss.py.)
+extension takes one label a position too, in training alone. With --tst-fused-linear-loss one more patch, on the forward of GPTModel
+and HybridModel, hands the output layer's work to the loss in training: linear_loss.py. Multi-token prediction shifts 3-D tokens and
+labels by a bag: multi_token.py.)
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ _state = _State()
 
 
 def apply(config: TSTConfig | None = None) -> Status:
-    """Patch the two methods. Idempotent; may come before or after models are built, in any import order.
+    """Patch the two methods, and multi-token prediction's shift. Idempotent; may come before or after models are built, in any import order.
 
     Args:
         config: target weighting and loss of the superposed objective; None: uniform mce. The bag size is the batch's.
@@ -82,7 +83,10 @@ def apply(config: TSTConfig | None = None) -> Status:
     _state.config = config
     _state.weights.clear()
     fused = {compat.GPT_FORWARD: _model_forward, compat.HYBRID_FORWARD: _model_forward} if config.fused_linear_loss else {}
-    install({compat.EMBEDDING: _embedding, compat.LOSS: _loss} | fused)
+    mtp = {compat.MTP_ROLL: _roll_tensor}
+    if compat.MTP_ACCEPTANCE.exists:
+        mtp[compat.MTP_ACCEPTANCE] = _acceptance
+    install({compat.EMBEDDING: _embedding, compat.LOSS: _loss} | mtp | fused)
     return status()
 
 
@@ -141,12 +145,15 @@ def _embedding(stock):
         if input_.dim() != 3:
             return stock(self, input_)
         _state.embeddings += 1
+        if input_.shape[-1] == 1:  # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout
+            return stock(self, input_.squeeze(-1))
         return superposed_embedding(self, input_)
 
     return forward
 
 
 def _loss(stock):
+    from megatron_tst.bags import IGNORE
     from megatron_tst.linear_loss import DeferredLogits, loss_of_deferred
     from megatron_tst.loss import multi_hot_cross_entropy
 
@@ -154,6 +161,9 @@ def _loss(stock):
         config, deferred = _state.config, isinstance(logits, DeferredLogits)
         if labels.dim() == 3:
             _state.losses += 1
+            if labels.shape[-1] == 1 and config.kernel == "auto" and not deferred:  # as in the embedding
+                label = labels.squeeze(-1)
+                return stock(self, label.clamp_min(0), logits).masked_fill(label == IGNORE, 0.0)
             labels, loss, kernel = labels.transpose(0, 1), config.loss, config.kernel
         elif deferred or (config.kernel_in_recovery and torch.is_grad_enabled()):
             _state.recovery_losses += 1
@@ -172,6 +182,30 @@ def _loss(stock):
         return loss.transpose(0, 1).contiguous()
 
     return compute_language_model_loss
+
+
+def _roll_tensor(stock):
+    from megatron_tst.multi_token import roll_bags
+
+    def roll_tensor(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
+        if tensor is None or tensor.dim() != 3:
+            return stock(tensor, shifts, dims, cp_group, packed_seq_params)
+        return roll_bags(stock, tensor, shifts, cp_group, packed_seq_params)
+
+    return roll_tensor
+
+
+def _acceptance(stock):
+    from megatron.core.transformer.multi_token_prediction import _mtp_logits_are_vocab_sharded as sharded
+
+    from megatron_tst.multi_token import accepted_in_bags
+
+    def _compute_mtp_acceptance_counts(mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group=None):
+        if mtp_labels.dim() != 3:
+            return stock(mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group)
+        return accepted_in_bags(mtp_logits, mtp_labels, loss_mask, not sharded(output_layer, runtime_gather_output), tp_group)
+
+    return _compute_mtp_acceptance_counts
 
 
 def _weights(labels: torch.Tensor) -> torch.Tensor:

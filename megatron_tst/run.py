@@ -56,8 +56,8 @@ class Run:
 
     def _broadcast_bags(
         self, batch, *, tp_rank, broadcast_src_rank, broadcast_group, micro_batch_size, seq_length,
-        create_attention_mask_in_dataloader, pipeline_model_parallel_size=1, is_pipeline_first_stage=False,
-        is_pipeline_last_stage=False, **_,
+        create_attention_mask_in_dataloader, mtp_on_this_rank=False, pipeline_model_parallel_size=1,
+        is_pipeline_first_stage=False, is_pipeline_last_stage=False, **_,
     ):  # fmt: skip
         """Rank 0 of the tensor-parallel group holds the batch before; every rank holds what its pipeline stage needs after."""
         row, bag = (micro_batch_size, seq_length), (micro_batch_size, seq_length, self.config.bag_size)
@@ -70,13 +70,14 @@ class Run:
         }
         if create_attention_mask_in_dataloader:
             tensors["attention_mask"] = ((micro_batch_size, 1, seq_length, seq_length), torch.bool, "first last")
+        needs_all = pipeline_model_parallel_size == 1 or mtp_on_this_rank
         here = {"first": is_pipeline_first_stage, "last": is_pipeline_last_stage}
         received = dict.fromkeys(
             ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "cu_seqlens_padded", "max_seqlen",
              "local_cp_size", "hybrid_cp_group")
         )  # fmt: skip
         for name, (shape, dtype, stages) in tensors.items():
-            if pipeline_model_parallel_size > 1 and not any(here[stage] for stage in stages.split()):
+            if not needs_all and not any(here[stage] for stage in stages.split()):
                 continue
             if tp_rank == 0:
                 tensor = batch[name]

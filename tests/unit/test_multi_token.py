@@ -1,0 +1,134 @@
+"""Multi-token prediction over bags: the shift is one bag, the losses are those of the formulas, the guesses are looked up in the bag."""
+
+import pytest
+import torch
+from models import batch
+
+from megatron_tst import reference
+from megatron_tst.multi_token import accepted_in_bags
+
+V, L, S, B = 96, 8, 3, 2
+
+
+def mtp_model(depth):
+    """GPTModel with `depth` heads of multi-token prediction."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+    from models import config
+
+    MTPLossLoggingHelper.tracker.clear()  # the class's, with the depth of the first model
+    torch.manual_seed(0)
+    changes = config(mtp_num_layers=depth, mtp_loss_scaling_factor=0.3)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    return GPTModel(
+        config=changes, transformer_layer_spec=layer, vocab_size=V, max_sequence_length=64, position_embedding_type="rope",
+        mtp_block_spec=get_gpt_mtp_block_spec(changes, layer, use_transformer_engine=False),
+    )  # fmt: skip
+
+
+def test_tokens_and_labels_move_by_one_bag(patched):
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    bags = torch.arange(1, B * L * S + 1).view(B, L, S)
+    rolled, total = roll_tensor(bags, shifts=-1, dims=-1)
+    assert torch.equal(rolled[:, :-1], bags[:, 1:]) and not rolled[:, -1].any() and total == rolled.sum()
+    flat = bags.view(B, -1)
+    rolled, _ = roll_tensor(flat, shifts=-1, dims=-1)
+    assert torch.equal(rolled[:, :-1], flat[:, 1:]) and not rolled[:, -1].any()
+    assert roll_tensor(None) == (None, None)
+
+
+def rank_rolls():
+    """Context parallelism: what the ranks have after the roll are the parts of the rolled whole."""
+    import torch.distributed as dist
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    import megatron_tst
+
+    megatron_tst.apply()
+    from megatron.core.transformer.multi_token_prediction import roll_tensor
+
+    group = dist.group.WORLD
+    whole = torch.arange(1, B * 16 * S + 1).view(B, 16, S)
+
+    def part(tensor):
+        return get_batch_on_this_cp_rank({"tokens": tensor.clone()}, is_hybrid_cp=False, cp_group=group)["tokens"]
+
+    mine, rolled = part(whole), whole
+    for _ in range(3):
+        mine, _ = roll_tensor(mine, shifts=-1, dims=-1, cp_group=group)
+        rolled, _ = roll_tensor(rolled, shifts=-1, dims=-1)
+        assert torch.equal(mine, part(rolled))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_over_the_borders_of_context_parallel_ranks(zygote, ranks):
+    zygote.call("test_multi_token:rank_rolls", nproc=ranks)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_heads_are_trained_on_the_bags_after_the_next(patched, monkeypatch, depth):
+    """The loss of head k is the formula's for bags k further on; its gradient comes in with mtp_loss_scaling_factor / depth."""
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    model = mtp_model(depth)
+    arguments = batch(torch.randint(0, V, (B, L * S + 1)), S)
+    mask = torch.ones(B, L)
+    seen, losses = [], []
+    compute = type(model).compute_language_model_loss
+    monkeypatch.setattr(
+        type(model),
+        "compute_language_model_loss",
+        lambda self, labels, logits: (seen.append((labels, logits.detach().clone())), compute(self, labels, logits))[1],
+    )
+    scale = mtp.MTPLossAutoScaler.apply
+    monkeypatch.setattr(
+        mtp.MTPLossAutoScaler,
+        "apply",
+        staticmethod(lambda hidden, loss: (losses.append(loss.detach().clone()), scale(hidden, loss))[1]),
+    )
+    model(**arguments, loss_mask=mask)
+    labels = arguments["labels"]
+    assert len(losses) == depth
+    for k, (loss, (used, logits)) in enumerate(zip(losses, seen), start=1):
+        assert torch.equal(used[:, :-k], labels[:, k:]), k
+        want = reference.multi_hot_cross_entropy(logits.transpose(0, 1), used) * (torch.arange(L) < L - k)
+        factor = 0.3 / depth / (B * (L - k))
+        assert (loss - want * factor).abs().max() < 1e-6 and loss.abs().sum() > 0
+
+
+def test_every_weight_of_the_heads_learns(patched):
+    model = mtp_model(1)
+    model(**batch(torch.randint(0, V, (B, L * S + 1)), S), loss_mask=torch.ones(B, L)).sum().backward()
+    silent = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum()]
+    assert not silent and any(name.startswith("mtp.") for name, _ in model.named_parameters())
+
+
+def test_a_guess_is_right_if_it_is_in_the_bag():
+    logits = torch.zeros(L, B, V)
+    guess = torch.randint(0, V, (L, B))
+    logits.scatter_(-1, guess.unsqueeze(-1), 1.0)
+    labels = torch.full((B, L, S), -100)
+    labels[0, 1, 2] = guess[1, 0]
+    labels[0, 2] = guess[2, 0]  # three times the same token: one right guess
+    labels[1, 3, 0] = guess[3, 1]
+    labels[1, 4] = (guess[4, 1] + 1) % V
+    mask = torch.ones(B, L)
+    mask[1, 3] = 0  # right, but does not count
+    assert accepted_in_bags(logits, labels, mask, True, None) == (2.0, B * L - 1)
+
+
+def rank_counts_guesses():
+    import torch.distributed as dist
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(0)
+    logits, labels, mask = torch.randn(L, B, V), torch.randint(0, 8, (B, L, S)), torch.rand(B, L) < 0.7
+    logits[..., :8] += 3
+    want = accepted_in_bags(logits, labels, mask, True, dist.group.WORLD)
+    assert accepted_in_bags(logits.chunk(size, -1)[rank], labels, mask, False, dist.group.WORLD) == want and want[0] > 0
+
+
+def test_guesses_over_a_split_vocabulary(zygote):
+    zygote.call("test_multi_token:rank_counts_guesses", nproc=2)
