@@ -6,6 +6,7 @@ A refusal names the flag, what was expected, what was got and what to do, and co
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
     if not config.enabled:
         _warn("no iteration is superposed: the run is stock Megatron")
         return
+    check_sequence_length(config, args)
     for what, bad, expected, got, do in _conflicts(args):
         if bad:
             refuse(f"{what} with TST", expected, got, do)
@@ -183,14 +185,57 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
     low, high = ROBUST_BAG_SIZES
     if not low <= config.bag_size <= high:
         _warn(f"bag size {config.bag_size}: the paper found {low} to {high} robust, and up to {LARGEST_BAG_SIZE} at 10B parameters")
+    if getattr(args, "context_parallel_size", 1) > 1:
+        _warn_of_unequal_ranks(args)
     if not ROBUST_RATIOS[0] - 0.005 <= ratio <= ROBUST_RATIOS[1] + 0.005:
         _warn(f"step ratio {ratio:.3f}: the paper found {ROBUST_RATIOS[0]} to {ROBUST_RATIOS[1]} robust")
 
 
-# MuP scales logits between the output layer and the loss; the others take the output layer or its gradient elsewhere.
+def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
+    """Refuse a number of positions that the layout cannot cut into equal parts of whole bags; Megatron's arguments, validated or not.
+
+    Raises:
+        TSTError: with --seq-length and what it must be a multiple of.
+    """
+    length = getattr(args, "seq_length", None)
+    if not config.enabled or not length:
+        return
+    cp, tp = getattr(args, "context_parallel_size", 1), getattr(args, "tensor_model_parallel_size", 1)
+    tp = tp if getattr(args, "sequence_parallel", False) else 1
+    two = 2 * cp if cp > 1 else 1  # each context-parallel rank holds two chunks
+    multiple = math.lcm(two, cp * tp)
+    if length % multiple:
+        layout = [f"--context-parallel-size {cp}"] * (cp > 1) + [f"--tensor-model-parallel-size {tp} --sequence-parallel"] * (
+            tp > 1
+        )
+        refuse(
+            f"--seq-length with {' and '.join(layout)}",
+            f"a multiple of {multiple}",
+            length,
+            "It counts positions (bags or tokens), which are spread evenly over the ranks. Change it or the layout.",
+        )
+
+
+# MuP scales logits between the output layer and the loss, multi-token prediction counts right guesses from them; the others take
+# the output layer or its gradient elsewhere.
 _NOT_WITH_FUSED_LINEAR_LOSS = (
-    "use_mup", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp", "use_torch_fsdp2",
+    "use_mup", "mtp_num_layers", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp", "use_torch_fsdp2",
 )  # fmt: skip
+
+
+def _warn_of_unequal_ranks(args):
+    """Megatron averages each context-parallel rank's own positions and then the ranks: the same only where their numbers are."""
+    per_token = getattr(args, "calculate_per_token_loss", False)
+    if getattr(args, "eod_mask_loss", False) and not per_token:
+        _warn(
+            "--context-parallel-size with --eod-mask-loss: Megatron weighs a label by how many its rank has. "
+            "Add --calculate-per-token-loss to weigh all alike"
+        )
+    if getattr(args, "mtp_num_layers", None):
+        _warn(
+            "--context-parallel-size with --mtp-num-layers: Megatron averages the heads' losses over each rank's own positions, so that "
+            "the result hangs a little on the number of ranks, with and without TST"
+        )
 
 
 def _check_kernel(config):
@@ -224,7 +269,6 @@ def _conflicts(args):
     graph = of("cuda_graph_impl"), [str(getattr(x, "name", x)) for x in of("cuda_graph_scope") or []]
     fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
     fused_linear = bool(of("fuse_linear_cross_entropy")) or fusion == "linear"
-    yield "--mtp-num-layers", of("mtp_num_layers"), "none", of("mtp_num_layers"), "Its heads predict single tokens. Drop the flag."
     yield "--sft", of("sft"), "plain pre-training data", "packed sequences", "Use TST for pre-training alone."
     for name in ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"):
         yield f"--{name.replace('_', '-')}", of(name), "unset", "set", one_document

@@ -13,7 +13,16 @@ import sys
 import sysconfig
 
 from megatron_tst import compat, cpu, patch
-from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments, check_arguments, check_resume, record_in_arguments, refuse
+from megatron_tst.config import (
+    TSTConfig,
+    TSTError,
+    add_tst_arguments,
+    check_arguments,
+    check_resume,
+    check_sequence_length,
+    record_in_arguments,
+    refuse,
+)
 from megatron_tst.data import check_data_files, check_output_folder, two_phase_provider
 from megatron_tst.run import Run
 
@@ -55,6 +64,8 @@ def check(args) -> TSTConfig:
 
 def _validate_args(stock):
     def validate_args(args, *rest, **named):
+        with one_line_errors():
+            check_sequence_length(TSTConfig.from_args(args), args)  # Megatron's own assertion names no numbers
         result = stock(args, *rest, **named)
         with one_line_errors():
             check(args)

@@ -32,11 +32,23 @@ def refused(run, *parts):
         ([*TST, "--reset-position-ids"], ["--reset-position-ids with TST"]),
         ([*TST, "--reset-attention-mask"], ["--reset-attention-mask with TST"]),
         ([*TST, "--rampup-batch-size", "2", "2", "8"], ["--rampup-batch-size with TST"]),
-        ([*TST, "--mtp-num-layers", "1"], ["--mtp-num-layers with TST: expected none, got 1"]),
+        ([*TST, "--mtp-num-layers", "1", "--tst-fused-linear-loss"], ["--mtp-num-layers with --tst-fused-linear-loss"]),
     ],
 )  # fmt: skip
 def test_refusals_end_to_end(zygote, corpus, flags, parts):
     refused(zygote.train(*TINY, *data(corpus), *flags), *parts)
+
+
+@pytest.mark.parametrize(
+    "layout, length, multiple",
+    [
+        (["--context-parallel-size", "2"], 30, 4),
+        (["--tensor-model-parallel-size", "2", "--sequence-parallel"], 31, 2),
+    ],
+)
+def test_positions_that_the_layout_cannot_share_out(zygote, corpus, layout, length, multiple):
+    run = zygote.train(*TINY, *TST, *data(corpus), *layout, "--seq-length", str(length), nproc=2)
+    refused(run, "--seq-length with", layout[0], f"expected a multiple of {multiple}, got {length}")
 
 
 def test_every_rank_says_so_and_exits(zygote, corpus):

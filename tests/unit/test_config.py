@@ -55,7 +55,18 @@ def test_settings_out_of_range(settings, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(mtp_num_layers=2), "--mtp-num-layers with TST: expected none, got 2. Its heads predict single tokens. Drop"),
+        (
+            dict(seq_length=132, context_parallel_size=4),
+            "--seq-length with --context-parallel-size 4: expected a multiple of 8, got 132. It counts positions",
+        ),
+        (
+            dict(seq_length=126, tensor_model_parallel_size=4, sequence_parallel=True),
+            "--seq-length with --tensor-model-parallel-size 4 --sequence-parallel: expected a multiple of 4, got 126",
+        ),
+        (
+            dict(seq_length=24, context_parallel_size=2, tensor_model_parallel_size=8, sequence_parallel=True),
+            "--context-parallel-size 2 and --tensor-model-parallel-size 8 --sequence-parallel: expected a multiple of 16, got 24",
+        ),
         (dict(sft=True), "--sft with TST: expected plain pre-training data, got packed sequences"),
         (dict(reset_position_ids=True), "--reset-position-ids with TST: expected unset, got set. Bags would mix documents"),
         (dict(reset_attention_mask=True), "--reset-attention-mask with TST"),
@@ -95,6 +106,30 @@ def test_what_tst_does_not_work_with(changes, message):
     with pytest.raises(TSTError, match=message):
         check_arguments(FINE, arguments(**changes))
     check_arguments(TSTConfig(), arguments(**changes))  # without TST it is Megatron's business
+
+
+def test_layouts_that_divide_are_let_through():
+    for changes in (
+        dict(seq_length=136, context_parallel_size=4), dict(seq_length=127), dict(seq_length=126, tensor_model_parallel_size=4),
+        dict(seq_length=16, context_parallel_size=2, tensor_model_parallel_size=8, sequence_parallel=True), dict(mtp_num_layers=2),
+    ):  # fmt: skip
+        check_arguments(FINE, arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(eod_mask_loss=True), "weighs a label by how many its rank has. Add --calculate-per-token-loss"),
+        (dict(mtp_num_layers=1), "averages the heads' losses over each rank's own positions"),
+    ],
+)
+def test_averages_that_hang_on_context_parallelism_are_named(changes, message):
+    with pytest.warns(UserWarning, match=message):
+        check_arguments(FINE, arguments(context_parallel_size=2, **changes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_arguments(FINE, arguments(**changes))
+        check_arguments(FINE, arguments(context_parallel_size=2, calculate_per_token_loss=True, eod_mask_loss=True))
 
 
 def test_fusions_and_graphs_that_work_are_let_through():
