@@ -1,4 +1,4 @@
-"""Pre-train a GPT model with TST on megatron.training: a plain Megatron script but for the two lines marked (TST).
+"""Pre-train a GPTModel, or with --hybrid-layer-pattern a HybridModel, with TST: a plain Megatron script but for the two lines marked (TST).
 
 Needs nothing but the megatron-core 0.19 wheel. Users of a Megatron-LM checkout run its own pretrain_gpt.py through
 `python -m megatron_tst.launch` instead. MEGATRON_TST_CPU=1 trains on CPU (see cpu.py).
@@ -16,19 +16,28 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
+def stage_has_mtp(vp_stage):
+    """Whether multi-token prediction layers are in this pipeline stage, which then needs the tokens too."""
+    args = get_args()
+    layout = core_transformer_config_from_args(args).pipeline_model_parallel_layout if args.mtp_num_layers else None
+    return mtp_on_this_rank(layout, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
+
+
 def get_batch(data_iterator, vp_stage=None):
     """One micro-batch, as this rank needs it: KEYS in order, None for what its pipeline stage has no use for."""
     args = get_args()
-    if not is_first_or_last_pipeline_stage(vp_stage):
+    mtp = stage_has_mtp(vp_stage)
+    if not is_first_or_last_pipeline_stage(vp_stage) and not mtp:
         return [None] * len(KEYS)
     batch = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -45,7 +54,7 @@ def get_batch(data_iterator, vp_stage=None):
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=False,
+        mtp_on_this_rank=mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
@@ -62,10 +71,11 @@ def loss_func(loss_mask, output):
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
 
 
-def forward_step(data_iterator, model):
-    """One micro-batch through the model."""
+def forward_step(data_iterator, model, return_schedule_plan=False):
+    """One micro-batch through the model; with --overlap-moe-expert-parallel-comm the model's pieces, for the schedule to call."""
     tokens, labels, loss_mask, position_ids, attention_mask = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
+    call = model.build_schedule_plan if return_schedule_plan else model
+    output = call(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask)
     return output, partial(loss_func, loss_mask)
 
 
@@ -91,7 +101,8 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
     )
 
     def built_here():
-        return is_first_or_last_pipeline_stage(vp_stage) and mpu.get_tensor_model_parallel_rank() == 0
+        here = is_first_or_last_pipeline_stage(vp_stage) or stage_has_mtp(vp_stage)
+        return here and mpu.get_tensor_model_parallel_rank() == 0
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, train_val_test_num_samples, built_here, config).build()
@@ -99,7 +110,14 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
 
 datasets_provider.is_distributed = True
 
-if __name__ == "__main__":
+
+def main():
+    """Read the command line and train."""
     args = parse_and_validate_args()
-    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
+    model = hybrid_config_from_args(args) if args.hybrid_layer_pattern else gpt_config_from_args(args)
+    config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+
+
+if __name__ == "__main__":
+    main()
