@@ -1,6 +1,7 @@
 # make demo   set up, then train a small GPT with and without TST on CPU and draw both
 # make test   set up, then run the tests
 # make bench  set up, then measure the superposition step against the ordinary one
+# make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
 # make style  ruff
 # setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
 # Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes), SEED=1
@@ -11,7 +12,7 @@ MOE ?= 0
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test bench style clean
+.PHONY: setup demo test bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +32,10 @@ test: setup
 
 bench: setup
 	$(RUN) benchmarks/bench_step.py
+
+matrix: setup
+	$(RUN) -m pytest tests/distributed --parallel-report docs/parallelism.json
+	$(RUN) tools/parallel_matrix.py --write docs/parallelism.md
 
 style: setup
 	$(RUN) -m ruff check .

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "unit"), str(ROOT / "tools"), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", "tools", "examples")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -23,6 +23,16 @@ import pytest
 from runner import Zygote
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("distributed", "tests/distributed (its README.md)")
+    group.addoption("--backend", default="nccl" if HAS_GPU else "gloo", help="gloo or nccl; gloo lets several ranks share a GPU")
+    group.addoption("--nodes", type=int, default=1, help="the same command runs on so many nodes at once")
+    group.addoption("--node", type=int, default=0, help="which of them this is, from 0")
+    group.addoption("--master", default="localhost", help="address of node 0")
+    group.addoption("--shared-folder", help="a new folder that all nodes see; needed with --nodes")
+    group.addoption("--parallel-report", help="write what the layouts differed by to this file (tools/parallel_matrix.py)")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -57,9 +67,10 @@ def patched(megatron):
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory):
+def zygote(tmp_path_factory, pytestconfig):
     """Starts training runs and multi-rank functions in processes that need not import torch and Megatron again."""
-    with Zygote(tmp_path_factory.mktemp("zygote")) as running:
+    where = (pytestconfig.getoption(name) for name in ("nodes", "node", "master"))
+    with Zygote(tmp_path_factory.mktemp("zygote"), *where) as running:
         yield running
 
 

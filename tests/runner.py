@@ -82,13 +82,19 @@ class Run:
 
 
 class Zygote:
-    """Context manager around tests/zygote.py."""
+    """Context manager around tests/zygote.py.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: for logs.
+        nodes, node, master: the same tests run on several nodes at once, each starting its share of every run's processes.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 1, node: int = 0, master: str = "localhost"):
         self.folder, self.count = folder, 0
+        self.nodes, self.node, self.master = nodes, node, master
 
     def __enter__(self) -> Zygote:
-        path = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "unit"), str(ROOT)])
+        path = os.pathsep.join(str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", ""))
         environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
         self.errors = open(self.folder / "zygote.log", "w")
         self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -117,7 +123,12 @@ class Zygote:
     def _run(self, seconds: int = 300, env: dict | None = None, **job) -> Run:
         self.count += 1
         log = self.folder / f"job{self.count}.log"
-        job.update(log=str(log), port=_free_port(), env=env or {}, seconds=seconds)
+        alone = self.nodes == 1 or job["nproc"] == 1
+        share = job["nproc"] if alone else job["nproc"] // self.nodes
+        job.update(
+            log=str(log), env=env or {}, seconds=seconds, ranks=[0 if alone else self.node * share, share],
+            master="localhost" if alone else self.master, port=_free_port() if alone else 29600 + self.count % 2000,
+        )  # fmt: skip
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()

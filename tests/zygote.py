@@ -1,10 +1,12 @@
 """A process that imports torch and Megatron once and then forks: one JSON job a line on stdin, one JSON answer a line on stdout.
 
-A job: {"nproc": 2, "port": 1234, "log": PATH, "env": {...}, "seconds": 300} and one of
+A job: {"nproc": 2, "ranks": [first, number], "master": HOST, "port": 1234, "log": PATH, "env": {...}, "seconds": 300} and one of
     "script": [PATH, ARGS...]   run as __main__, as torchrun would
     "module": [NAME, ARGS...]   python -m NAME ARGS
     "call":   ["module:function", ARGS...]   called in each rank with a gloo process group
-The answer: {"codes": [exit code of each rank]}. Ranks that outlive a failed one by 5 s, or the job's seconds, are killed (-9).
+The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a failed one by 5 s, or the job's seconds, are killed (-9).
+
+A process that has touched CUDA cannot be forked, so on a GPU each rank is a fresh process: zygote.py JOB RANK.
 """
 
 import importlib
@@ -17,13 +19,22 @@ import time
 import traceback
 
 
-def main() -> None:
+def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    prepare()
+    for line in sys.stdin:
+        answers.write(json.dumps({"codes": run(json.loads(line))}) + "\n")
+        answers.flush()
+
+
+def prepare() -> None:
     from megatron_tst import compat, cpu
 
     cpu.enable_if_asked()
     compat.hide_broken_transformer_engine()
+    if not cpu.asked_for():
+        return
     # what a run would import, apart from the script itself
     import megatron.core.models.gpt
     import megatron.core.models.hybrid.hybrid_model
@@ -31,16 +42,15 @@ def main() -> None:
 
     import megatron_tst.training  # noqa: F401
 
-    for line in sys.stdin:
-        answers.write(json.dumps({"codes": run(json.loads(line))}) + "\n")
-        answers.flush()
-
 
 def run(job: dict) -> list[int]:
     alive, codes = {}, {}
-    for rank in range(job["nproc"]):
+    first, number = job["ranks"]
+    for rank in range(first, first + number):
         pid = os.fork()
         if pid == 0:
+            if os.environ.get("MEGATRON_TST_CPU") != "1":
+                os.execv(sys.executable, [sys.executable, __file__, json.dumps(job), str(rank)])
             child(job, rank)
         alive[pid] = rank
     deadline = time.time() + job["seconds"]
@@ -57,7 +67,7 @@ def run(job: dict) -> list[int]:
             deadline = float("inf")
         else:
             time.sleep(0.02)
-    return [codes[rank] for rank in range(job["nproc"])]
+    return [codes[rank] for rank in range(first, first + number)]
 
 
 def child(job: dict, rank: int) -> None:
@@ -66,8 +76,8 @@ def child(job: dict, rank: int) -> None:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ.update(job["env"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["nproc"]),
-                          MASTER_ADDR="localhost", MASTER_PORT=str(job["port"]))  # fmt: skip
+        os.environ.update(job["env"], RANK=str(rank), LOCAL_RANK=str(local_rank(rank - job["ranks"][0])), WORLD_SIZE=str(job["nproc"]),
+                          MASTER_ADDR=job["master"], MASTER_PORT=str(job["port"]))  # fmt: skip
         code = start(job, rank) or 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -77,6 +87,13 @@ def child(job: dict, rank: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def local_rank(place: int) -> int:
+    """Several ranks share a GPU where there are more of them (over gloo: NCCL refuses)."""
+    import torch
+
+    return place if os.environ.get("MEGATRON_TST_CPU") == "1" else place % max(1, torch.cuda.device_count())
 
 
 def start(job: dict, rank: int) -> None:
@@ -98,4 +115,7 @@ def start(job: dict, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3:
+        prepare()
+        child(json.loads(sys.argv[1]), int(sys.argv[2]))
+    serve()

@@ -3,10 +3,19 @@
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
 
 _gpt = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
+_norm = _gpt.input_layernorm
+_moe = get_gpt_layer_local_spec(num_experts=2, normalization="RMSNorm").submodules  # the number is the configuration's
 
 hybrid_stack_spec = ModuleSpec(
     module=HybridStack,
@@ -27,6 +36,23 @@ hybrid_stack_spec = ModuleSpec(
                 mlp=_gpt.mlp,
                 mlp_bda=_gpt.mlp_bda,
                 sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+            ),
+        ),
+        moe_layer=ModuleSpec(
+            module=MoETransformerLayer,
+            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=_moe.pre_mlp_layernorm, mlp=_moe.mlp, mlp_bda=_moe.mlp_bda),
+        ),
+        mtp_block_spec=ModuleSpec(
+            module=MultiTokenPredictionBlock,
+            submodules=MultiTokenPredictionBlockSubmodules(
+                layer_specs=[
+                    ModuleSpec(
+                        module=MultiTokenPredictionLayer,
+                        submodules=MultiTokenPredictionLayerSubmodules(
+                            enorm=_norm, hnorm=_norm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=_norm
+                        ),
+                    )
+                ]
             ),
         ),
     ),

@@ -1,0 +1,40 @@
+"""Context-parallel attention without Transformer Engine, for the tests: Megatron's own is Transformer Engine's alone.
+
+Causal self-attention, unpacked, no window. Rank r of n holds chunks r and 2n-1-r of the sequence (get_batch_on_this_cp_rank).
+"""
+
+import copy
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+
+def install():
+    """Let DotProductAttention take context parallelism, in this process."""
+    build, attend = DotProductAttention.__init__, DotProductAttention.forward
+
+    def __init__(self, config, *rest, **named):
+        alone = copy.copy(config)
+        alone.context_parallel_size = 1  # asked by an assertion alone
+        build(self, alone, *rest, **named)
+        self.config, self.cp_group = config, self.pg_collection.cp
+
+    def forward(self, query, key, value, attention_mask, *rest, **named):
+        ranks, rank = self.cp_group.size(), self.cp_group.rank()
+        if ranks == 1:
+            return attend(self, query, key, value, attention_mask, *rest, **named)
+        length = len(query)
+        chunks = [chunk for r in range(ranks) for chunk in (r, 2 * ranks - 1 - r)]
+        positions = torch.arange(ranks * length, device=query.device).view(2 * ranks, -1)  # of the chunks in sequence order
+
+        def whole(tensor):
+            # before: this rank's two chunks; after: all of them, in sequence order. Backward: reduce-scatter
+            gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.cp_group)
+            return gathered.index_select(0, positions[torch.tensor(chunks).argsort()].flatten())
+
+        own = positions[[rank, 2 * ranks - 1 - rank]].flatten()
+        hidden = positions.flatten() > own.unsqueeze(-1)  # [own, all]: a key after its query
+        return attend(self, query, whole(key), whole(value), hidden[None, None], *rest, **named)
+
+    DotProductAttention.__init__, DotProductAttention.forward = __init__, forward

@@ -1,0 +1,60 @@
+"""Every layout trains as one process does: losses, gradient norms, validation losses and final weights, through both phases."""
+
+from dataclasses import astuple, replace
+
+import pytest
+from harness import TOLERANCE, Difference, difference
+from layouts import BAGS_OF_ONE, CASES, SUPERPOSED, Layout
+
+from megatron_tst.run import EXCESS_KEY
+
+
+def ids(cases):
+    return [case.id for case in cases]
+
+
+def within(found: Difference, allowed: Difference) -> bool:
+    return all(a <= b for a, b in zip(astuple(found), astuple(allowed)))
+
+
+def needs(layout, trainer):
+    """Skip what the machines here cannot hold."""
+    nodes = trainer.zygote.nodes
+    if layout.world % nodes:
+        pytest.skip(f"NOT RUN: {layout.world} processes cannot be spread over {nodes} nodes")
+    if trainer.backend == "nccl":
+        import torch
+
+        if layout.world // nodes > torch.cuda.device_count():
+            pytest.skip(
+                f"NOT RUN: needs {layout.world // nodes} GPUs a node, {torch.cuda.device_count()} are here (--backend gloo shares them)"
+            )
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+def test_equals_one_process(trainer, report, case):
+    layout = Layout(case.layout)
+    needs(layout, trainer)
+    want, got = trainer.reference(case), trainer.train(case, layout)
+    found = difference(got, want)
+    passed = within(found, TOLERANCE[case.precision])
+    report("equals one process", case, found, "passed" if passed else "failed")
+    assert passed, (found, TOLERANCE[case.precision])
+    assert bool(got.weights) == ("fsdp" not in case.layout)  # there the validation loss after the last step stands for them
+    assert (got.schedule_plans > 0) == ("ep-overlap" in case.layout)
+    # the phases are what they claim to be: a superposed and an ordinary loss start apart by far more than the tolerance
+    assert case.s == 1 or got.losses[0] != got.losses[3]
+
+
+@pytest.mark.parametrize("case", BAGS_OF_ONE, ids=ids(BAGS_OF_ONE))
+def test_bag_of_one_is_stock_megatron(trainer, report, case):
+    """Bag size 1 through the superposed code, against a run without TST in the same layout: bit for bit."""
+    layout = Layout(case.layout)
+    needs(layout, trainer)
+    got, stock = trainer.train(case, layout), trainer.train(replace(case, s=0), layout)
+    for losses in got.losses[:SUPERPOSED]:
+        assert losses.pop(EXCESS_KEY) == losses["lm loss"]  # one label has no entropy
+    found = difference(got, stock)
+    passed = found == Difference(0, 0, 0, 0, 0, 0)
+    report("s = 1 is stock Megatron", case, found, "passed" if passed else "failed")
+    assert passed, found

@@ -1,0 +1,45 @@
+"""A real multi-node run on one machine: torchrun on two nodes, a worker killed in the superposition phase, the restart over the boundary."""
+
+import pytest
+import torch
+from harness import SCRIPT, SUPERPOSED
+from layouts import ITERATIONS, Case, Layout
+from two_nodes import start, two_nodes
+
+
+@pytest.fixture
+def nodes():
+    try:
+        with two_nodes() as names:
+            yield names
+    except OSError as error:
+        pytest.skip(f"NOT RUN: network namespaces cannot be made here: {error}")
+
+
+@pytest.mark.namespaces
+def test_killed_worker_and_restart_over_the_boundary(trainer, nodes, tmp_path):
+    case, layout = Case("tp2 pp2", s=3), Layout("tp2 pp2")
+    want = trainer.reference(case)
+
+    results, checkpoints = tmp_path / "results", tmp_path / "ck"
+    results.mkdir()
+    flags = [*trainer.flags(case, layout), "--save", checkpoints, "--save-interval", "1", "--load", checkpoints]
+    flags += ["--pretrained-checkpoint", trainer.start(case.model)]  # until there is one in --load
+    command = list(map(str, ["--nproc-per-node", 2, SCRIPT, results, *flags]))
+    kill = SUPERPOSED - 1
+    logs = [open(tmp_path / f"node{i}.log", "w+") for i in (0, 1)]
+    runs = [start(node, nodes[node], command, logs[node], {"KILL": f"3@{kill}"}) for node in (0, 1)]
+    codes = [run.wait(timeout=400) for run in runs]
+    texts = [open(log.name).read() for log in logs]
+    assert codes == [0, 0], (codes, texts[0][-2000:], texts[1][-2000:])
+    assert f"killed after iteration {kill}" in texts[1] and f"successfully loaded checkpoint from {checkpoints}" in "".join(texts)
+
+    ranks = [torch.load(results / f"rank{rank}.pt", weights_only=True) for rank in range(4)]
+    steps = ranks[3]["steps"]  # of the restarted run alone, the first of them still superposed
+    first = ITERATIONS - len(steps)
+    assert 0 < first <= kill and first < SUPERPOSED
+    for i, (losses, norm) in enumerate(steps, start=first):
+        assert losses["lm loss"] == pytest.approx(want.losses[i]["lm loss"], rel=1e-6), i
+        assert norm == pytest.approx(want.norms[i], rel=1e-5), i
+    boundary = f"[tst] boundary after iteration {SUPERPOSED}"
+    assert "".join(texts).count(boundary) == 1
