@@ -16,7 +16,7 @@ def clean(megatron):
     patch.remove()
 
 
-SEAMS = (*compat.MODEL_SEAMS, compat.MTP_ACCEPTANCE)
+SEAMS = (*compat.MODEL_SEAMS, *[compat.MTP_ACCEPTANCE] * compat.MTP_ACCEPTANCE.exists)
 
 
 def stock_functions():

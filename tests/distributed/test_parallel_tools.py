@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import parallel_matrix
 import pytest
-from conftest import ROOT
 from layouts import BAGS_OF_ONE, CASES
 
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
 
