@@ -90,7 +90,7 @@ class Zygote:
     """
 
     def __init__(self, folder: Path, nodes: int = 1, node: int = 0, master: str = "localhost"):
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self.spread = folder, 0, 0  # runs, and those of them over all nodes
         self.nodes, self.node, self.master = nodes, node, master
 
     def __enter__(self) -> Zygote:
@@ -124,10 +124,11 @@ class Zygote:
         self.count += 1
         log = self.folder / f"job{self.count}.log"
         alone = self.nodes == 1 or job["nproc"] == 1
+        self.spread += not alone
         share = job["nproc"] if alone else job["nproc"] // self.nodes
         job.update(
             log=str(log), env=env or {}, seconds=seconds, ranks=[0 if alone else self.node * share, share],
-            master="localhost" if alone else self.master, port=_free_port() if alone else 29600 + self.count % 2000,
+            master="localhost" if alone else self.master, port=_free_port() if alone else 29600 + self.spread % 2000,
         )  # fmt: skip
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()

@@ -1,5 +1,10 @@
 """A real multi-node run on one machine: torchrun on two nodes, a worker killed in the superposition phase, the restart over the boundary."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from harness import SCRIPT, SUPERPOSED
@@ -43,3 +48,24 @@ def test_killed_worker_and_restart_over_the_boundary(trainer, nodes, tmp_path):
         assert norm == pytest.approx(want.norms[i], rel=1e-5), i
     boundary = f"[tst] boundary after iteration {SUPERPOSED}"
     assert "".join(texts).count(boundary) == 1
+
+
+def test_these_tests_over_several_nodes(tmp_path):
+    """The command of README.md, here in two shells of one machine: either runs half of each layout's ranks."""
+    case = Path(__file__).parent / "test_layouts.py"
+    options = [
+        "--nodes",
+        "2",
+        "--shared-folder",
+        tmp_path / "shared",
+        "--parallel-report",
+        tmp_path / "report.json",
+        "-k",
+        "cp2 and tied",
+    ]
+    command = [sys.executable, "-m", "pytest", case, "-q", "-p", "no:cacheprovider", "--backend", "gloo", *options]
+    runs = [subprocess.Popen([*map(str, command), "--node", str(node)], stdout=subprocess.PIPE, text=True) for node in (0, 1)]
+    texts = [run.communicate(timeout=200)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0] and all("1 passed" in text for text in texts), texts
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["about"]["nodes"] == 2 and [row["status"] for row in report["cases"]] == ["passed"]
