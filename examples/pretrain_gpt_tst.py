@@ -117,6 +117,8 @@ def main():
     model = hybrid_config_from_args(args) if args.hybrid_layer_pattern else gpt_config_from_args(args)
     config = pretrain_cfg_container_from_args(args, model)
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # gloo's threads can abort a process that ends without it, after all is saved
 
 
 if __name__ == "__main__":
