@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import batch
 
-from megatron_tst import reference
+from megatron_tst import compat, reference
 from megatron_tst.multi_token import accepted_in_bags
 
 V, L, S, B = 96, 8, 3, 2
@@ -36,7 +36,6 @@ def test_tokens_and_labels_move_by_one_bag(patched):
     flat = bags.view(B, -1)
     rolled, _ = roll_tensor(flat, shifts=-1, dims=-1)
     assert torch.equal(rolled[:, :-1], flat[:, 1:]) and not rolled[:, -1].any()
-    assert roll_tensor(None) == (None, None)
 
 
 def rank_rolls():
@@ -105,6 +104,10 @@ def test_every_weight_of_the_heads_learns(patched):
     assert not silent and any(name.startswith("mtp.") for name, _ in model.named_parameters())
 
 
+counts_guesses = pytest.mark.skipif(not compat.MTP_ACCEPTANCE.exists, reason="NOT RUN: Megatron counts right guesses from 0.19 on")
+
+
+@counts_guesses
 def test_a_guess_is_right_if_it_is_in_the_bag():
     logits = torch.zeros(L, B, V)
     guess = torch.randint(0, V, (L, B))
@@ -130,5 +133,6 @@ def rank_counts_guesses():
     assert accepted_in_bags(logits.chunk(size, -1)[rank], labels, mask, False, dist.group.WORLD) == want and want[0] > 0
 
 
+@counts_guesses
 def test_guesses_over_a_split_vocabulary(zygote):
     zygote.call("test_multi_token:rank_counts_guesses", nproc=2)
