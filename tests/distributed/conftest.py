@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import Trainer
+from layouts import NOT_VERIFIED, REFUSED
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +53,15 @@ def trainer(zygote, folder, short_documents, pytestconfig):
 
 @pytest.fixture(scope="session")
 def report(pytestconfig):
-    """Notes one comparison: report(test, case, difference, status). Written as JSON at the end with --parallel-report FILE."""
+    """Notes one comparison: report(name of the test, case, difference, status). Written as JSON at the end with --parallel-report FILE."""
     import torch
     from megatron.core import __version__ as megatron
 
     rows = []
 
     def note(test, case, found, status):
-        rows.append({"test": test, "id": case.id, **asdict(case), "status": status, "difference": asdict(found)})
+        node = f"tests/distributed/test_layouts.py::{test}[{case.id}]"
+        rows.append({"test": node, "id": case.id, **asdict(case), "status": status, "difference": asdict(found)})
 
     yield note
     path = pytestconfig.getoption("parallel_report")
@@ -69,4 +71,5 @@ def report(pytestconfig):
             "date": time.strftime("%Y-%m-%d"), "device": device, "backend": pytestconfig.getoption("backend"),
             "nodes": pytestconfig.getoption("nodes"), "torch": torch.__version__, "megatron-core": megatron,
         }  # fmt: skip
-        Path(path).write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n")
+        found = {"about": about, "cases": rows, "refused": REFUSED, "not verified": NOT_VERIFIED}
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")

@@ -163,3 +163,26 @@ BAGS_OF_ONE = [
     Case("tp2", s=1), Case("tp4 sp", s=1), Case("cp2", "mtp", s=1), Case("pp2", "tied", s=1), Case("dp2 zero overlap", s=1),
     Case("tp2 sp ep2 etp2", "moe", s=1), Case("tp2 sp", precision="bf16", s=1), Case("pp2", "hybrid", s=1),
 ]  # fmt: skip
+
+# (layout, precision, the test that shows the refusal)
+REFUSED = [
+    ("positions that the layout cannot cut evenly", "any", "tests/unit/test_config.py::test_what_tst_does_not_work_with"),
+    ("--hybrid-context-parallel", "any", "tests/unit/test_config.py::test_what_tst_does_not_work_with"),
+    ("--gtp-weight-remat-size above 1", "any", "tests/unit/test_config.py::test_what_tst_does_not_work_with"),
+    (
+        "--tst-fused-linear-loss with fsdp, ep-overlap, --use-torch-fsdp2, --mtp-num-layers, --use-mup or --defer-embedding-wgrad-compute",
+        "any",
+        "tests/unit/test_config.py::test_what_the_fused_linear_loss_does_not_work_with",
+    ),
+    ("tp with a script whose batches cannot be reached", "any", "tests/training/test_launch.py"),
+]
+
+# (layout, precision, why)
+NOT_VERIFIED = [
+    ("every layout over NCCL", "any", "no GPU yet; examples/slurm/nccl_tests.sbatch"),
+    ("every layout", "fp8", "needs Transformer Engine and a GPU"),
+    ("cp with Transformer Engine's attention", "any", "the tests bring an attention of their own, cp_attention.py"),
+    ("--use-torch-fsdp2; fsdp with more than data parallelism", "any", "not tried"),
+    ("ep with --moe-token-dispatcher-type flex (DeepEP, HybridEP)", "any", "needs a GPU"),
+    ("more than 8 processes, a real cluster", "any", "two nodes were two network namespaces of one machine"),
+]

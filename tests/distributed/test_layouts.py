@@ -38,7 +38,7 @@ def test_equals_one_process(trainer, report, case):
     want, got = trainer.reference(case), trainer.train(case, layout)
     found = difference(got, want)
     passed = within(found, TOLERANCE[case.precision])
-    report("equals one process", case, found, "passed" if passed else "failed")
+    report("test_equals_one_process", case, found, "passed" if passed else "failed")
     assert passed, (found, TOLERANCE[case.precision])
     assert bool(got.weights) == ("fsdp" not in case.layout)  # there the validation loss after the last step stands for them
     assert (got.schedule_plans > 0) == ("ep-overlap" in case.layout)
@@ -56,5 +56,5 @@ def test_bag_of_one_is_stock_megatron(trainer, report, case):
         assert losses.pop(EXCESS_KEY) == losses["lm loss"]  # one label has no entropy
     found = difference(got, stock)
     passed = found == Difference(0, 0, 0, 0, 0, 0)
-    report("s = 1 is stock Megatron", case, found, "passed" if passed else "failed")
+    report("test_bag_of_one_is_stock_megatron", case, found, "passed" if passed else "failed")
     assert passed, found

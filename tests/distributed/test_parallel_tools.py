@@ -6,7 +6,7 @@ from pathlib import Path
 
 import parallel_matrix
 import pytest
-from layouts import BAGS_OF_ONE, CASES
+from layouts import BAGS_OF_ONE, CASES, NOT_VERIFIED, REFUSED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -27,9 +27,19 @@ def test_the_page_is_not_stale(report):
 def test_one_row_a_case_and_phase(report, capsys):
     assert parallel_matrix.main(["--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(rows) == 2 * len(report["cases"]) and {row["phase"] for row in rows} == {"superposition", "recovery"}
+    assert len(rows) == 2 * sum(len(report[part]) for part in ("cases", "refused", "not verified")) and {
+        row["phase"] for row in rows
+    } == {"superposition", "recovery"}
     assert {"layout", "phase", "precision", "status", "difference"} <= set(rows[0])
+    assert {row["status"] for row in rows} == {"passed", "refused", "not verified"}
     assert max(row["difference"] for row in rows if row["precision"] == "fp32") < 1e-6
+
+
+def test_what_is_said_to_be_refused_has_its_test(report):
+    assert report["refused"] == [list(row) for row in REFUSED] and report["not verified"] == [list(row) for row in NOT_VERIFIED]
+    for _, _, test in REFUSED:
+        path, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / path).read_text(), test
 
 
 def test_a_case_that_differs_is_named(report, tmp_path, capsys):
