@@ -8,7 +8,7 @@ import sys
 
 import plot_runs
 import pytest
-from conftest import ROOT
+from runner import ROOT
 
 
 def run(*command, **environment):
