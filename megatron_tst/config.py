@@ -44,6 +44,7 @@ class TSTConfig:
         kernel: of the superposed loss: "extension" (C++/CUDA), "torch", or "auto", the extension where it is there.
         kernel_in_recovery: the extension computes the training loss of the recovery phase too, in Megatron's place.
         fused_linear_loss: output layer and training loss in one op, in both phases: less memory, a third more work in the output layer.
+        stock_index: a folder for Megatron's index files with which a stock run goes on after the boundary (stock_index.py).
 
     Raises:
         TSTError: a value outside its range, or values that contradict each other.
@@ -59,6 +60,7 @@ class TSTConfig:
     kernel: str = "auto"
     kernel_in_recovery: bool = False
     fused_linear_loss: bool = False
+    stock_index: str | None = None
 
     def __post_init__(self):
         s, r, t1 = self.bag_size, self.step_ratio, self.iters
@@ -130,6 +132,11 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--tst-exit-at-boundary", action="store_true", help="save and exit after the last superposed iteration")
     group.add_argument("--tst-kernel", default="auto", help=f"of the superposed loss, one of {', '.join(KERNELS)}")
     group.add_argument("--tst-kernel-in-recovery", action="store_true", help="the extension's loss in the recovery phase too")
+    group.add_argument(
+        "--tst-stock-index",
+        metavar="DIR",
+        help="write index files there with which stock Megatron (--data-cache-path DIR) recovers",
+    )
     group.add_argument(
         "--tst-fused-linear-loss", action="store_true", help="output layer and loss in one op: no [L, b, V/tp] logits"
     )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from megatron_tst import stock_index
 from megatron_tst.bags import ordinary_slice, superposed_sample
 from megatron_tst.config import TSTConfig, TSTError, refuse
 from megatron_tst.loss import target_weights
@@ -98,6 +99,11 @@ def two_phase_provider(provider: Callable, args: argparse.Namespace, schedule: S
         with _overridden(args, seq_length=schedule.long_sample_length, create_attention_mask_in_dataloader=False):
             train, _, _ = provider([schedule.long_samples, one[1], one[2]], *rest, **named)
         _, valid, test = provider([one[0], valid_size, test_size], *rest, **named)
+        if config.stock_index:
+            with _overridden(args, data_cache_path=config.stock_index):
+                stock, _, _ = provider([train_size, one[1], one[2]], *rest, **named)
+            if args.rank == 0:
+                stock_index.write(train, stock, schedule)
         if train is not None:  # None on the ranks that get their batches from another one
             train = TwoPhaseDataset(
                 train, schedule, config, args.padded_vocab_size, causal_mask=args.create_attention_mask_in_dataloader

@@ -56,7 +56,7 @@ def check(args) -> TSTConfig:
     if _checked is not args:
         check_arguments(config, args)
         if args.rank == 0:
-            for flag in ("save", "tensorboard_dir", "data_cache_path"):
+            for flag in ("save", "tensorboard_dir", "data_cache_path", "tst_stock_index"):
                 check_output_folder("--" + flag.replace("_", "-"), getattr(args, flag, None))
         _checked = args
     return config
