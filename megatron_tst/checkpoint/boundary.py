@@ -1,0 +1,127 @@
+"""A TST checkpoint -> a checkpoint of a plain Megatron run, which stock scripts continue without megatron_tst (paper, section 3: the
+recovery phase is ordinary training from the superposition phase's checkpoint)."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_tst.checkpoint.format import Checkpoint, refuse
+from megatron_tst.checkpoint.inspect import OPTIMIZER, schedule_of
+from megatron_tst.checkpoint.rewrite import Changes, rewrite
+
+# Where Megatron's layer specs name the norm before the experts differently (gpt_layer_specs.py): local, Transformer Engine.
+_EXPERT_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "transformer_engine": "pre_mlp_layernorm.weight"}
+_ENDS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def convert(
+    source: Checkpoint,
+    target: Path,
+    *,
+    drop_optimizer: bool = False,
+    reinit_embedding_and_head: bool = False,
+    layer_spec: str | None = None,
+    legacy: bool | None = None,
+    drop_fp8_state: bool = False,
+    seed: int = 0,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Path:
+    """Write the checkpoint that stock Megatron continues from.
+
+    Args:
+        source: of a superposition or recovery phase; its tensors are copied byte by byte.
+        target: a new folder, for --load.
+        drop_optimizer: without its state (load it with --no-load-optim); others measured that this loses TST's gain.
+        reinit_embedding_and_head: new normal values of the run's --init-method-std in both, their optimizer state zeroed (paper, table 2).
+        layer_spec: "local" or "transformer_engine", to rename the norm before experts; None: as it is.
+        legacy: common.pt as Megatron-Core <= 0.18 reads it; None: as the source has it.
+        drop_fp8_state: leave out modules' `_extra_state` (delayed-scaling FP8), which newer Transformer Engines refuse to unpickle.
+        seed: of the new values.
+        force: replace an existing target.
+
+    Returns:
+        the iteration's folder.
+
+    Raises:
+        CheckpointError: no TST settings in the source, new values asked for of a state that cannot be edited, and rewrite's.
+    """
+    if schedule_of(source.args) is None:
+        refuse(
+            source.path,
+            "a checkpoint of a TST run (its arguments hold the phases)",
+            "one without",
+            "Stock Megatron loads it as it is.",
+        )
+    common = copy.copy(source.common)
+    common["args"] = stock_arguments(source.args)
+    if drop_optimizer:
+        for name in ("optimizer", "opt_param_scheduler"):
+            common.pop(name, None)
+        common["args"].no_save_optim = True
+    edited = _ends_of(source, drop_optimizer) if reinit_embedding_and_head else frozenset()
+    std = source.args.init_method_std
+    dropped = {name for name in source.metadata.state_dict_metadata if drop_optimizer and name.startswith(OPTIMIZER)}
+    dropped |= {name for name in source.objects if drop_fp8_state and "._extra_state" in name}
+
+    def fresh(name, offset, shard):
+        if "exp_avg" in name:
+            return torch.zeros_like(shard)
+        # the same values in the weight and in the optimizer's fp32 copy of it
+        return _normal_rows(next(end for end in _ENDS if name.endswith(end)), offset, shard, std, seed)
+
+    changes = Changes(
+        common=common,
+        keep=lambda name: name not in dropped,
+        name=_renaming(source, layer_spec),
+        tensor=fresh,
+        edited=edited,
+        legacy=legacy,
+    )
+    return rewrite(source, target, changes, force=force, progress=progress)
+
+
+def stock_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments without TST's: what a stock run would have stored."""
+    return argparse.Namespace(**{name: value for name, value in vars(args).items() if not name.startswith("tst_")})
+
+
+def _renaming(source, layer_spec):
+    if layer_spec is None:
+        return lambda name: name
+    if layer_spec not in _EXPERT_NORM:
+        refuse("layer spec", " or ".join(_EXPERT_NORM), layer_spec, "Name the spec of the run that is to load it.")
+    new = _EXPERT_NORM[layer_spec]
+    (old,) = set(_EXPERT_NORM.values()) - {new}
+    layers = {name.removesuffix("mlp.router.weight") for name in source.tensors if name.endswith("mlp.router.weight")}
+    names = {layer + old: layer + new for layer in layers}
+    return lambda name: names.get(name, name)
+
+
+def _ends_of(source, drop_optimizer):
+    """Names of embedding and head, and of their optimizer state."""
+    if not drop_optimizer and any(name.startswith("optimizer.distributed.") for name in source.tensors):
+        refuse(
+            "new embedding and head",
+            "optimizer state by parameter",
+            "the distributed optimizer's flat buffers",
+            "Add --drop-optimizer, or save with --dist-ckpt-optim-fully-reshardable.",
+        )
+    return frozenset(
+        name for name in source.tensors if name.endswith(_ENDS) and not (drop_optimizer and name.startswith(OPTIMIZER))
+    )
+
+
+def _normal_rows(end, offset, shard, std, seed):
+    """Rows offset[0] .. of a normal matrix, each from a seed of its own, so that any shard can be made alone."""
+    generator, new = torch.Generator(), torch.empty_like(shard, dtype=torch.float32)
+    for i, row in enumerate(new):
+        generator.manual_seed(zlib.crc32(f"{seed} {end} {offset[0] + i}".encode()))
+        row.normal_(0.0, std, generator=generator)
+    return new.to(shard.dtype)

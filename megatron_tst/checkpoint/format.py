@@ -1,0 +1,287 @@
+"""Megatron's torch_dist checkpoints as files: what is in them, checked, read item by item.
+
+A checkpoint folder (iter_0000100) holds
+    metadata.json         {"sharded_backend": "torch_dist", ...}
+    .metadata             a pickled torch.distributed.checkpoint Metadata: names, shapes, and where each item's bytes lie
+    __<rank>_<n>.distcp   the items one after the other, each a torch.save of one tensor (a shard) or object
+    common.pt             Megatron-Core <= 0.18: arguments, iteration, scheduler; from 0.19 on the object `common_state` instead
+
+Nothing is unpickled but tensors, plain containers, torch's own metadata classes and the enumerations in Megatron's arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import importlib
+import io
+import json
+import os
+import pickle
+import signal
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+
+TRACKER = "latest_checkpointed_iteration.txt"
+COMMON = "common_state"  # the object, from 0.19 on
+_BLOCK = 8 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, or a target that must not be written; one line for the user."""
+
+
+def refuse(what: object, expected: str, got: object, do: str) -> None:
+    raise CheckpointError(f"{what}: expected {expected}, got {got}. {do}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One stored shard or object: its place in the state, and its bytes in a file of the folder."""
+
+    index: MetadataIndex
+    file: str
+    offset: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return self.index.fqn
+
+
+class Checkpoint:
+    """A torch_dist checkpoint folder, opened and checked; nothing large is read before it is asked for.
+
+    Args:
+        path: an iteration's folder, or the folder that --save names (then the iteration of its tracker file).
+
+    Raises:
+        CheckpointError: no torch_dist checkpoint, or files missing or shorter than its metadata says, each named.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = iteration_folder(Path(path))
+        self.metadata = self._read_metadata()
+        self.items = [
+            Item(index, info.relative_path, info.offset, info.length) for index, info in self.metadata.storage_data.items()
+        ]
+        self._check_files()
+
+    def _read_metadata(self) -> Metadata:
+        try:
+            about = json.loads((self.path / "metadata.json").read_text())
+        except (OSError, ValueError) as error:
+            about = error
+        if not isinstance(about, dict) or about.get("sharded_backend") != "torch_dist":
+            got = about.get("sharded_backend") if isinstance(about, dict) else f"{type(about).__name__}: {about}"
+            refuse(self.path, "a torch_dist checkpoint (metadata.json says so)", got, "Save with --ckpt-format torch_dist.")
+        try:
+            with open(self.path / ".metadata", "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except Exception as error:  # a truncated pickle fails in many ways
+            refuse(
+                self.path / ".metadata", "readable metadata", f"{type(error).__name__}: {error}", "The checkpoint is incomplete."
+            )
+        compressed = [index.fqn for index, info in metadata.storage_data.items() if getattr(info, "transform_descriptors", None)]
+        if compressed:
+            refuse(self.path, "plain items", f"compressed ones ({compressed[0]})", "Save it without compression.")
+        return metadata
+
+    def _check_files(self):
+        needed: dict[str, int] = {}
+        for item in self.items:
+            needed[item.file] = max(needed.get(item.file, 0), item.offset + item.length)
+        wrong = []
+        for name, size in sorted(needed.items()):
+            path = self.path / name
+            if not path.is_file():
+                wrong.append(f"{name} is missing")
+            elif path.stat().st_size < size:
+                wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
+        if (
+            COMMON not in {name.split("/")[0] for name in self.metadata.state_dict_metadata}
+            and not (self.path / "common.pt").is_file()
+        ):
+            wrong.append("common.pt is missing")
+        if wrong:
+            refuse(self.path, "every file that its metadata names", "; ".join(wrong), "Copy it again or use another iteration.")
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Name -> shape and type of every tensor, model and optimizer."""
+        return {k: v for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+
+    @cached_property
+    def objects(self) -> list[str]:
+        """Names of what is no tensor."""
+        return [k for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)]
+
+    @property
+    def common_item(self) -> Item | None:
+        """Where the common state lies from 0.19 on; None where it is common.pt."""
+        return next((item for item in self.items if item.name.split("/")[0] == COMMON), None)
+
+    @cached_property
+    def common(self) -> dict:
+        """Arguments, iteration, scheduler and the optimizer's scalars."""
+        if self.common_item is None:
+            return load_trusted(self.path / "common.pt")
+        (common,) = load_trusted(io.BytesIO(self.read(self.common_item)), self.path / COMMON)  # objects are stored in lists of one
+        return common
+
+    @property
+    def args(self) -> argparse.Namespace:
+        """Megatron's arguments at the time of the save."""
+        args = self.common.get("args")
+        if not isinstance(args, argparse.Namespace):
+            refuse(self.path, "Megatron's arguments in it", type(args).__name__, "It was not written by megatron.training.")
+        return args
+
+    def read(self, item: Item) -> bytes:
+        """The bytes of an item, checked against the checksums in them."""
+        with self.window(item) as window:
+            _check(window, self.path / item.file, item)
+            window.seek(0)
+            return window.read()
+
+    def tensor(self, item: Item) -> torch.Tensor:
+        """The shard that an item holds."""
+        return torch.load(io.BytesIO(self.read(item)), map_location="cpu", weights_only=True)
+
+    def blocks(self, item: Item) -> Iterator[bytes]:
+        """The bytes of an item a few MiB at a time, after its checksums were found right."""
+        with self.window(item) as window:
+            _check(window, self.path / item.file, item)
+            window.seek(0)
+            while block := window.read(_BLOCK):
+                yield block
+
+    def window(self, item: Item) -> _Window:
+        return _Window(self.path / item.file, item.offset, item.length)
+
+
+def iteration_folder(path: Path) -> Path:
+    """The folder of the iteration that `path`, such a folder or the parent of several, stands for."""
+    if (path / "metadata.json").is_file():
+        return path
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        refuse(path, f"a checkpoint folder, or one with {TRACKER}", "neither", "Give the folder of --save or one iter_... in it.")
+    text = tracker.read_text().strip()
+    folder = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    if not folder.is_dir():
+        refuse(path, f"the folder {folder.name} that {TRACKER} names", "none", "Give another iteration's folder.")
+    return folder
+
+
+class _Window(io.RawIOBase):
+    """Bytes offset .. offset + length of a file, as a file of its own."""
+
+    def __init__(self, path: Path, offset: int, length: int):
+        self._file, self._offset, self._length, self._at = open(path, "rb"), offset, length, 0
+
+    def close(self):
+        self._file.close()
+        super().close()
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self._at
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer):
+        self._file.seek(self._offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def _check(window: _Window, path: Path, item: Item) -> None:
+    """torch.save writes a zip archive with a checksum an entry; objects of older versions may be plain pickles."""
+    if window.read(2) != b"PK":
+        window.seek(0)
+        return
+    try:
+        bad = zipfile.ZipFile(window).testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        bad = f"{type(error).__name__}: {error}"
+    if bad:
+        refuse(
+            path,
+            f"{item.name} at byte {item.offset} as it was written",
+            f"damage ({bad})",
+            "Copy it again or use another iteration.",
+        )
+    window.seek(0)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _NAMES = {
+        ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+        ("builtins", "set"), ("builtins", "frozenset"), ("torch._C", "_get_layout"), ("pathlib", "PosixPath"),
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        known = module in self._MODULES and "." not in name
+        if known or (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def load_trusted(file, name: object = None) -> object:
+    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's; nothing else is unpickled.
+
+    Raises:
+        CheckpointError: something else is in it, by its name, or it cannot be read.
+    """
+    name = name or file
+    try:
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception as error:
+        refuse(name, "a readable torch.save", f"{type(error).__name__}: {error}", "The checkpoint is damaged.")
+    allowed = []
+    for full in asked:
+        found = _argument_type(full)
+        if found is None:
+            refuse(
+                name,
+                "tensors, plain values and Megatron's argument types",
+                full,
+                "It is not unpickled, since that could run anything.",
+            )
+        allowed.append(found)
+    if hasattr(file, "seek"):
+        file.seek(0)
+    with torch.serialization.safe_globals(allowed):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _argument_type(full: str):
+    """The class of this name if Megatron's arguments may hold it: Namespace, a signal, an enumeration or dtype; else None."""
+    module, _, name = full.rpartition(".")
+    known = {"argparse.Namespace": argparse.Namespace, "signal.Signals": signal.Signals}
+    if full in known:
+        return known[full]
+    if module.split(".")[0] != "megatron":
+        return None
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return None
+    return found if isinstance(found, type) and issubclass(found, enum.Enum) else None

@@ -1,0 +1,63 @@
+"""What is in a checkpoint: phase, step, samples and raw tokens, TST settings, layout, tensors."""
+
+from __future__ import annotations
+
+from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
+
+_LAYOUT = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "data_parallel_size", "sequence_parallel", "use_distributed_optimizer",
+)  # fmt: skip
+OPTIMIZER = "optimizer."
+
+
+def schedule_of(args) -> Schedule | None:
+    """The two phases of the run that wrote these arguments; None where it had no superposed iteration."""
+    superposed = getattr(args, "tst_superposition_samples", 0)
+    if not superposed:
+        return None
+    s = args.tst_bag_size
+    raw = 1 if args.tst_superpose == "output" else s
+    return Schedule(
+        s,
+        args.seq_length,
+        args.global_batch_size,
+        superposed // args.global_batch_size,
+        superposed + args.tst_recovery_samples,
+        raw,
+    )
+
+
+def describe(checkpoint: Checkpoint) -> dict:
+    """Everything that `inspect` shows, ready for JSON."""
+    args, schedule = checkpoint.args, schedule_of(checkpoint.args)
+    samples = getattr(args, "consumed_train_samples", 0)
+    about = {
+        "path": str(checkpoint.path),
+        "format": "torch_dist, " + ("common.pt (<= 0.18)" if checkpoint.common_item is None else "common_state (>= 0.19)"),
+        "iteration": checkpoint.common.get("iteration"),
+        "consumed samples": samples,
+        "global batch size": getattr(args, "global_batch_size", None),
+        "sequence length": getattr(args, "seq_length", None),
+        "phase": "no TST",
+    }
+    if schedule:
+        about["phase"] = schedule.phase(samples) if samples != schedule.superposition_samples else f"boundary: {SUPERPOSITION} done"
+        about["raw tokens"] = schedule.raw_tokens(samples)
+        about["superposition"] = f"samples 0 to {schedule.superposition_samples}"
+        about[RECOVERY] = f"samples {schedule.superposition_samples} to {schedule.train_samples}"
+    else:
+        about["raw tokens"] = samples * getattr(args, "seq_length", 0)
+    about["tst settings"] = {
+        name.removeprefix("tst_"): value for name, value in sorted(vars(args).items()) if name.startswith("tst_")
+    }
+    about["layout when saved"] = {name: getattr(args, name) for name in _LAYOUT if getattr(args, name, None) not in (None, False)}
+    about["optimizer"] = any(name.startswith(OPTIMIZER) for name in checkpoint.tensors)
+    about["parameters"] = sum(entry.size.numel() for name, entry in checkpoint.tensors.items() if not name.startswith(OPTIMIZER))
+    about["bytes"] = sum(item.length for item in checkpoint.items)
+    about["tensors"] = {
+        name: {"shape": list(entry.size), "dtype": str(entry.properties.dtype).removeprefix("torch."), "shards": len(entry.chunks)}
+        for name, entry in sorted(checkpoint.tensors.items())
+    }
+    return about

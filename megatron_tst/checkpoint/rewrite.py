@@ -1,0 +1,199 @@
+"""Write a changed copy of a torch_dist checkpoint: bytes are copied, so memory holds a block or a changed item, never the model.
+
+Everything is written into a temporary folder beside the target, flushed to disk, read back and compared, and renamed: whenever it is
+stopped, the source is untouched and the target is absent or whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import pickle
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, CheckpointError, Item, refuse
+
+_COMMON_OBJECT = f"{COMMON}/shard_0_1"  # Megatron's name for a ShardedObject of one part
+
+
+@dataclass
+class Changes:
+    """What the copy has otherwise.
+
+    Args:
+        common: the common state to store in place of the source's.
+        keep: names of tensors and objects that stay.
+        name: old name -> new name.
+        tensor: (name, place of the shard in the tensor, shard) -> the shard to store, called for the names in `edited` alone.
+        edited: names of tensors whose shards go through `tensor`.
+        legacy: store the common state as Megatron-Core <= 0.18 does, in common.pt; None: as the source does.
+    """
+
+    common: dict
+    keep: Callable[[str], bool] = lambda name: True
+    name: Callable[[str], str] = lambda name: name
+    tensor: Callable[[str, tuple, torch.Tensor], torch.Tensor] = lambda name, offset, shard: shard
+    edited: frozenset[str] = field(default_factory=frozenset)
+    legacy: bool | None = None
+
+
+def rewrite(
+    source: Checkpoint,
+    target: Path,
+    changes: Changes,
+    *,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Path:
+    """Write the changed copy.
+
+    Args:
+        target: a folder that is not there yet, as --save names one: it gets the iteration's folder and the tracker file.
+        force: replace a target that is there, after the new one is whole.
+        progress: called with the bytes done and in all.
+
+    Returns:
+        the iteration's folder.
+
+    Raises:
+        CheckpointError: the target exists, too little space, or what was read back is not what was written.
+    """
+    target = target.absolute()
+    if source.path.absolute().is_relative_to(target):
+        refuse(target, "a target outside the source", "the source's folder", "Choose another one.")
+    if target.exists() and not force:
+        refuse(target, "a target that is not there yet", "an existing one", "Choose another one, or add --force to replace it.")
+    kept = [item for item in source.items if item is not source.common_item and changes.keep(item.name)]
+    total = sum(item.length for item in kept)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(target.parent).free
+    if free < 1.01 * total + (16 << 20):
+        refuse(target.parent, f"{total / 1e9:.2f} GB of free space", f"{free / 1e9:.2f} GB", "Make room or choose another disk.")
+    _remove_leftovers(target)
+    part = target.parent / f".{target.name}.part-{os.getpid()}"
+    folder = part / source.path.name
+    folder.mkdir(parents=True)
+    try:
+        _write(source, folder, kept, changes, lambda done: progress(done, total))
+        iteration = source.path.name.removeprefix("iter_")
+        _flushed(part / TRACKER, lambda file: file.write((str(int(iteration)) if iteration.isdigit() else iteration).encode()))
+        _flush_folder(part)
+        _put_in_place(part, target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return target / source.path.name
+
+
+def _write(source, folder, kept, changes, progress):
+    legacy = source.common_item is None if changes.legacy is None else changes.legacy
+    storage, sums, done = {}, {}, 0
+    one = next(iter(source.metadata.storage_data.values()))
+    by_file: dict[str, list[Item]] = {}
+    for item in kept:
+        by_file.setdefault(item.file, []).append(item)
+    for name, items in by_file.items():
+        with open(folder / name, "wb") as file:
+            for item in sorted(items, key=lambda item: item.offset):
+                start, check = file.tell(), 0
+                blocks = [_edited(source, item, changes)] if item.name in changes.edited else source.blocks(item)
+                for block in blocks:
+                    file.write(block)
+                    check = zlib.crc32(block, check)
+                progress(done := done + item.length)
+                index = dataclasses.replace(item.index, fqn=changes.name(item.name))
+                storage[index] = dataclasses.replace(one, relative_path=name, offset=start, length=file.tell() - start)
+                sums[index] = check
+            _flush(file)
+    state = {
+        changes.name(name): entry
+        for name, entry in source.metadata.state_dict_metadata.items()
+        if name.split("/")[0] != COMMON and changes.keep(name)
+    }
+    if legacy:
+        _flushed(folder / "common.pt", lambda file: torch.save(changes.common, file))
+    else:
+        buffer = io.BytesIO()
+        torch.save([changes.common], buffer)
+        _flushed(folder / "__common_0.distcp", lambda file: file.write(buffer.getbuffer()))
+        index = MetadataIndex(_COMMON_OBJECT)
+        state[_COMMON_OBJECT] = BytesStorageMetadata()
+        storage[index] = dataclasses.replace(one, relative_path="__common_0.distcp", offset=0, length=len(buffer.getbuffer()))
+        sums[index] = zlib.crc32(buffer.getbuffer())
+    metadata = dataclasses.replace(source.metadata, state_dict_metadata=state, storage_data=storage, planner_data=None)
+    flattened = getattr(source.metadata, "mcore_data", None)  # of tensors that Megatron stores flattened
+    if flattened is not None:
+        metadata.mcore_data = {changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)}
+    _flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
+    _flushed(folder / "metadata.json", lambda file: file.write((source.path / "metadata.json").read_bytes()))
+    _flush_folder(folder)
+    _read_back(folder, sums)
+
+
+def _edited(source, item, changes):
+    shard = source.tensor(item)
+    new = changes.tensor(item.name, tuple(item.index.offset), shard)
+    assert new.shape == shard.shape and new.dtype == shard.dtype, item.name
+    buffer = io.BytesIO()
+    torch.save(new, buffer)
+    return buffer.getvalue()
+
+
+def _read_back(folder, sums):
+    written = Checkpoint(folder)
+    for item in written.items:
+        check = 0
+        for block in written.blocks(item):
+            check = zlib.crc32(block, check)
+        if check != sums[item.index]:
+            raise CheckpointError(
+                f"{folder / item.file}: expected {item.name} as it was written, got other bytes. The disk is faulty."
+            )
+
+
+def _flushed(path, write):
+    with open(path, "wb") as file:
+        write(file)
+        _flush(file)
+
+
+def _flush(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _flush_folder(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(part, target):
+    old = target.parent / f".{target.name}.old-{os.getpid()}"
+    if target.exists():
+        os.rename(target, old)
+    os.rename(part, target)
+    _flush_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_leftovers(target):
+    """Temporary folders of earlier tries whose process is gone. A target that was being replaced is put back."""
+    for path in target.parent.glob(f".{target.name}.*-*"):
+        kind, _, process = path.name.removeprefix(f".{target.name}.").partition("-")
+        if kind not in ("part", "old") or not process.isdigit() or Path(f"/proc/{process}").exists():
+            continue
+        if kind == "old" and not target.exists():
+            os.rename(path, target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,67 @@
+"""Whether two checkpoints hold the same weights and optimizer state, shard by shard, however either is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.checkpoint.inspect import OPTIMIZER
+
+
+def differences(
+    one: Checkpoint, other: Checkpoint, *, optimizer: bool = True, progress: Callable[[int, int], None] = lambda done, of: None
+) -> dict[str, str]:
+    """Name of a tensor -> how it differs; empty where all are the same.
+
+    Args:
+        one, other: whose tensors are compared, bit for bit.
+        optimizer: the optimizer's state too.
+
+    Memory: one shard of either.
+    """
+    names = [{name for name in c.tensors if optimizer or not name.startswith(OPTIMIZER)} for c in (one, other)]
+    found = {name: f"only in {one.path}" for name in names[0] - names[1]} | {
+        name: f"only in {other.path}" for name in names[1] - names[0]
+    }
+    theirs: dict[str, list] = {}
+    for item in other.items:
+        theirs.setdefault(item.name, []).append(item)
+    mine = [item for item in one.items if item.name in names[0] & names[1]]
+    total, done = sum(item.length for item in mine), 0
+    for item in sorted(mine, key=lambda item: (item.file, item.offset)):
+        a, b = one.tensors[item.name], other.tensors[item.name]
+        if (a.size, a.properties.dtype) != (b.size, b.properties.dtype):
+            found[item.name] = f"{a.properties.dtype} {list(a.size)} and {b.properties.dtype} {list(b.size)}"
+        elif item.name not in found:
+            largest, covered = _compare(one, item, other, theirs[item.name])
+            if largest is not None:
+                found[item.name] = f"differs by up to {largest:.3g}"
+            elif not covered:
+                found[item.name] = f"not whole in {other.path}"
+        progress(done := done + item.length, total)
+    return dict(sorted(found.items()))
+
+
+def _compare(one, item, other, candidates):
+    """-> largest difference where the shard of `one` meets shards of `other` (None: equal), and whether they cover it."""
+    shard, start = one.tensor(item), item.index.offset
+    largest, covered = None, 0
+    for candidate in candidates:
+        box = []
+        for a, length, b, size in zip(start, shard.shape, candidate.index.offset, _shape(other, candidate)):
+            low, high = max(a, b), min(a + length, b + size)
+            box.append((slice(low - a, high - a), slice(low - b, high - b)))
+        if any(mine.stop <= mine.start for mine, _ in box):
+            continue
+        mine = shard[tuple(cut for cut, _ in box)]
+        theirs = other.tensor(candidate)[tuple(cut for _, cut in box)]
+        covered += mine.numel()
+        if not torch.equal(mine, theirs):
+            largest = max(largest or 0.0, (mine.double() - theirs.double()).abs().max().item())
+    return largest, covered == shard.numel()
+
+
+def _shape(checkpoint, item):
+    return next(chunk.sizes for chunk in checkpoint.tensors[item.name].chunks if chunk.offsets == item.index.offset)
