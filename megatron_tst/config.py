@@ -370,6 +370,14 @@ def check_resume(args: argparse.Namespace, checkpoint_args: argparse.Namespace) 
                 value,
                 "The order of the data and the boundary hang on it. Give the flags of the first run (--train-iters and --global-batch-size too).",
             )
+    ep, stored = (getattr(x, "expert_model_parallel_size", 1) for x in (args, checkpoint_args))
+    if (ep == 1) != (stored == 1) and not getattr(args, "no_load_optim", False):
+        refuse(
+            "--expert-model-parallel-size with the optimizer's state",
+            f"{'1' if stored == 1 else 'more than 1'}, as the checkpoint's {stored}",
+            ep,
+            "Megatron keeps the experts' optimizer apart only above 1. Keep to that side of 1, or add --no-load-optim.",
+        )
 
 
 def _warn(text: str) -> None:

@@ -231,3 +231,38 @@ def _after_megatron(torch) -> None:
     torch_norm.WrappedTorchNorm.__new__ = build_marked
     # HybridModel's last norm is Transformer Engine's whatever the layer spec says (hybrid_block.py:215)
     hybrid_block.TENorm = torch_norm.WrappedTorchNorm
+    _distributed_optimizer(torch)
+
+
+def _distributed_optimizer(torch) -> None:
+    """Megatron's distributed optimizer does not restore the state of torch's Adam, which it falls back to without Transformer Engine and
+    Apex (config.py refuses such a resume on a GPU). Three faults of distrib_optimizer.py, mended here:"""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    state_dict, load, restore = (
+        getattr(DistributedOptimizer, name) for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
+    )
+
+    def state_dict_of_a_fresh_optimizer_too(self):  # :837 reads the step of an Adam that has not stepped yet
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state.get(parameter):
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)
+                    }  # fmt: skip
+        return state_dict(self)
+
+    @torch.no_grad()  # it writes into parameters
+    def restore_without_step(self, model_param, tensors):  # :1223 wants a step, which is stored elsewhere, or gets a wrong one
+        return restore(self, model_param, {**tensors, "step": None})
+
+    def load_and_unshare_steps(self, *args, **kwargs):  # :1032 gives all parameters one step tensor, which each of them increments
+        result = load(self, *args, **kwargs)
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+        return result
+
+    DistributedOptimizer.state_dict = state_dict_of_a_fresh_optimizer_too
+    DistributedOptimizer._set_main_param_and_optimizer_states = restore_without_step
+    DistributedOptimizer.load_state_dict = load_and_unshare_steps

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 
 from megatron_tst import compat, cpu, patch
+from megatron_tst.checkpoint.format import TRACKER
 from megatron_tst.config import (
     TSTConfig,
     TSTError,
@@ -55,11 +56,28 @@ def check(args) -> TSTConfig:
     config = TSTConfig.from_args(args)
     if _checked is not args:
         check_arguments(config, args)
+        _check_distributed_resume(config, args)
         if args.rank == 0:
             for flag in ("save", "tensorboard_dir", "data_cache_path", "tst_stock_index"):
                 check_output_folder("--" + flag.replace("_", "-"), getattr(args, flag, None))
         _checked = args
     return config
+
+
+def _check_distributed_resume(config, args) -> None:
+    """Refuse a resume whose optimizer state Megatron would not restore: with torch's Adam an assertion at best, wrong steps at worst."""
+    loads = getattr(args, "load", None) and not getattr(args, "no_load_optim", False) and not getattr(args, "finetune", False)
+    if not config.enabled or not loads or not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
+        return
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE and os.path.isfile(os.path.join(args.load, TRACKER)):
+        refuse(
+            "--load with --use-distributed-optimizer",
+            "the Adam of Transformer Engine or Apex",
+            "torch's, whose state Megatron's distributed optimizer does not restore",
+            "Install transformer-engine, or add --no-load-optim to start the optimizer anew.",
+        )
 
 
 def _validate_args(stock):

@@ -245,3 +245,29 @@ def test_kernels_that_are_not_there_are_refused_before_training(monkeypatch):
                 check_arguments(settings(**asked), arguments())
     with pytest.raises(TSTError, match="--tst-kernel-in-recovery: expected the extension's .* got --tst-kernel torch"):
         check_arguments(settings(kernel="torch", kernel_in_recovery=True), arguments())
+
+
+def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, tmp_path):
+    """The distributed optimizer with torch's Adam, on a GPU; on CPU cpu.py mends it."""
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megatron_tst import cpu, training
+
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    args = arguments(load=str(tmp_path), use_distributed_optimizer=True)
+    training._check_distributed_resume(FINE, args)  # cpu.py
+    monkeypatch.setattr(cpu, "asked_for", lambda: False)
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
+    with pytest.raises(
+        TSTError, match="--load with --use-distributed-optimizer: expected the Adam of Transformer Engine or Apex, got torch's"
+    ):
+        training._check_distributed_resume(FINE, args)
+    for changes in (
+        dict(no_load_optim=True),
+        dict(finetune=True),
+        dict(load=str(tmp_path / "new")),
+        dict(use_distributed_optimizer=False),
+    ):
+        training._check_distributed_resume(FINE, argparse.Namespace(**vars(args) | changes))
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    training._check_distributed_resume(FINE, args)
