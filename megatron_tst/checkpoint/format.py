@@ -154,11 +154,12 @@ class Checkpoint:
         """The shard that an item holds."""
         return torch.load(io.BytesIO(self.read(item)), map_location="cpu", weights_only=True)
 
-    def blocks(self, item: Item) -> Iterator[bytes]:
+    def blocks(self, item: Item, check: bool = True) -> Iterator[bytes]:
         """The bytes of an item a few MiB at a time, after its checksums were found right."""
         with self.window(item) as window:
-            _check(window, self.path / item.file, item)
-            window.seek(0)
+            if check:
+                _check(window, self.path / item.file, item)
+                window.seek(0)
             while block := window.read(_BLOCK):
                 yield block
 

@@ -1,0 +1,39 @@
+"""Runs killed at random moments around the boundary and started again end as the undisturbed run: the same loss, the same bits."""
+
+import random
+import time
+
+from runner import TINY, TST, data
+
+from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.checkpoint.verify import differences
+
+
+def test_thirty_killed_runs(zygote, corpus, tmp_path):
+    def train(name, **job):
+        folder = tmp_path / name
+        return zygote.train(
+            *TINY, *TST, *data(corpus), "--eval-iters", "0", "--save", folder, "--load", folder, "--save-interval", "1", **job
+        )
+
+    train("warm-up")
+    start = time.time()
+    whole = train("whole")
+    took = time.time() - start
+    assert whole.ok, whole.log[-3000:]
+    end = Checkpoint(tmp_path / "whole" / "iter_0000010")
+    moments, killed_after = random.Random(0), []
+    for i in range(60):
+        killed = train(str(i), seconds=moments.uniform(0.5, 0.95) * took)
+        if killed.ok:  # it was faster
+            continue
+        assert killed.codes == [-9], killed.log[-3000:]
+        killed_after.append(max(killed.losses, default=0))
+        again = train(str(i))
+        assert again.ok, again.log[-3000:]
+        if again.losses:  # else the last checkpoint was there already
+            assert again.losses[10] == whole.losses[10] and again.grad_norms[10] == whole.grad_norms[10], killed_after
+        assert not differences(end, Checkpoint(tmp_path / str(i) / "iter_0000010")), killed_after
+        if len(killed_after) == 30:
+            break
+    assert len(killed_after) == 30 and min(killed_after) < 6 <= max(killed_after), killed_after  # on both sides of the boundary
