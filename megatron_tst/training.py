@@ -13,7 +13,7 @@ import sys
 import sysconfig
 
 from megatron_tst import compat, cpu, patch
-from megatron_tst.checkpoint.format import TRACKER
+from megatron_tst.checkpoint.format import TRACKER, mend_tracker
 from megatron_tst.config import (
     TSTConfig,
     TSTError,
@@ -58,6 +58,11 @@ def check(args) -> TSTConfig:
         check_arguments(config, args)
         _check_distributed_resume(config, args)
         if args.rank == 0:
+            if config.enabled and getattr(args, "load", None) and (iteration := mend_tracker(args.load)) is not None:
+                print(
+                    f" [tst] {args.load}: {TRACKER} was empty (a run killed while it wrote it); going on from iteration {iteration}",
+                    flush=True,
+                )
             for flag in ("save", "tensorboard_dir", "data_cache_path", "tst_stock_index"):
                 check_output_folder("--" + flag.replace("_", "-"), getattr(args, flag, None))
         _checked = args

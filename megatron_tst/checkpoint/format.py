@@ -181,6 +181,31 @@ def iteration_folder(path: Path) -> Path:
     return folder
 
 
+def mend_tracker(folder: str | os.PathLike) -> int | None:
+    """Megatron empties its tracker file before it writes the new iteration into it: a run killed in between cannot be started again.
+
+    Args:
+        folder: what --load names.
+
+    Returns:
+        the iteration of the last whole checkpoint, which the tracker names now; None where nothing was amiss or no checkpoint is whole.
+    """
+    tracker = Path(folder) / TRACKER
+    if not tracker.is_file() or tracker.read_text().strip():
+        return None
+    for path in sorted(Path(folder).glob("iter_*"), reverse=True):
+        try:
+            Checkpoint(path)
+        except CheckpointError:
+            continue
+        iteration = int(path.name.removeprefix("iter_"))
+        part = tracker.with_suffix(".part")
+        part.write_text(str(iteration))
+        os.replace(part, tracker)
+        return iteration
+    return None
+
+
 class _Window(io.RawIOBase):
     """Bytes offset .. offset + length of a file, as a file of its own."""
 

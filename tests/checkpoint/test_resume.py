@@ -1,5 +1,9 @@
 """A checkpoint saved in one layout resumes in another, with its optimizer, on both sides of the boundary."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 from runner import TINY, TST, data
 
@@ -63,3 +67,14 @@ def test_where_megatron_cannot(zygote, corpus, tmp_path, there, here):
     assert set(run.codes) == {2} and "--expert-model-parallel-size with the optimizer's state: expected" in run.error
     weights_alone = resumed(zygote, corpus, tmp_path, 4, here[0], [*here[1], "--no-load-optim"])
     assert weights_alone.ok and float(weights_alone.losses[5]) == pytest.approx(float(want.losses[5]), rel=1e-6)
+
+
+def test_a_tracker_that_was_emptied_is_mended(zygote, corpus, whole, tmp_path):
+    """Killed between Megatron's emptying of the file and its writing: the run goes on from the last checkpoint that is whole."""
+    folder = Path(shutil.copytree(whole[1], tmp_path / "ck"))
+    shutil.rmtree(folder / "iter_0000010")
+    os.truncate(folder / "iter_0000008" / "__0_0.distcp", 1000)
+    (folder / "latest_checkpointed_iteration.txt").write_text("")
+    run = zygote.train(*TINY, *TST, *data(corpus), "--load", folder)
+    assert run.ok and "was empty (a run killed while it wrote it); going on from iteration 4" in run.log, run.log[-3000:]
+    assert set(run.losses) == set(range(5, 11)) and run.losses[10] == whole[0].losses[10]
