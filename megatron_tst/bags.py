@@ -90,11 +90,15 @@ def superposed_sample(sample: dict, seq_length: int, bag_size: int, superpose: s
     }
 
 
-def ordinary_slice(sample: dict, part: int, seq_length: int) -> dict:
-    """Slice `part` of a long sample as an ordinary sample of L tokens: tokens, labels, loss_mask and position_ids [L]."""
-    cut = slice(part * seq_length, (part + 1) * seq_length)
-    own = {key: sample[key][cut].contiguous() for key in ("tokens", "labels", "loss_mask")}
-    return {**sample, **own, "position_ids": torch.arange(seq_length)}
+def raw_slice(sample: dict, piece: int, length: int) -> dict:
+    """Piece `piece` of a long sample: its tokens, labels and loss_mask [length]; other entries are handed through."""
+    cut = slice(piece * length, (piece + 1) * length)
+    return {**sample, **{key: sample[key][cut].contiguous() for key in ("tokens", "labels", "loss_mask")}}
+
+
+def ordinary_slice(sample: dict, piece: int, seq_length: int) -> dict:
+    """Piece `piece` of a long sample as an ordinary sample of L tokens: tokens, labels, loss_mask and position_ids [L]."""
+    return {**raw_slice(sample, piece, seq_length), "position_ids": torch.arange(seq_length)}
 
 
 def bag_entropy(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

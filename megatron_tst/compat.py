@@ -80,6 +80,8 @@ TRAINING_LOG = Seam("megatron.training.training", "training_log", ("loss_dict", 
 DECIDE_EXIT = Seam(
     "megatron.training.training", "checkpoint_and_decide_exit", ("model", "optimizer", "opt_param_scheduler", "iteration")
 )
+EVALUATE = Seam("megatron.training.training", "evaluate", ("forward_step_func", "data_iterator", "model"))
+SAVE = Seam("megatron.training.training", "save_checkpoint_and_time", ("iteration", "model", "optimizer", "opt_param_scheduler"))
 SKIPPED_BATCH = Seam("megatron.training.training", "get_batch_on_this_tp_rank", ("batch",))
 CHECK_CHECKPOINT = Seam("megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",))
 BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", ())

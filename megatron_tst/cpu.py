@@ -183,6 +183,15 @@ def _uneven_collectives(torch) -> None:
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
+def _saves_asynchronously() -> bool:
+    from megatron.training.global_vars import get_args
+
+    try:
+        return bool(get_args().async_save)
+    except AssertionError:  # a save outside of the training loop
+        return False
+
+
 def _after_megatron(torch) -> None:
     import queue
 
@@ -198,8 +207,9 @@ def _after_megatron(torch) -> None:
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # pretrain() does not hand allow_no_cuda on (training.py:1091)
     loop.initialize_megatron = functools.partial(loop.initialize_megatron, allow_no_cuda=True)
-    # a save would spawn a manager process that imports the main script again, 5 s each; saves here are synchronous
-    filesystem_async._results_queue = queue.Queue()
+    # a save would spawn a manager process that imports the main script again, 5 s each: needless where it is synchronous
+    here, manager_queue = queue.Queue(), filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": manager_queue(mp_mode) if _saves_asynchronously() else here
     # the all-to-all dispatcher waits for a copy to the host that never happens (token_dispatcher.py:946)
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     wait = dispatcher._maybe_dtoh_and_synchronize

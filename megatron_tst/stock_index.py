@@ -1,9 +1,9 @@
 """Megatron's own index files, written so that a stock run reads exactly the text that superposition has left unread, in the order in
 which the recovery phase would have read it.
 
-A GPTDataset cuts one long row of shuffled documents into samples of equal length and shuffles those. The dataset of long samples (s*L
-tokens) and one of ordinary samples (L tokens) over the same row of documents line up: long sample k is the ordinary samples k*s to
-k*s + s - 1. So a stock dataset with the long one's document index, a sample index for L, and a shuffle index that names those samples in
+A GPTDataset cuts one long row of shuffled documents into samples of equal length and shuffles those. The dataset of long samples (w*L
+tokens, w the schedule's width: s) and one of ordinary samples (L tokens) over the same row of documents line up: long sample k is the
+ordinary samples k*w to k*w + w - 1. So a stock dataset with the long one's document index, a sample index for L, and a shuffle index that names those samples in
 recovery's order is the recovery phase; positions below N1 name text that superposition has read, and a run that goes on at
 consumed sample N1 never asks for them.
 """
@@ -25,7 +25,7 @@ def write(long_samples, stock, schedule: Schedule) -> list[Path]:
     Args:
         long_samples: the dataset of long samples, a GPTDataset or a BlendedDataset of such.
         stock: what the script's provider gives for `schedule.train_samples` ordinary samples, with its index files in a folder of its own.
-        schedule: the two phases.
+        schedule: the phases.
 
     Returns:
         the files written.
@@ -63,11 +63,10 @@ def write(long_samples, stock, schedule: Schedule) -> list[Path]:
 
 
 def _places(schedule):
-    """schedule.locate of every sample of the run: long samples and slices; in superposition the first slice stands for the bags."""
-    first = schedule.superposition_samples
-    recovery = np.arange(schedule.recovery_samples)
-    longs = np.concatenate([np.arange(first), first + recovery % schedule.reserved_samples])
-    return longs, np.concatenate([np.zeros(first, dtype=np.int64), recovery // schedule.reserved_samples])
+    """schedule.locate of every sample of the run: long samples, and slices of L tokens; of bags the first slice stands for all of them."""
+    places = [phase.place(np.arange(phase.samples)) for phase in schedule.phases]
+    slices = [pieces * phase.width for phase, (_, pieces) in zip(schedule.phases, places)]
+    return np.concatenate([longs for longs, _ in places]), np.concatenate(slices)
 
 
 def _write_one(long, ordinary, positions, parts, schedule):
@@ -79,7 +78,7 @@ def _write_one(long, ordinary, positions, parts, schedule):
         long.dataset.sequence_lengths, long.document_index, schedule.seq_length, long._get_num_epochs(per_epoch), per_epoch, True,
         long.config.add_extra_token_to_sequence,
     )  # fmt: skip
-    wanted = long.shuffle_index[positions].astype(np.int64) * schedule.raw_per_position + parts
+    wanted = long.shuffle_index[positions].astype(np.int64) * schedule.width + parts
     assert wanted.max(initial=0) < len(sample_index) - 1
     rest = np.setdiff1d(np.arange(len(sample_index) - 1), wanted)  # whoever asks for more than the run's samples gets other text
     shuffle_index = np.concatenate([wanted, rest]).astype(np.uint32 if len(sample_index) < 2**32 - 1 else np.int64)

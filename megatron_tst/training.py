@@ -18,13 +18,11 @@ from megatron_tst.config import (
     TSTConfig,
     TSTError,
     add_tst_arguments,
-    check_arguments,
-    check_resume,
-    check_sequence_length,
-    record_in_arguments,
     refuse,
 )
-from megatron_tst.data import check_data_files, check_output_folder, two_phase_provider
+from megatron_tst.data import check_data_files, check_output_folder, phased_provider
+from megatron_tst.refusals import check_arguments, check_sequence_length
+from megatron_tst.resume import check_resume, store
 from megatron_tst.run import Run
 
 
@@ -119,24 +117,28 @@ def _pretrain(*positional, **named):
     args = get_args()
     config = check(args)
     _check_data(args)
-    patch.install({compat.CHECK_CHECKPOINT: _check_checkpoint_args, compat.BUILD_HELPERS: build_dataset_helpers})
+    patch.install({compat.BUILD_HELPERS: build_dataset_helpers})
     if not config.enabled:
+        patch.install({compat.CHECK_CHECKPOINT: _before(lambda checkpoint_args: check_resume(args, checkpoint_args))})
         return loop.pretrain(*call.args, **call.kwargs)
 
     schedule = config.schedule(args)
-    record_in_arguments(config, schedule, args)
+    store(args, schedule, planned=schedule)
     run = Run(args, config, schedule)
     patch.apply(config)
     patch.install(
         {
+            compat.CHECK_CHECKPOINT: _before(run.go_on_from),
             compat.TRAINING_LOG: run.training_log,
+            compat.EVALUATE: run.evaluate,
+            compat.SAVE: run.save_checkpoint_and_time,
             compat.DECIDE_EXIT: run.checkpoint_and_decide_exit,
             compat.SKIPPED_BATCH: lambda stock: run.get_batch_on_this_tp_rank(stock, trained=False),
         }
     )
     given = call.arguments
-    given["train_valid_test_dataset_provider"] = two_phase_provider(
-        given["train_valid_test_dataset_provider"], args, schedule, config
+    given["train_valid_test_dataset_provider"] = phased_provider(
+        given["train_valid_test_dataset_provider"], args, config, lambda: run.schedule, lambda *pair: run.datasets.append(pair)
     )
     _reach_batches(run, given["forward_step_func"], args)
     run.announce()
@@ -170,14 +172,17 @@ def _check_entered() -> None:
         )
 
 
-def _check_checkpoint_args(stock):
-    def check_checkpoint_args(checkpoint_args, *rest, **named):
-        from megatron.training import get_args
+def _before(ours):
+    """Wrap Megatron's check of a checkpoint's arguments: `ours` is called with them first."""
 
-        check_resume(get_args(), checkpoint_args)
-        return stock(checkpoint_args, *rest, **named)
+    def wrapped(stock):
+        def check_checkpoint_args(checkpoint_args, *rest, **named):
+            ours(checkpoint_args)
+            return stock(checkpoint_args, *rest, **named)
 
-    return check_checkpoint_args
+        return check_checkpoint_args
+
+    return wrapped
 
 
 def build_dataset_helpers(stock):

@@ -69,8 +69,9 @@ def _inspect(options):
         return 0
     tensors = about.pop("tensors")
     for name, value in about.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name:18s} {text}")
+        for row in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{k} {v}" for k, v in row.items()) if isinstance(row, dict) else row
+            print(f"{name:18s} {text}")
     for name, entry in tensors.items():
         print(f"  {name:80s} {entry['dtype']:9s} {entry['shape']!s:24s} {entry['shards']} shards")
     return 0

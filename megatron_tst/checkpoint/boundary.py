@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from megatron_tst.checkpoint.format import Checkpoint, refuse
-from megatron_tst.checkpoint.inspect import OPTIMIZER, schedule_of
+from megatron_tst.checkpoint.inspect import OPTIMIZER
 from megatron_tst.checkpoint.rewrite import Changes, rewrite
+from megatron_tst.resume import stored
 
 # Where Megatron's layer specs name the norm before the experts differently (gpt_layer_specs.py): local, Transformer Engine.
 _EXPERT_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "transformer_engine": "pre_mlp_layernorm.weight"}
@@ -52,7 +53,7 @@ def convert(
     Raises:
         CheckpointError: no TST settings in the source, new values asked for of a state that cannot be edited, and rewrite's.
     """
-    if schedule_of(source.args) is None:
+    if stored(source.args) is None:
         refuse(
             source.path,
             "a checkpoint of a TST run (its arguments hold the phases)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
+from megatron_tst.resume import stored
 
 _LAYOUT = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size",
@@ -12,26 +12,9 @@ _LAYOUT = (
 OPTIMIZER = "optimizer."
 
 
-def schedule_of(args) -> Schedule | None:
-    """The two phases of the run that wrote these arguments; None where it had no superposed iteration."""
-    superposed = getattr(args, "tst_superposition_samples", 0)
-    if not superposed:
-        return None
-    s = args.tst_bag_size
-    raw = 1 if args.tst_superpose == "output" else s
-    return Schedule(
-        s,
-        args.seq_length,
-        args.global_batch_size,
-        superposed // args.global_batch_size,
-        superposed + args.tst_recovery_samples,
-        raw,
-    )
-
-
 def describe(checkpoint: Checkpoint) -> dict:
     """Everything that `inspect` shows, ready for JSON."""
-    args, schedule = checkpoint.args, schedule_of(checkpoint.args)
+    args, schedule = checkpoint.args, stored(checkpoint.args)
     samples = getattr(args, "consumed_train_samples", 0)
     about = {
         "path": str(checkpoint.path),
@@ -43,10 +26,13 @@ def describe(checkpoint: Checkpoint) -> dict:
         "phase": "no TST",
     }
     if schedule:
-        about["phase"] = schedule.phase(samples) if samples != schedule.superposition_samples else f"boundary: {SUPERPOSITION} done"
+        ended = next((phase for phase in schedule.superposed_phases if phase.end == samples), None)
+        about["phase"] = f"boundary: bag size {ended.bag_size} done" if ended else schedule.phase_at(samples).name
         about["raw tokens"] = schedule.raw_tokens(samples)
-        about["superposition"] = f"samples 0 to {schedule.superposition_samples}"
-        about[RECOVERY] = f"samples {schedule.superposition_samples} to {schedule.train_samples}"
+        about["phases"] = [
+            {"phase": p.name, "bag size": p.bag_size, "samples": [p.first_sample, p.end], "raw tokens": schedule.raw_tokens(p.end)}
+            for p in schedule.phases
+        ]
     else:
         about["raw tokens"] = samples * getattr(args, "seq_length", 0)
     about["tst settings"] = {

@@ -47,7 +47,7 @@ def shown(capsys, path):
 
 @pytest.mark.parametrize(
     "iteration, phase, raw",
-    [(4, "superposition", 4 * 4 * 32 * 4), (6, "boundary: superposition done", 3072), (8, "recovery", 3328)],
+    [(4, "superposition", 4 * 4 * 32 * 4), (6, "boundary: bag size 4 done", 3072), (8, "recovery", 3328)],
 )
 def test_inspect(dense, capsys, iteration, phase, raw):
     about = shown(capsys, at(dense, iteration))

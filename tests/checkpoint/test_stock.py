@@ -13,7 +13,7 @@ from megatron_tst import TSTConfig, stock_index
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.config import TSTError
-from megatron_tst.data import TwoPhaseDataset
+from megatron_tst.data import PhasedDataset
 from megatron_tst.schedule import Schedule
 
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2".split()
@@ -110,14 +110,13 @@ def datasets(prefix, blend, size, length, cache):
 def test_every_recovery_sample_is_the_one_that_tst_would_read(megatron, corpus, tmp_path, s, superposed, total, superpose, blend):
     """Over one epoch and over several (the last case), one dataset and a blend: tokens, labels and loss mask of every sample."""
     length, batch = 32, 4
-    raw = 1 if superpose == "output" else s
-    schedule = Schedule(s, length, batch, superposed // batch, total, raw)
+    schedule = Schedule.of(s, superposed // batch, total, length, batch, single_tokens_in=superpose == "output")
     config = TSTConfig(bag_size=s, iters=superposed // batch, superpose=superpose)
     long = datasets(corpus, blend, schedule.long_samples, schedule.long_sample_length, tmp_path / "long")
     stock = datasets(corpus, blend, total, length, tmp_path / "stock")
     files = stock_index.write(long, stock, schedule)
     assert len(files) == (3 if not blend else 8) and all(path.parent == tmp_path / "stock" for path in files)
-    again, ours = datasets(corpus, blend, total, length, tmp_path / "stock"), TwoPhaseDataset(long, schedule, config)
+    again, ours = datasets(corpus, blend, total, length, tmp_path / "stock"), PhasedDataset(long, schedule, config)
     assert len(again) >= total
     for i in range(superposed, total):
         want, got = ours[i], again[i]
@@ -126,4 +125,4 @@ def test_every_recovery_sample_is_the_one_that_tst_would_read(megatron, corpus, 
 
 def test_other_datasets_are_refused(tmp_path):
     with pytest.raises(TSTError, match="--tst-stock-index: expected a GPTDataset or a blend of them, got list"):
-        stock_index.write([], [], Schedule(4, 32, 4, 1, 8, 4))
+        stock_index.write([], [], Schedule.of(4, 1, 8, 32, 4))

@@ -126,9 +126,15 @@ def test_resume_with_other_settings(zygote, corpus, tmp_path):
         "resuming with another tst_bag_size: expected 4 as in the checkpoint, got 2",
     )
     refused(
-        zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load), "tst_superposition_samples: expected 24", "got 20"
+        zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load),
+        "resuming with other phases: expected bag size 4 for 6 iterations, recovery for 4, got bag size 4 for 5",
+        "or --tst-override",
     )
     refused(zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load), "tst_target_weighting")
+    refused(
+        zygote.train(*flags, *TST, *load, "--global-batch-size", "2", "--train-iters", "20"),
+        "resuming with another global_batch_size: expected 4 as in the checkpoint, got 2",
+    )
     refused(zygote.train(*flags, *load), "resuming without TST", "Add --tst-bag-size 4")
     assert zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load, "--finetune").ok
 

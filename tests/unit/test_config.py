@@ -6,7 +6,9 @@ import warnings
 
 import pytest
 
-from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments, check_arguments, check_resume, record_in_arguments
+from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments
+from megatron_tst.refusals import check_arguments
+from megatron_tst.resume import check_resume, store
 
 
 def arguments(**changes):
@@ -45,6 +47,20 @@ FINE = TSTConfig(bag_size=6, step_ratio=0.3)
         (dict(superpose="all"), "--tst-superpose: expected one of both, input, output, got 'all'"),
         (dict(loss="bce"), "--tst-loss: expected one of mce, mce-alt, got 'bce'"),
         (dict(kernel="triton"), "--tst-kernel: expected one of auto, extension, torch, got 'triton'"),
+        (
+            dict(bag_size=(16, 8, 1)),
+            "--tst-bag-size: expected bags of 2 and more in a list, got 16,8,1. The recovery phase follows",
+        ),
+        (
+            dict(bag_size=(16, 8), iters=5),
+            "--tst-iters: expected one for each of the bag sizes 16,8, got 5. Separate them by commas",
+        ),
+        (dict(bag_size=8, step_ratio=(0.1, 0.2)), "--tst-step-ratio: expected one for each of the bag sizes 8, got 0.1,0.2"),
+        (dict(bag_size=(16, 8), step_ratio=(0.1, 1.2)), "--tst-step-ratio: .* got 1.2"),
+        (dict(bag_size=(16, "x"), step_ratio=(0.1, 0.2)), "--tst-bag-size: .* got x"),
+        (dict(switch="soon"), "--tst-switch: expected one of fixed, auto, got 'soon'"),
+        (dict(switch="auto", switch_slope=0), "--tst-switch-slope: expected a number > 0, got 0"),
+        (dict(switch="auto", switch_window=0.5), "--tst-switch-window: expected a number > 0, at most 0.1, got 0.5"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -161,6 +177,26 @@ def warned(config, **changes):
     return [str(w.message) for w in caught]
 
 
+def test_a_schedule_must_leave_room_and_have_no_empty_phase():
+    with pytest.raises(TSTError, match="--tst-iters: expected fewer than the 1000 training iterations, got 1100"):
+        check_arguments(TSTConfig(bag_size=(8, 4), iters=(500, 600)), arguments())
+    with pytest.raises(TSTError, match="--tst-iters: expected at least one iteration of each bag size, got 5,0"):
+        check_arguments(TSTConfig(bag_size=(8, 4), iters=(5, 0)), arguments())
+    with pytest.raises(TSTError, match="--tst-step-ratio: expected at least half an iteration of 1000, got 0.3,0.0001"):
+        check_arguments(TSTConfig(bag_size=(8, 4), step_ratio=(0.3, 0.0001)), arguments())
+
+
+def test_settings_of_the_boundary_that_would_do_nothing():
+    with pytest.raises(TSTError, match="--tst-switch-slope: expected --tst-switch auto beside it, got fixed"):
+        check_arguments(TSTConfig(bag_size=6, step_ratio=0.3, switch_slope=0.1), arguments())
+    at_boundary = TSTConfig(bag_size=6, step_ratio=0.3, exit_at_boundary=True)
+    check_arguments(at_boundary, arguments(iterations_to_skip=[299, 301]))
+    with pytest.raises(TSTError, match="--iterations-to-skip with --tst-exit-at-boundary: expected other iterations .* got 300"):
+        check_arguments(at_boundary, arguments(iterations_to_skip=[300]))
+    with pytest.raises(TSTError, match="--tst-exit-at-boundary: expected --save beside it, got none"):
+        check_arguments(at_boundary, arguments(save=None))
+
+
 def test_warnings_outside_the_papers_range():
     assert warned(FINE) == warned(TSTConfig(bag_size=8, step_ratio=0.4)) == warned(TSTConfig(bag_size=4, iters=200)) == []
     assert "bag size 16: the paper found 4 to 8 robust, and up to 16 at 10B" in warned(TSTConfig(bag_size=16, step_ratio=0.3))[0]
@@ -168,6 +204,9 @@ def test_warnings_outside_the_papers_range():
     assert "step ratio 0.500" in warned(TSTConfig(bag_size=6, iters=500))[0]
     assert "have no effect" in warned(TSTConfig(step_ratio=0.3))[0]
     assert "no iteration is superposed" in warned(TSTConfig(bag_size=6, iters=0))[0]
+    assert warned(TSTConfig(bag_size=(8, 4), step_ratio=(0.2, 0.2))) == []
+    assert "bag sizes 4, 8: expected to fall" in warned(TSTConfig(bag_size=(4, 8), step_ratio=(0.2, 0.2)))[0]
+    assert "least common multiple is 210: each sample is cut from 26880 tokens" in warned(TSTConfig((7, 6, 5), (0.1, 0.1, 0.1)))[0]
 
 
 def test_flags():
@@ -177,46 +216,110 @@ def test_flags():
     assert TSTConfig.from_args(parse(given.split())) == TSTConfig(6, 0.3, None, "power-law", "input", "mce-alt", True)
     assert TSTConfig.from_args(parse(["--tst-bag-size", "4", "--tst-iters", "7"])).iters == 7
     assert TSTConfig.from_args(argparse.Namespace()) == TSTConfig()  # a script without the flags
+    several = TSTConfig.from_args(
+        parse("--tst-bag-size 16,8,4 --tst-step-ratio 0.1,0.1,0.05 --tst-switch auto --tst-switch-slope 1e-3".split())
+    )
+    assert several == TSTConfig((16, 8, 4), (0.1, 0.1, 0.05), switch="auto", switch_slope=0.001) and several.enabled
     with pytest.raises(TSTError, match="got six"):  # and not a page of usage
         TSTConfig.from_args(parse(["--tst-bag-size", "six"]))
 
 
-def recorded(config, **changes):
+def recorded(config, consumed=0, **changes):
+    """Arguments as a run of this config stores them in a checkpoint after `consumed` samples."""
     args = arguments(**changes)
-    for name in ("bag_size", "target_weighting", "superpose", "loss"):
-        setattr(args, f"tst_{name}", getattr(config, name))
+    for name, value in vars(config).items():
+        setattr(args, f"tst_{name}", value)
     if config.enabled:
-        record_in_arguments(config, config.schedule(args), args)
+        plan = config.schedule(args)
+        store(args, plan, planned=plan)
+    args.consumed_train_samples = consumed
     return args
 
 
 @pytest.mark.parametrize(
     "config, changes, setting",
     [
-        (TSTConfig(8, step_ratio=0.3), {}, "tst_bag_size"),
-        (TSTConfig(6, step_ratio=0.2), {}, "tst_superposition_samples"),
-        (FINE, dict(train_iters=2000), "tst_superposition_samples"),
-        (TSTConfig(6, iters=300), dict(train_iters=2000), "tst_recovery_samples"),
-        (FINE, dict(global_batch_size=16), "tst_superposition_samples"),
-        (FINE, dict(seq_length=64), "seq_length"),
-        (TSTConfig(6, 0.3, superpose="input"), {}, "tst_superpose"),
-        (TSTConfig(6, 0.3, target_weighting="power-law"), {}, "tst_target_weighting"),
-        (TSTConfig(6, 0.3, loss="mce-alt"), {}, "tst_loss"),
+        (TSTConfig(8, step_ratio=0.3), {}, "another tst_bag_size: expected 6"),
+        (TSTConfig(6, step_ratio=0.2), {}, "other phases: expected bag size 6 for 300 iterations, recovery for 700, got bag size 6 for 200 iterations, recovery for 800"),
+        (FINE, dict(train_iters=2000), "other phases: .* got bag size 6 for 600 iterations, recovery for 1400"),
+        (TSTConfig(6, iters=300), dict(train_iters=2000), "other phases: .* recovery for 1700. Give the first run's --tst-iters .* or --tst-override"),
+        (FINE, dict(global_batch_size=16), "another global_batch_size: expected 8 as in the checkpoint, got 16"),
+        (FINE, dict(seq_length=64), "another seq_length"),
+        (TSTConfig(6, 0.3, superpose="input"), {}, "another tst_superpose"),
+        (TSTConfig(6, 0.3, target_weighting="power-law"), {}, "another tst_target_weighting"),
+        (TSTConfig(6, 0.3, loss="mce-alt"), {}, "another tst_loss"),
+        (TSTConfig(6, 0.3, switch="auto"), {}, "another tst_switch: expected fixed"),
     ],
-)
+)  # fmt: skip
 def test_resume_with_other_settings(config, changes, setting):
-    check_resume(recorded(FINE), recorded(FINE))
-    with pytest.raises(TSTError, match=f"resuming with another {setting}: expected .* as in the checkpoint, got "):
+    assert check_resume(recorded(FINE), recorded(FINE)) == FINE.schedule(arguments())
+    with pytest.raises(TSTError, match=f"resuming with {setting}"):
         check_resume(recorded(config, **changes), recorded(FINE))
 
 
 def test_resume_across_having_tst_at_all():
     stock = arguments()
-    check_resume(stock, stock)
+    assert check_resume(stock, stock) is None
     with pytest.raises(TSTError, match="resuming with TST: expected a checkpoint of a TST run, .*--finetune"):
         check_resume(recorded(FINE), stock)
     with pytest.raises(TSTError, match="resuming without TST: .* Add --tst-bag-size 6"):
         check_resume(stock, recorded(FINE))
+
+
+def overridden(bag_size=6, iters=300, before=FINE, at=0, then=None, **changes):
+    """The phases of a run that goes on from iteration `at` of the run `before` (or of its phases `then`) with --tst-override."""
+    checkpoint = recorded(before, at * 8)
+    if then:
+        store(checkpoint, then)
+    plan = check_resume(recorded(TSTConfig(bag_size, iters=iters, override=True), **changes), checkpoint)
+    return plan.bag_sizes, tuple(n // 8 for n in plan.samples)
+
+
+SEVERAL = TSTConfig((16, 8, 4), iters=(100, 100, 100))
+
+
+def test_override_moves_the_boundary():
+    assert overridden(iters=200, at=200) == overridden(iters=200, at=100) == ((6, 1), (200, 800))  # now, and soon
+    assert (
+        overridden(iters=400, at=299) == overridden(iters=400, at=300) == ((6, 1), (400, 600))
+    )  # later, from the boundary itself too
+    assert overridden(iters=300, at=100, train_iters=2000) == ((6, 1), (300, 1700))
+    assert overridden((6, 3, 2), (250, 50, 10), at=250) == ((6, 3, 2, 1), (250, 50, 10, 690))  # a schedule ahead
+    for places in ((100, 60, 20), (100, 60, 100)):
+        assert overridden((16, 8, 4), places, before=SEVERAL, at=150) == ((16, 8, 4, 1), (*places, 1000 - sum(places)))
+    assert overridden((16, 8, 2), (100, 100, 50), before=SEVERAL, at=200) == ((16, 8, 2, 1), (100, 100, 50, 750))
+
+
+def test_override_in_recovery_changes_its_length():
+    assert overridden(at=400, train_iters=900) == (
+        (6, 1),
+        (300, 700),
+    )  # shorter: the same text in the same order, and an earlier end
+    assert overridden(at=400, train_iters=1200) == ((6, 1, 1), (300, 700, 200))  # longer: more text at the end
+    early = FINE.schedule(arguments()).ending(FINE.schedule(arguments()).phases[0], 200 * 8)  # --tst-switch auto ended it at 200
+    assert overridden(at=400, then=early, train_iters=1200) == ((6, 1, 1), (200, 800, 200))
+    assert overridden(at=400, then=early) == ((6, 1), (200, 800))  # the flags are the first run's
+
+
+@pytest.mark.parametrize(
+    "message, given",
+    [
+        ("--tst-override: expected bag size 6 from iteration 1 to 250 as in the checkpoint, got bag size 6 for 200", dict(iters=200, at=250)),
+        ("--tst-override: .* The run is in recovery: superposition cannot be taken up again", dict(iters=400, at=301)),
+        ("--tst-bag-size with --tst-override: expected divisors of 6, got 6,4", dict(bag_size=(6, 4), iters=(250, 50), at=250)),
+        ("--tst-override: expected bag size 6 from iteration 1 to 250", dict(bag_size=3, iters=300, at=250)),
+        (
+            r"--tst-override: expected bag size 8 from iteration 101 to 151 as in the checkpoint, to its end after iteration 100 \+ a multiple of 2, "
+            "got bag size 16 for 100 iterations, bag size 8 for 51",
+            dict(bag_size=(16, 8, 4), iters=(100, 51, 100), before=SEVERAL, at=151),
+        ),
+        ("--tst-override: expected bag size 8 from", dict(bag_size=(16, 8, 4), iters=(90, 100, 100), before=SEVERAL, at=150)),
+        ("another global_batch_size", dict(global_batch_size=16, at=100)),
+    ],
+)  # fmt: skip
+def test_override_cannot_change_what_lies_behind(message, given):
+    with pytest.raises(TSTError, match=message):
+        overridden(**given)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import prepare_corpus
 import pytest
 
 from megatron_tst.config import TSTConfig, TSTError
-from megatron_tst.data import check_data_files, check_output_folder, two_phase_provider
+from megatron_tst.data import check_data_files, check_output_folder, phased_provider
 from megatron_tst.schedule import Schedule
 
 
@@ -104,7 +104,7 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
     """Sizes and sequence length of the two calls; what they return is tested in the training loop."""
     args = types.SimpleNamespace(seq_length=32, create_attention_mask_in_dataloader=True)
-    schedule = Schedule(4, 32, 4, 6, 40, 4)
+    schedule = Schedule.of(4, 6, 40, 32, 4)
     asked = []
 
     def provider(sizes, vp_stage=None):
@@ -112,7 +112,7 @@ def test_provider_is_asked_for_long_training_samples_and_stock_validation():
         return None, "valid", "test"
 
     provider.is_distributed = True
-    wrapped = two_phase_provider(provider, args, schedule, TSTConfig(bag_size=4, iters=6))
+    wrapped = phased_provider(provider, args, TSTConfig(bag_size=4, iters=6), lambda: schedule, None)
     assert wrapped.is_distributed and wrapped([40, 17, None], vp_stage=1) == (None, "valid", "test")
     assert asked == [([schedule.long_samples, 1, None], schedule.long_sample_length, False, 1), ([1, 17, None], 32, True, 1)]
     assert (args.seq_length, args.create_attention_mask_in_dataloader) == (32, True)

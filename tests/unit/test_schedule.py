@@ -1,4 +1,4 @@
-"""Every raw token exactly once over both phases; a sample's index alone says its phase."""
+"""Every raw token exactly once over all phases, whoever reads it and however often the run stops; a sample's index alone says its phase."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_tst.config import TSTConfig, TSTError
-from megatron_tst.data import TwoPhaseDataset
+from megatron_tst.data import PhasedDataset
 from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
+from megatron_tst.switch import first_end
 
 
 class Stream(torch.utils.data.Dataset):
@@ -24,90 +25,205 @@ class Stream(torch.utils.data.Dataset):
         return {"tokens": raw[:-1], "labels": raw[1:], "loss_mask": torch.ones(self.length), "dataset_id": i}
 
 
-def schedule(L, s, batch, t1, t2, superpose="both"):
-    return Schedule(s, L, batch, t1, (t1 + t2) * batch, 1 if superpose == "output" else s)
+def dataset(plan, superpose="both"):
+    config = TSTConfig(plan.bag_sizes[:-1], iters=plan.samples[:-1], superpose=superpose)
+    return PhasedDataset(Stream(plan.long_samples, plan.long_sample_length), plan, config)
+
+
+@st.composite
+def plans(draw):
+    """A run: bag sizes (one, or a schedule of them), iterations of each, of recovery, L and the global batch."""
+    superpose = draw(st.sampled_from(["both", "input", "output"]))
+    sizes = draw(st.one_of(st.lists(st.integers(2, 7), min_size=1, max_size=1), st.sampled_from([(16, 8, 4), (6, 4), (8, 2), (4, 6, 3), (9, 3)])))  # fmt: skip
+    L, batch = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 4, 6]))
+    samples = [draw(st.integers(1, 7)) * batch for _ in sizes]
+    recovery = draw(st.integers(1, 9)) * batch
+    return Schedule((*sizes, 1), (*samples, recovery), L, batch, single_tokens_in=superpose == "output"), superpose
+
+
+def read(data, plan, start, stop, dp=1, micro=1):
+    """What the ranks of a run read from sample `start` to `stop`, by Megatron's own sampler. -> samples"""
+    from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+
+    for rank in range(dp if stop > start else 0):
+        batches = iter(MegatronPretrainingSampler(len(data), start, micro, rank, dp))
+        for _ in range((stop - start) // (micro * dp)):
+            yield from (data[i] for i in next(batches))
+
+
+def tokens_of(samples):
+    return torch.cat([sample["tokens"].flatten() for sample in samples] or [torch.empty(0, dtype=torch.int64)])
+
+
+def check_once(tokens, plan, consumed):
+    """Each raw token once, as many as the accounting says, and between them no more left out than the ends of phases that do not come out even."""
+    assert len(tokens) == len(tokens.unique()) == plan.raw_tokens(consumed)
+    for phase in plan.phases:
+        if phase.end > consumed:
+            break
+        first, length = phase.first_long * plan.long_sample_length, phase.long_samples * plan.long_sample_length
+        of_phase = ((tokens >= first) & (tokens < first + length)).sum()
+        left = length - int(of_phase)
+        assert left == (phase.long_samples * phase.pieces - phase.samples) * phase.width * plan.seq_length < plan.long_sample_length
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    L=st.integers(1, 9),
-    s=st.integers(1, 7),
-    batch=st.integers(1, 4),
-    t1=st.integers(0, 6),
-    t2=st.integers(1, 9),
-    superpose=st.sampled_from(["both", "input", "output"]),
-)
-def test_every_raw_token_is_read_exactly_once(L, s, batch, t1, t2, superpose):
-    plan = schedule(L, s, batch, t1, t2, superpose)
-    data = TwoPhaseDataset(Stream(plan.long_samples, plan.long_sample_length), plan, TSTConfig(s, iters=t1, superpose=superpose))
-    read = torch.cat([data[i]["tokens"].flatten() for i in range(len(data))])
-    assert len(read) == len(read.unique()) == plan.raw_tokens(plan.train_samples)
-    # nothing is skipped but the slices that a recovery phase not divisible by s leaves over, fewer than s of them
-    left_over = plan.long_samples * plan.long_sample_length - len(read)
-    assert left_over == (plan.reserved_samples * plan.raw_per_position - plan.recovery_samples) * L
-    assert left_over // L < plan.raw_per_position
-    for i in range(len(data)):  # every label is the token that follows in the corpus
-        tokens, labels = data[i]["tokens"], data[i]["labels"]
-        if superpose == "both" and i < plan.superposition_samples:
-            assert (labels[labels >= 0] == (tokens + s)[labels >= 0]).all()
-        elif superpose == "input" and i < plan.superposition_samples:
+@given(plans(), st.data())
+def test_every_raw_token_is_read_exactly_once(run, data):
+    """Any number of stops, each with a data-parallel size and a micro-batch size of its own."""
+    plan, superpose = run
+    batch, consumed, tokens = plan.global_batch_size, 0, []
+    total = plan.train_samples // batch
+    stops = sorted(data.draw(st.sets(st.integers(1, total), max_size=4)) | {total})
+    for stop in stops:
+        dp = data.draw(st.sampled_from([d for d in range(1, batch + 1) if batch % d == 0]))
+        micro = data.draw(st.sampled_from([m for m in range(1, batch // dp + 1) if batch // dp % m == 0]))
+        tokens.append(tokens_of(read(dataset(plan, superpose), plan, consumed, stop * batch, dp, micro)))
+        consumed = stop * batch
+    check_once(torch.cat(tokens), plan, consumed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans())
+def test_every_label_is_what_follows_in_the_corpus(run):
+    plan, superpose = run
+    data = dataset(plan, superpose)
+    for i in range(len(data)):
+        sample, phase = data[i], plan.phase_at(i)
+        tokens, labels, s = sample["tokens"], sample["labels"], phase.bag_size
+        if phase.name == RECOVERY:
+            assert torch.equal(labels, tokens + 1)
+        elif superpose == "both":
+            assert tokens.shape == labels.shape == (plan.seq_length, s)
+            assert (labels[labels >= 0] == (tokens + s)[labels >= 0]).all() and (labels[:, 0] >= 0).all()
+        elif superpose == "input":
             assert torch.equal(labels, tokens[:, -1] + 1)
-        elif i < plan.superposition_samples:
+        else:
             expected = tokens.unsqueeze(-1) + torch.arange(1, s + 1)
             assert (labels[labels >= 0] == expected[labels >= 0]).all() and (labels[:, 0] >= 0).all()
-        else:
-            assert torch.equal(labels, tokens + 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.data())
+def test_moved_boundaries_keep_the_accounting(run, data):
+    """Phases ended early while the run goes on (--tst-switch auto), by ranks whose workers have fetched ahead."""
+    plan, superpose = run
+    batch, tokens, consumed = plan.global_batch_size, [], 0
+    samples = dataset(plan, superpose)
+    for _ in range(data.draw(st.integers(1, 3))):
+        if consumed == plan.train_samples:
+            break
+        now = data.draw(st.integers(consumed // batch, plan.train_samples // batch - 1)) * batch
+        ahead = data.draw(st.integers(0, 3)) * batch
+        phase = plan.phase_at(now)
+        tokens.append(tokens_of(read(samples, plan, consumed, now)))
+        fetched = min(now + ahead, plan.train_samples)
+        tokens.append(tokens_of(read(samples, plan, now, fetched)))  # as bags of the plan before the change
+        consumed = fetched
+        if phase.name == RECOVERY:
+            break
+        end = first_end(plan, phase, now, ahead, set())
+        assert end % phase.block == 0 and phase.first_sample + end >= fetched
+        if end >= phase.samples:
+            continue
+        new = plan.ending(phase, end)
+        assert new.reads_as(plan, fetched) and new.long_samples <= plan.long_samples and new.train_samples == plan.train_samples
+        plan = new
+        samples.follow(plan)
+    tokens.append(tokens_of(read(samples, plan, consumed, plan.train_samples)))
+    check_once(torch.cat(tokens), plan, plan.train_samples)
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans(), plans(), st.data())
+def test_reads_as_is_what_is_read(one, other, data):
+    """The short answer against reading both; in most pairs with the same sizes, so that both answers come up."""
+    plan, _ = one
+    more = [data.draw(st.integers(0, 3)) * plan.global_batch_size for _ in plan.samples]
+    same = Schedule(plan.bag_sizes, tuple(n + m for n, m in zip(plan.samples, more)), plan.seq_length, plan.global_batch_size, single_tokens_in=plan.single_tokens_in)  # fmt: skip
+    new = same if data.draw(st.booleans()) else other[0]
+    if (new.width, new.seq_length, new.global_batch_size) != (plan.width, plan.seq_length, plan.global_batch_size) or new.single_tokens_in != plan.single_tokens_in:  # fmt: skip
+        return
+    consumed = data.draw(st.integers(0, min(plan.train_samples, new.train_samples)))
+    places = [[(p.name, p.bag_size, long, piece) for p, long, piece in map(x.locate, range(consumed))] for x in (plan, new)]
+    if plan.reads_as(new, consumed):
+        assert places[0] == places[1]
+    elif (
+        consumed and max(more) and new is same
+    ):  # it may say no where a block happens to be read alike, never where nothing differs
+        phase = plan.phase_at(consumed - 1)
+        assert places[0] != places[1] or phase.pieces > 1
+
+
+def test_a_lengthened_recovery_reads_text_of_its_own():
+    plan = Schedule.of(4, 3, 40, 2, 4)
+    longer = plan.lengthened(12).lengthened(8)
+    assert longer.reads_as(plan, 40) and longer.train_samples == 60 and longer.superposition_samples == 12
+    check_once(tokens_of(read(dataset_of(longer), longer, 0, 60)), longer, 60)
+
+
+def dataset_of(plan):
+    return PhasedDataset(Stream(plan.long_samples, plan.long_sample_length), plan, TSTConfig(4, iters=3))
 
 
 @settings(max_examples=100, deadline=None)
-@given(L=st.integers(1, 50), s=st.integers(1, 16), batch=st.integers(1, 8), t1=st.integers(0, 9), t2=st.integers(1, 9))
-def test_raw_tokens_add_up_sample_by_sample(L, s, batch, t1, t2):
-    plan = schedule(L, s, batch, t1, t2)
+@given(plans())
+def test_raw_tokens_add_up_sample_by_sample(run):
+    plan, superpose = run
     total = 0
     for consumed in range(plan.train_samples):
+        phase = plan.phase_at(consumed)
         assert plan.raw_tokens(consumed) == total
-        assert plan.phase(consumed) == (SUPERPOSITION if consumed < t1 * batch else RECOVERY)
-        total += L * (s if consumed < t1 * batch else 1)
+        assert phase.name == (SUPERPOSITION if consumed < plan.superposition_samples else RECOVERY)
+        total += plan.seq_length * (1 if superpose == "output" else phase.bag_size)
     assert plan.raw_tokens(plan.train_samples) == total
 
 
 def test_paper_accounting():
     """Table 1: 3B, 2^21 tokens a step, s = 6, 6000 of 20000 steps: 104.9B raw tokens."""
-    plan = Schedule(6, 4096, 512, 6000, 20000 * 512, 6)
+    plan = Schedule.of(6, 6000, 20000 * 512, 4096, 512)
     assert plan.raw_tokens(plan.train_samples) == 2**21 * (6 * 6000 + 14000)
 
 
-def test_neighbours_of_a_recovery_batch_come_from_different_long_samples():
-    plan = schedule(L=4, s=4, batch=8, t1=1, t2=8)
-    first_batch = [plan.locate(plan.superposition_samples + j)[0] for j in range(8)]
-    assert len(set(first_batch)) == 8
+def test_a_schedule_of_bag_sizes_reads_whole_long_samples():
+    """16, 8, 4: each phase's samples fit its long samples of 16*L tokens exactly, so no text is left out."""
+    plan = Schedule((16, 8, 4, 1), (8 * 10, 8 * 10, 8 * 12, 8 * 32), 4096, 8)
+    assert (plan.width, plan.long_samples) == (16, 80 + 40 + 24 + 16)
+    assert [phase.pieces for phase in plan.phases] == [1, 2, 4, 16]
+
+
+def test_neighbours_of_a_batch_come_from_different_long_samples():
+    plan = Schedule((4, 2, 1), (8, 16, 64), 4, 8)
+    for first in range(0, plan.train_samples, 8):
+        assert len({plan.locate(first + j)[1] for j in range(8)}) == 8
 
 
 def test_locate_refuses_what_is_outside():
-    plan = schedule(2, 2, 2, 1, 1)
+    plan = Schedule.of(2, 1, 4, 2, 2)
     for index in (-1, plan.train_samples):
         with pytest.raises(IndexError, match="expected 0 <= index"):
             plan.locate(index)
 
 
 def test_too_few_long_samples_are_refused():
-    plan = schedule(4, 4, 2, 3, 5)
+    plan = Schedule.of(4, 3, 16, 4, 2)
     with pytest.raises(TSTError, match=rf"expected {plan.long_samples} samples of 16 tokens, got {plan.long_samples - 1}"):
-        TwoPhaseDataset(Stream(plan.long_samples - 1, 16), plan, TSTConfig(4, iters=3))
+        PhasedDataset(Stream(plan.long_samples - 1, 16), plan, TSTConfig(4, iters=3))
 
 
 def test_samples_of_another_length_and_foreign_tokens_are_refused():
-    plan = schedule(4, 4, 2, 3, 5)
+    plan = Schedule.of(4, 3, 16, 4, 2)
     with pytest.raises(TSTError, match="expected 16 tokens, got 8"):
-        TwoPhaseDataset(Stream(99, 8), plan, TSTConfig(4, iters=3))[0]
+        PhasedDataset(Stream(99, 8), plan, TSTConfig(4, iters=3))[0]
     with pytest.raises(TSTError, match="below the vocabulary size 100, got 111"):
-        TwoPhaseDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=100)[6]
+        PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=100)[6]
 
 
 def test_ratio_becomes_iterations():
     args = type("Args", (), dict(train_samples=None, train_iters=20000, global_batch_size=8, seq_length=4))
-    assert TSTConfig(6, step_ratio=0.3).schedule(args).superposition_iters == 6000
+    assert TSTConfig(6, step_ratio=0.3).schedule(args).samples == (6000 * 8, 14000 * 8)
+    assert TSTConfig((16, 8, 4), step_ratio=(0.1, 0.1, 0.1)).schedule(args).samples == (16000, 16000, 16000, 112000)
     args.train_iters = 100
-    assert TSTConfig(6, step_ratio=0.29).schedule(args).superposition_iters == 29  # 0.29 * 100 = 28.999999999999996
+    assert TSTConfig(6, step_ratio=0.29).schedule(args).superposition_samples == 29 * 8  # 0.29 * 100 = 28.999999999999996
     args.train_samples, args.train_iters = 800, None
     assert TSTConfig(6, step_ratio=0.25).schedule(args).superposition_samples == 200
