@@ -15,6 +15,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
@@ -23,6 +24,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+SPIKE = 10  # a loss of so many times the largest yet is looked at again (--check-for-spiky-loss)
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
@@ -68,7 +70,19 @@ def loss_func(loss_mask, output):
     mask = loss_mask.view(-1).float()
     loss = (output.view(-1).float() * mask).sum()
     num_tokens = mask.sum().detach().to(torch.int)
+    check_loss(loss)
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
+
+
+def check_loss(loss):
+    """Megatron's checks of this rank's loss: an iteration that fails one is run again, to tell a faulty machine from a faulty run."""
+    args, machine = get_args(), get_rerun_state_machine()
+    if args.check_for_nan_in_loss_and_grad:
+        for rejected in (torch.isnan, torch.isinf):
+            machine.validate_result(loss, rejected, f"{rejected.__name__} in the local loss", tolerance=0.0, fatal=True)
+    if args.check_for_spiky_loss:
+        spiky = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        machine.validate_result(loss, spiky, "spiky loss", tolerance=0.0, fatal=False)
 
 
 def forward_step(data_iterator, model, return_schedule_plan=False):
