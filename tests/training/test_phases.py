@@ -1,0 +1,190 @@
+"""A schedule of bag sizes, and the switch that the loss decides: in one process, in layouts, over restarts."""
+
+import re
+import shutil
+
+import pytest
+from runner import TINY, data
+
+LAYOUTS = {
+    "tp2 sp": (2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64", "--sequence-parallel"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "dp2, prefetch workers": (2, ["--num-workers", "2"]),
+    "tp2 pp2, fused linear": (
+        4,
+        "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 64 --pipeline-model-parallel-size 2 --tst-fused-linear-loss".split(),
+    ),
+}
+SEVERAL = ["--tst-bag-size", "8,4,2", "--tst-iters", "3,2,2"]
+# the two averages are over 3 and 6 iterations and have settled after 12; no loss falls by so much
+LONG = [*TINY, "--train-iters", "30", "--eval-interval", "10"]
+AUTO = "--tst-bag-size 4 --tst-iters 25 --tst-switch auto --tst-switch-window 0.1 --tst-switch-slope 5".split()
+
+
+def resume(zygote, corpus, folder, iteration, tmp_path, *flags, nproc=1):
+    here = tmp_path / "ck"
+    shutil.copytree(folder / f"iter_{iteration:07d}", here / f"iter_{iteration:07d}")
+    (here / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    run = zygote.train(*data(corpus), *flags, "--load", here, nproc=nproc)
+    assert run.ok, run.log[-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def several(zygote, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    run = zygote.train(*TINY, *SEVERAL, *data(corpus), "--save", folder, "--save-interval", "1")
+    assert run.ok, run.log[-3000:]
+    return run, folder
+
+
+def test_a_schedule_of_bag_sizes(several):
+    run, _ = several
+    assert [bag for _, bag, _ in run.phases.values()] == [8] * 3 + [4] * 2 + [2] * 2 + [1] * 3
+    raw = [128 * n for n in (8, 16, 24, 28, 32, 34, 36, 37, 38, 39)]
+    assert [tokens for _, _, tokens in run.phases.values()] == raw
+    assert "on: bag size 8, 4, 2 (both superposed), 7 iterations of superposition (28 samples, 4608 raw tokens)" in run.log
+    ends = re.findall(r"\[tst\] boundary after iteration (\d+): ([^(]+) \(\d+ raw tokens\), ([^:;]+)", run.log)
+    assert ends == [
+        ("3", "bag size 8 is done", "bag size 4 begins"), ("5", "bag size 4 is done", "bag size 2 begins"),
+        ("7", "superposition is done", "recovery begins"),
+    ]  # fmt: skip
+    excess = re.findall(r"iteration +(\d+)/.*mce minus bag entropy: ([\d.E+]+)", run.log)
+    assert [int(i) for i, _ in excess] == list(range(1, 8))
+    losses = {i: float(loss) for i, loss in run.losses.items()}
+    assert all(0 < float(x) < losses[int(i)] for i, x in excess if int(i) != 2) and losses[10] < losses[8]
+
+
+@pytest.mark.parametrize("iteration", [2, 3, 4, 6, 7])
+def test_a_schedule_resumes_to_the_last_digit(zygote, corpus, several, tmp_path, iteration):
+    run, folder = several
+    again = resume(zygote, corpus, folder, iteration, tmp_path, *TINY, *SEVERAL)
+    assert again.losses == {i: run.losses[i] for i in range(iteration + 1, 11)}
+    assert again.phases == {i: run.phases[i] for i in range(iteration + 1, 11)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_schedule_in_layouts(zygote, corpus, several, tmp_path, layout):
+    run, folder = several
+    nproc, flags = LAYOUTS[layout]
+    again = resume(zygote, corpus, folder, 2, tmp_path, *TINY, *SEVERAL, *flags, nproc=nproc)
+    assert again.phases == {i: run.phases[i] for i in range(3, 11)}
+    for i in range(3, 11):
+        assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=1e-6), i
+
+
+@pytest.mark.parametrize("superpose", ["input", "output"])
+def test_a_schedule_half_superposed(zygote, corpus, superpose):
+    run = zygote.train(*TINY, *SEVERAL, *data(corpus), "--tst-superpose", superpose)
+    assert run.ok and len(run.losses) == 10, run.log[-3000:]
+    assert run.phases[7][2] == 128 * (36 if superpose == "input" else 7)
+
+
+def test_exit_comes_after_the_last_bag_size(zygote, corpus, several, tmp_path):
+    flags = [*TINY, *SEVERAL, *data(corpus), "--tst-exit-at-boundary", "--save", tmp_path, "--save-interval", "1000"]
+    run = zygote.train(*flags)
+    assert run.ok and sorted(run.losses) == list(range(1, 8)), run.log[-3000:]
+    again = zygote.train(*flags, "--load", tmp_path)
+    assert again.ok and {**run.losses, **again.losses} == several[0].losses
+
+
+@pytest.fixture(scope="module")
+def auto(zygote, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("auto")
+    run = zygote.train(*LONG, *AUTO, *data(corpus), "--save", folder, "--save-interval", "1")
+    assert run.ok, run.log[-3000:]
+    return run, folder
+
+
+DECIDED = re.compile(
+    r"\[tst\] --tst-switch auto at iteration (\d+): the loss falls by ([-\d.e]+) nats in a hundredth of the run, less than 5: "
+    r"bag size 4 ends after iteration (\d+) instead of 25 \| now: bag size 4 for \3 iterations, recovery for (\d+)"
+)
+
+
+def fall_of(losses, window, iterations):
+    """What switch.py is to find: two exponential averages that forget their beginning, a window's fall apart."""
+    averages = []
+    for n in (window, 2 * window):
+        weights = [(1 - 1 / n) ** i for i in range(len(losses))]
+        averages.append(sum(w * loss for w, loss in zip(weights, reversed(losses))) / sum(weights))
+    return (averages[1] - averages[0]) / window * iterations / 100
+
+
+def test_the_loss_decides_when(auto):
+    run, _ = auto
+    ((when, fall, end, rest),) = DECIDED.findall(run.log)
+    assert (when, end, rest) == ("12", "17", "13")  # as soon as the averages have settled, and five iterations to watch
+    assert float(fall) == pytest.approx(fall_of([float(run.losses[i]) for i in range(1, 13)], 3, 30), rel=2e-3)
+    assert [bag for _, bag, _ in run.phases.values()] == [4] * 17 + [1] * 13
+    assert run.phases[30][2] == 128 * (17 * 4 + 13)
+    assert "switch: auto, when the loss falls by less than 5 nats in a hundredth of the run (smoothed over 3 iterations)" in run.log
+
+
+@pytest.mark.parametrize("iteration", [8, 12, 14, 17, 20])
+def test_the_decision_survives_a_restart(zygote, corpus, auto, tmp_path, iteration):
+    """Before it (with half of the losses that it looks at), at it, before the boundary that it has set, at that and after it."""
+    run, folder = auto
+    again = resume(zygote, corpus, folder, iteration, tmp_path, *LONG, *AUTO)
+    assert again.losses == {i: run.losses[i] for i in range(iteration + 1, 31)}
+    assert again.phases == {i: run.phases[i] for i in range(iteration + 1, 31)}
+    assert DECIDED.findall(again.log) == (DECIDED.findall(run.log) if iteration < 12 else [])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_decides_in_layouts(zygote, corpus, auto, tmp_path, layout):
+    """The last stage has the loss, rank 0 decides, every rank's batches follow; workers have fetched ahead by then."""
+    run, folder = auto
+    nproc, flags = LAYOUTS[layout]
+    again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags, nproc=nproc)
+    assert again.phases == {i: run.phases[i] for i in range(9, 31)}
+    for i in range(9, 31):
+        assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6), i
+
+
+def test_more_workers_than_the_boundary_waits_for(zygote, corpus, auto, tmp_path):
+    """With one micro-batch an iteration and eight workers 16 iterations may have been fetched: the boundary waits for them."""
+    run, folder = auto
+    flags = ["--num-workers", "4", "--micro-batch-size", "4"]
+    again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags)
+    assert [bag for _, bag, _ in again.phases.values()] == [4] * 12 + [1] * 10  # 12 + 8
+    assert all(float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6) for i in range(9, 18))
+
+
+def test_a_loss_that_falls_goes_on(zygote, corpus):
+    flags = [flag if flag != "5" else "1e-9" for flag in AUTO]
+    run = zygote.train(*LONG, *flags, *data(corpus))
+    assert run.ok and [bag for _, bag, _ in run.phases.values()] == [4] * 25 + [1] * 5, run.log[-3000:]
+    assert "--tst-switch auto at" not in run.log
+
+
+def test_the_loss_ends_each_of_several_bag_sizes(zygote, corpus):
+    """A later phase ends where its long samples are read to their ends: for pairs of samples after an even number of iterations."""
+    flags = [*AUTO, "--tst-bag-size", "4,2", "--tst-iters", "22,22", "--tst-switch-window", "0.05"]  # averages over 3 and 6 of 60
+    run = zygote.train(*LONG, *flags, "--train-iters", "60", *data(corpus))
+    assert run.ok, run.log[-3000:]
+    ends = re.findall(r"auto at iteration (\d+): .*: bag size (\d) ends after iteration (\d+) instead of (\d+)", run.log)
+    assert ends == [("12", "4", "17", "22"), ("29", "2", "35", "39")]
+    assert [bag for _, bag, _ in run.phases.values()] == [4] * 17 + [2] * 18 + [1] * 25
+
+
+def test_not_before_the_learning_rate_is_up(zygote, corpus):
+    run = zygote.train(*LONG, *AUTO, "--lr-warmup-iters", "15", *data(corpus))
+    assert run.ok and DECIDED.findall(run.log)[0][0] == "15", run.log[-3000:]
+
+
+def test_the_stock_index_follows(zygote, corpus, tmp_path):
+    """The index for a stock recovery is written anew when the boundary has moved."""
+    import numpy as np
+
+    run = zygote.train(*LONG, *AUTO, *data(corpus), "--tst-stock-index", tmp_path / "auto")
+    fixed = [flag for flag in AUTO[:4] if flag != "25"]
+    want = zygote.train(*LONG, *fixed, "17", *data(corpus), "--tst-stock-index", tmp_path / "fixed")
+    assert run.ok and want.ok, run.log[-3000:]
+    files = sorted((tmp_path / "fixed").glob("*train-*.npy"))
+    assert len(files) == 3
+    for file in files:
+        ours, theirs = np.load(tmp_path / "auto" / file.name), np.load(file)
+        if "shuffle" in file.name:
+            ours, theirs = ours[17 * 4 : 120], theirs[17 * 4 : 120]  # what recovery reads
+        assert np.array_equal(ours, theirs), file.name
