@@ -1,0 +1,43 @@
+"""The counter of tokens per expert, on Megatron's own router."""
+
+import pytest
+import torch
+
+from megatron_tst.boundary_log import ExpertLoad
+
+
+@pytest.fixture
+def router(megatron):
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(num_layers=3, hidden_size=16, num_attention_heads=2, num_moe_experts=4, moe_router_topk=2,
+                               moe_router_load_balancing_type="none", use_cpu_initialization=True)  # fmt: skip
+    router = TopKRouter(config, pg_collection=pg_collection())
+    router.set_layer_number(2)
+    return router
+
+
+def pg_collection():
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def test_counts_training_tokens_alone(router):
+    load, torch_input = ExpertLoad(), torch.randn(6, 1, 16)
+    load.attach([torch.nn.ModuleList([router])])
+    chosen = [router(torch_input)[1], router(torch_input * -1)[1]]
+    with torch.no_grad():
+        router(torch_input)  # the first of two passes of recomputed activations
+    router.eval()
+    router(torch_input)
+    per_expert = sum(m.sum(0) for m in chosen)
+    assert torch.equal(load.counts[2], per_expert) and int(per_expert.sum()) == 2 * 6 * 2
+    assert load.imbalance(3, 4) == pytest.approx([float(per_expert.max()) / 6])
+    load.detach()
+    router.train()
+    router(torch_input)
+    assert torch.equal(load.counts[2], per_expert)
+    load.attach([router])
+    assert load.counts == {} and load.imbalance(3, 4) == []
