@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import sys
 import types
@@ -192,6 +193,15 @@ def _saves_asynchronously() -> bool:
         return False
 
 
+def _preload_tensors(write_buckets, non_blocking=True):
+    """FileSystemWriterAsync's, for tensors that are on the host already: a process that writes while training goes on needs copies."""
+    if multiprocessing.parent_process() is None:
+        return write_buckets
+    return [
+        (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors])) for name, key, (data, tensors) in write_buckets
+    ]
+
+
 def _after_megatron(torch) -> None:
     import queue
 
@@ -210,6 +220,7 @@ def _after_megatron(torch) -> None:
     # a save would spawn a manager process that imports the main script again, 5 s each: needless where it is synchronous
     here, manager_queue = queue.Queue(), filesystem_async.get_write_results_queue
     filesystem_async.get_write_results_queue = lambda mp_mode="spawn": manager_queue(mp_mode) if _saves_asynchronously() else here
+    filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(_preload_tensors)
     # the all-to-all dispatcher waits for a copy to the host that never happens (token_dispatcher.py:946)
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     wait = dispatcher._maybe_dtoh_and_synchronize

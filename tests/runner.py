@@ -137,6 +137,21 @@ class Zygote:
         return Run(json.loads(answer)["codes"], log.read_text(errors="replace") if log.exists() else "")
 
 
+CHECKOUTS = [Path(p) for p in os.environ.get("MEGATRON_LM", "").split(os.pathsep) if p]
+NO_CHECKOUT = (
+    "NOT RUN: Megatron-LM's unmodified scripts; set MEGATRON_LM=/path/to/Megatron-LM (tags core_v0.18.2, core_v0.19.0; ':' between)"
+)
+
+
+def from_checkout(script: Path, *flags, stock: bool = False) -> Run:
+    """One of Megatron-LM's own scripts in a fresh process that takes Megatron from the script's checkout; `stock`: without megatron_tst."""
+    how = [str(ROOT / "tests" / "stock_launch.py")] if stock else ["-m", "megatron_tst.launch"]
+    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()),
+                       PYTHONPATH=str(ROOT / "tests" / "unit"))  # fmt: skip
+    done = subprocess.run([sys.executable, *how, *map(str, (script, *flags))], capture_output=True, text=True, env=environment)
+    return Run([done.returncode], done.stdout + done.stderr)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))

@@ -1,17 +1,9 @@
 """python -m megatron_tst.launch: scripts that know nothing of TST, and Megatron-LM's own."""
 
-import os
-from pathlib import Path
-
 import pytest
-from runner import SCRIPT, TINY, TST, data
+from runner import CHECKOUTS, NO_CHECKOUT, SCRIPT, TINY, TST, data, from_checkout
 
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
-CHECKOUTS = [Path(p) for p in os.environ.get("MEGATRON_LM", "").split(os.pathsep) if p]
-needs_checkout = pytest.mark.skipif(
-    not CHECKOUTS,
-    reason="NOT RUN: Megatron-LM's unmodified scripts; set MEGATRON_LM=/path/to/Megatron-LM (tags core_v0.18.2, core_v0.19.0; ':' between)",
-)
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +59,17 @@ def test_hybrid_model_gives_the_digits_of_the_gpt_model(zygote, corpus, plain, t
     assert got.losses == want.losses and got.validation == want.validation
 
 
-@needs_checkout
+@pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
 @pytest.mark.parametrize("checkout", CHECKOUTS, ids=lambda p: p.name)
 @pytest.mark.parametrize("script", ["pretrain_gpt.py", "pretrain_hybrid.py"])
 def test_megatron_lms_own_script(checkout, script, corpus, tmp_path):
     """Both phases and a resume, in a fresh process that takes Megatron from the checkout."""
-    import subprocess
-    import sys
-
-    from runner import Run, _free_port
-
-    layers = ["--hybrid-layer-pattern", "*-*-", "--spec", "hybrid_spec", "hybrid_stack_spec"]
     flags = [*TINY, *TST, *data(corpus)]
     if script == "pretrain_hybrid.py":
         at = flags.index("--num-layers")
-        flags = [*flags[:at], *flags[at + 2 :], *layers]
-
-    def run(*more):
-        unit = str(Path(__file__).parent.parent / "unit")
-        environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()),
-                           PYTHONPATH=unit)  # fmt: skip
-        done = subprocess.run([sys.executable, "-m", "megatron_tst.launch", str(checkout / script), *flags, *map(str, more)],
-                              capture_output=True, text=True, env=environment)  # fmt: skip
-        return Run([done.returncode], done.stdout + done.stderr)
-
-    first = run("--save", tmp_path, "--save-interval", "4")
+        flags = [*flags[:at], *flags[at + 2 :], "--hybrid-layer-pattern", "*-*-", "--spec", "hybrid_spec", "hybrid_stack_spec"]
+    first = from_checkout(checkout / script, *flags, "--save", tmp_path, "--save-interval", "4")
     assert first.ok and len(first.losses) == 10, first.log[-3000:]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
-    again = run("--load", tmp_path)
+    again = from_checkout(checkout / script, *flags, "--load", tmp_path)
     assert again.ok and again.losses == {i: first.losses[i] for i in range(5, 11)}, again.log[-3000:]
