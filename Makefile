@@ -28,7 +28,7 @@ demo: setup
 	$(RUN) examples/cpu_demo.py --out $(OUT) --seed $(SEED) $(if $(filter 1,$(MOE)),--moe)
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 bench: setup
 	$(RUN) benchmarks/bench_step.py

@@ -13,6 +13,8 @@ Shapes: N rows (positions), V local vocabulary (padded vocabulary / tp), S label
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 
@@ -29,8 +31,9 @@ _PLACE_WEIGHT = {  # g(i), i = 1..S from the bag's first token (paper, section 5
 assert tuple(_PLACE_WEIGHT) == TARGET_WEIGHTINGS
 
 
+@functools.cache  # asked for in every micro-batch; a copy to a GPU would wait for it
 def target_weights(weighting: str, bag_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Weights of the places in a bag, fp32 [bag_size], for a name in TARGET_WEIGHTINGS."""
+    """Weights of the places in a bag, fp32 [bag_size], for a name in TARGET_WEIGHTINGS. One tensor for all callers: read it only."""
     return _PLACE_WEIGHT[weighting](torch.arange(1, bag_size + 1, dtype=torch.float64)).float().to(device)
 
 

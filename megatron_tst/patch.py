@@ -57,7 +57,6 @@ class Status:
 class _State:
     installed: dict = field(default_factory=dict)  # Seam -> (stock, ours)
     config: TSTConfig | None = None
-    weights: dict = field(default_factory=dict)  # (bag size, device) -> fp32 [S]
     embeddings: int = 0
     losses: int = 0
     recovery_losses: int = 0
@@ -81,7 +80,6 @@ def apply(config: TSTConfig | None = None) -> Status:
     """
     config = config or TSTConfig()
     _state.config = config
-    _state.weights.clear()
     fused = {compat.GPT_FORWARD: _model_forward, compat.HYBRID_FORWARD: _model_forward} if config.fused_linear_loss else {}
     mtp = {compat.MTP_ROLL: _roll_tensor}
     if compat.MTP_ACCEPTANCE.exists:
@@ -212,10 +210,7 @@ def _weights(labels: torch.Tensor) -> torch.Tensor:
     """Of the places in a bag, fp32 [S] on the labels' device."""
     from megatron_tst.loss import target_weights
 
-    key = labels.shape[-1], labels.device
-    if key not in _state.weights:
-        _state.weights[key] = target_weights(_state.config.target_weighting, *key)
-    return _state.weights[key]
+    return target_weights(_state.config.target_weighting, labels.shape[-1], labels.device)
 
 
 def _model_forward(stock):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_tst import bags, compat, extension, patch, stock_index
+from megatron_tst.batches import broadcast_bags
 from megatron_tst.boundary_log import WATCHED, BoundaryLog
 from megatron_tst.config import TSTConfig
 from megatron_tst.loss import target_weights
@@ -62,7 +63,7 @@ class Run:
         def get_batch_on_this_tp_rank(batch, **named):
             if not self.superposed_now():
                 return stock(batch, **named)
-            batch = self._broadcast_bags(batch, **named)
+            batch = broadcast_bags(batch, self._phase().bag_size, self.config.superpose, **named)
             labels = batch["labels"]
             if trained and labels is not None and labels.dim() == 3 and self.config.loss == "mce":
                 self._note_entropy(labels, batch["loss_mask"])
@@ -70,45 +71,9 @@ class Run:
 
         return get_batch_on_this_tp_rank
 
-    def _broadcast_bags(
-        self, batch, *, tp_rank, broadcast_src_rank, broadcast_group, micro_batch_size, seq_length,
-        create_attention_mask_in_dataloader, mtp_on_this_rank=False, pipeline_model_parallel_size=1,
-        is_pipeline_first_stage=False, is_pipeline_last_stage=False, **_,
-    ):  # fmt: skip
-        """Rank 0 of the tensor-parallel group holds the batch before; every rank holds what its pipeline stage needs after."""
-        row, bag = (micro_batch_size, seq_length), (micro_batch_size, seq_length, self._phase().bag_size)
-        mode = self.config.superpose
-        tensors = {  # name: shape, dtype, stages
-            "tokens": (row if mode == "output" else bag, torch.int64, "first"),
-            "position_ids": (row, torch.int64, "first"),
-            "labels": (row if mode == "input" else bag, torch.int64, "last"),
-            "loss_mask": (row, torch.float32, "last"),
-        }
-        if create_attention_mask_in_dataloader:
-            tensors["attention_mask"] = ((micro_batch_size, 1, seq_length, seq_length), torch.bool, "first last")
-        needs_all = pipeline_model_parallel_size == 1 or mtp_on_this_rank
-        here = {"first": is_pipeline_first_stage, "last": is_pipeline_last_stage}
-        received = dict.fromkeys(
-            ("tokens", "labels", "loss_mask", "position_ids", "attention_mask", "cu_seqlens", "cu_seqlens_padded", "max_seqlen",
-             "local_cp_size", "hybrid_cp_group")
-        )  # fmt: skip
-        for name, (shape, dtype, stages) in tensors.items():
-            if not needs_all and not any(here[stage] for stage in stages.split()):
-                continue
-            if tp_rank == 0:
-                tensor = batch[name]
-                assert tensor is not None and tuple(tensor.shape) == shape and tensor.dtype == dtype, (
-                    f"{name}: expected {shape} {dtype} in the superposition phase, got {None if tensor is None else (tuple(tensor.shape), tensor.dtype)}"
-                )
-            else:
-                tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
-            torch.distributed.broadcast(tensor, broadcast_src_rank, group=broadcast_group)
-            received[name] = tensor
-        return received
-
     def _note_entropy(self, labels, mask):
-        weights = target_weights(self.config.target_weighting, labels.shape[-1])
-        entropy = bags.bag_entropy(labels, weights.to(labels.device))
+        weights = target_weights(self.config.target_weighting, labels.shape[-1], labels.device)
+        entropy = bags.bag_entropy(labels, weights)
         noted = torch.stack([(entropy * mask).sum(), mask.sum()])
         self.entropy = noted if self.entropy is None else self.entropy + noted
 
