@@ -103,12 +103,13 @@ DECIDED = re.compile(
 
 
 def fall_of(losses, window, iterations):
-    """What switch.py is to find: two exponential averages that forget their beginning, a window's fall apart."""
-    averages = []
+    """What switch.py is to find: the line through two exponential averages, each at the mean age of what is in it."""
+    averages, ages = [], []
     for n in (window, 2 * window):
         weights = [(1 - 1 / n) ** i for i in range(len(losses))]
         averages.append(sum(w * loss for w, loss in zip(weights, reversed(losses))) / sum(weights))
-    return (averages[1] - averages[0]) / window * iterations / 100
+        ages.append(sum(w * i for i, w in enumerate(weights)) / sum(weights))
+    return (averages[1] - averages[0]) / (ages[1] - ages[0]) * iterations / 100
 
 
 def test_the_loss_decides_when(auto):
