@@ -6,6 +6,7 @@ The facts of the moment itself are kept in Megatron's arguments, so that a run t
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 
 import torch
@@ -58,11 +59,13 @@ class BoundaryLog:
     def __init__(self, args: argparse.Namespace):
         self.args, self.load, self.attached_for = args, ExpertLoad(), None
         self.done = None  # samples of the run after the last iteration that this process has finished
-        self.rate, self.losses, self.validation = None, {}, None  # iteration -> the loss, on the rank that has it
+        self.rate, self.losses = None, {}  # iteration -> the loss, on the rank that has it
 
     def saw_validation(self, loss: torch.Tensor | None, schedule: Schedule) -> None:
-        """Note the next-token validation loss; None on ranks without it."""
-        self.validation = self.args.consumed_train_samples // schedule.global_batch_size, loss
+        """Note the next-token validation loss, None on ranks without it, in Megatron's arguments; called by all ranks."""
+        (value,) = _from_last([loss])
+        if not math.isnan(value):  # Megatron ran out of time
+            self.args.tst_validation = self.args.consumed_train_samples // schedule.global_batch_size, value
 
     def saw_iteration(self, iteration: int, rate: float, loss: torch.Tensor | None) -> None:
         """Note learning rate and loss of an iteration; the loss None on ranks without it."""
@@ -103,14 +106,13 @@ class BoundaryLog:
         return self.load.imbalance(layers, self.args.num_experts)
 
     def _facts(self, phase, optimizer):
-        iteration, loss = self.validation or (None, None)
         return {
             "sample": phase.end,
             "bag size": phase.bag_size,
             "learning rate": self.rate,
             "optimizer step": _steps(optimizer),
             "imbalance": self._imbalance(),
-            "validation": (iteration, _from_last([loss])[0]) if iteration is not None else None,
+            "validation": getattr(self.args, "tst_validation", None),
         }
 
     def _print(self, facts, schedule, optimizer):

@@ -6,6 +6,7 @@ Megatron stores its arguments whole in every checkpoint. Ours are the --tst flag
     tst_plan          the phases in effect: other than planned once --tst-switch auto has ended one early
     tst_long_samples  how many long samples the dataset was built of: its order hangs on that
     tst_switch_state  what --tst-switch auto has seen of the loss (switch.py)
+    tst_validation    the last validation: iteration and next-token loss
     tst_boundary      what the log's block shows of the moment before the boundary (boundary_log.py)
 """
 

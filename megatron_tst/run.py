@@ -158,7 +158,7 @@ class Run:
         """A checkpoint has been loaded: take its phases, or change what lies ahead where --tst-override says so."""
         before, self.schedule = stored(checkpoint_args), check_resume(self.args, checkpoint_args)
         store(self.args, self.schedule)
-        for name in ("tst_long_samples", "tst_boundary", "tst_switch_state"):
+        for name in ("tst_long_samples", "tst_boundary", "tst_switch_state", "tst_validation"):
             setattr(self.args, name, getattr(checkpoint_args, name, None))
         if self.trend and self.args.tst_switch_state:
             self.trend.restart(self.args.tst_switch_state)

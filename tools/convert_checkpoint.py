@@ -79,7 +79,7 @@ def _inspect(options):
 
 def _boundary(options):
     source = Checkpoint(options.checkpoint)
-    with _progress("writing") as progress:
+    with progress_bar("writing") as progress:
         folder = convert(
             source, options.target, drop_optimizer=options.drop_optimizer, reinit_embedding_and_head=options.reinit_embedding_and_head,
             layer_spec=options.layer_spec, legacy=None if options.format is None else options.format == "0.18",
@@ -94,7 +94,7 @@ def _boundary(options):
 
 def _verify(options):
     one, other = Checkpoint(options.checkpoint), Checkpoint(options.other)
-    with _progress("comparing") as progress:
+    with progress_bar("comparing") as progress:
         found = differences(one, other, optimizer=not options.weights_only, progress=progress)
     for name, how in found.items():
         print(f"  {name}: {how}")
@@ -102,7 +102,7 @@ def _verify(options):
     return int(bool(found))
 
 
-def _progress(what):
+def progress_bar(what):
     """A progress bar on stderr, in bytes. -> context manager of a function (done, of)"""
     import contextlib
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import os
 import pickle
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, CheckpointError, Item, refuse
+from megatron_tst.checkpoint.place import flush, flush_folder, flushed, new_folder
 
 _COMMON_OBJECT = f"{COMMON}/shard_0_1"  # Megatron's name for a ShardedObject of one part
 
@@ -69,27 +68,14 @@ def rewrite(
     target = target.absolute()
     if source.path.absolute().is_relative_to(target):
         refuse(target, "a target outside the source", "the source's folder", "Choose another one.")
-    if target.exists() and not force:
-        refuse(target, "a target that is not there yet", "an existing one", "Choose another one, or add --force to replace it.")
     kept = [item for item in source.items if item is not source.common_item and changes.keep(item.name)]
     total = sum(item.length for item in kept)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < 1.01 * total + (16 << 20):
-        refuse(target.parent, f"{total / 1e9:.2f} GB of free space", f"{free / 1e9:.2f} GB", "Make room or choose another disk.")
-    _remove_leftovers(target)
-    part = target.parent / f".{target.name}.part-{os.getpid()}"
-    folder = part / source.path.name
-    folder.mkdir(parents=True)
-    try:
+    with new_folder(target, total, force) as part:
+        folder = part / source.path.name
+        folder.mkdir()
         _write(source, folder, kept, changes, lambda done: progress(done, total))
         iteration = source.path.name.removeprefix("iter_")
-        _flushed(part / TRACKER, lambda file: file.write((str(int(iteration)) if iteration.isdigit() else iteration).encode()))
-        _flush_folder(part)
-        _put_in_place(part, target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        flushed(part / TRACKER, lambda file: file.write((str(int(iteration)) if iteration.isdigit() else iteration).encode()))
     return target / source.path.name
 
 
@@ -112,18 +98,18 @@ def _write(source, folder, kept, changes, progress):
                 index = dataclasses.replace(item.index, fqn=changes.name(item.name))
                 storage[index] = dataclasses.replace(one, relative_path=name, offset=start, length=file.tell() - start)
                 sums[index] = check
-            _flush(file)
+            flush(file)
     state = {
         changes.name(name): entry
         for name, entry in source.metadata.state_dict_metadata.items()
         if name.split("/")[0] != COMMON and changes.keep(name)
     }
     if legacy:
-        _flushed(folder / "common.pt", lambda file: torch.save(changes.common, file))
+        flushed(folder / "common.pt", lambda file: torch.save(changes.common, file))
     else:
         buffer = io.BytesIO()
         torch.save([changes.common], buffer)
-        _flushed(folder / "__common_0.distcp", lambda file: file.write(buffer.getbuffer()))
+        flushed(folder / "__common_0.distcp", lambda file: file.write(buffer.getbuffer()))
         index = MetadataIndex(_COMMON_OBJECT)
         state[_COMMON_OBJECT] = BytesStorageMetadata()
         storage[index] = dataclasses.replace(one, relative_path="__common_0.distcp", offset=0, length=len(buffer.getbuffer()))
@@ -132,9 +118,9 @@ def _write(source, folder, kept, changes, progress):
     flattened = getattr(source.metadata, "mcore_data", None)  # of tensors that Megatron stores flattened
     if flattened is not None:
         metadata.mcore_data = {changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)}
-    _flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
-    _flushed(folder / "metadata.json", lambda file: file.write((source.path / "metadata.json").read_bytes()))
-    _flush_folder(folder)
+    flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
+    flushed(folder / "metadata.json", lambda file: file.write((source.path / "metadata.json").read_bytes()))
+    flush_folder(folder)
     _read_back(folder, sums)
 
 
@@ -157,43 +143,3 @@ def _read_back(folder, sums):
             raise CheckpointError(
                 f"{folder / item.file}: expected {item.name} as it was written, got other bytes. The disk is faulty."
             )
-
-
-def _flushed(path, write):
-    with open(path, "wb") as file:
-        write(file)
-        _flush(file)
-
-
-def _flush(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _put_in_place(part, target):
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        os.rename(target, old)
-    os.rename(part, target)
-    _flush_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_leftovers(target):
-    """Temporary folders of earlier tries whose process is gone. A target that was being replaced is put back."""
-    for path in target.parent.glob(f".{target.name}.*-*"):
-        kind, _, process = path.name.removeprefix(f".{target.name}.").partition("-")
-        if kind not in ("part", "old") or not process.isdigit() or Path(f"/proc/{process}").exists():
-            continue
-        if kind == "old" and not target.exists():
-            os.rename(path, target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)

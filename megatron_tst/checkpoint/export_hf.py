@@ -1,0 +1,263 @@
+"""A checkpoint -> a Hugging Face folder, tensor by tensor: TST adds no parameter, so it is exactly the standard model.
+
+Names and layouts (Megatron: queries, keys and values of each group of heads together; gate above up):
+
+    model.embed_tokens.weight            embedding.word_embeddings.weight, without the rows that pad the vocabulary
+    layers.N.self_attn.{q,k,v}_proj      self_attention.linear_qkv, a group after the other [q.. k v]
+    layers.N.mlp.{gate,up}_proj          mlp.linear_fc1 [gate; up], or each expert's
+    lm_head.weight                       output_layer.weight, unless tied
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_tst.checkpoint.architecture import Architecture, architecture_of
+from megatron_tst.checkpoint.card import evaluation, model_card
+from megatron_tst.checkpoint.format import Checkpoint, CheckpointError, refuse
+from megatron_tst.checkpoint.place import flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.tensors import Tensors
+from megatron_tst.resume import stored
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of the export: its Hugging Face name, shape, and how to read it."""
+
+    name: str
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+def export(
+    source: Checkpoint,
+    target: Path,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int | None = None,
+    dtype: str = "bfloat16",
+    shard_bytes: int = 2 << 30,
+    allow_superposition: bool = False,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Path:
+    """Write a folder that `transformers` loads.
+
+    Args:
+        source: of any layout; torch_dist of 0.18 or 0.19.
+        target: a new folder.
+        tokenizer: a tokenizer.json or a folder of tokenizer files; None: the run's own, where it has one.
+        vocab_size: ids of the tokenizer; None: the tokenizer's, or the run's --vocab-size.
+        dtype: of the weights, "bfloat16" or "float32".
+        shard_bytes: most bytes of one safetensors file, which memory holds.
+        allow_superposition: export before recovery has begun.
+        force: replace an existing target.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CheckpointError: the model has no counterpart, the tokenizer does not fit, no recovery yet, or place.new_folder's.
+    """
+    _check_phase(source, allow_superposition)
+    files, ids = tokenizer_of(source.args, tokenizer)
+    tensors = Tensors(source)
+    vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
+    arch = architecture_of(source.args, vocab, dtype, _end_of_text(files))
+    all_weights = list(weights(tensors, arch))
+    parameters = sum(math.prod(weight.shape) for weight in all_weights)
+    total = parameters * DTYPES[dtype].itemsize
+    shards = _shards(all_weights, DTYPES[dtype].itemsize, shard_bytes)
+    with new_folder(target.absolute(), total, force) as part:
+        _write_weights(part, shards, dtype, total, progress)
+        write_json(part / "config.json", arch.config)
+        write_json(part / "generation_config.json", {key: arch.config[key] for key in ("bos_token_id", "eos_token_id")})
+        write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
+        write_text(part / "evaluate.md", evaluation())
+        for file in files:
+            name = "tokenizer.json" if file.name.endswith("tokenizer.json") else file.name
+            flushed(part / name, lambda out, file=file: shutil.copyfileobj(open(file, "rb"), out))
+        if any(file.name.endswith("tokenizer.json") for file in files) and not (part / "tokenizer_config.json").exists():
+            write_json(part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        flush_folder(part)
+    return target
+
+
+def weights(tensors: Tensors, arch: Architecture) -> Iterator[Weight]:
+    """Every tensor of the export, in the order of the layers."""
+    d, h, per = arch.head_dim, arch.hidden, arch.heads // arch.groups
+    config = arch.config
+
+    @functools.lru_cache(maxsize=1)  # queries, keys and values are asked for one after the other
+    def attention(layer):
+        qkv = tensors.of_layer(layer, "self_attention.linear_qkv.weight").view(arch.groups, per + 2, d, h)
+        parts = qkv[:, :per], qkv[:, per], qkv[:, per + 1]
+        return [part.reshape(-1, h) for part in parts]
+
+    @functools.lru_cache(maxsize=1)
+    def gated(layer, expert):
+        if expert is None:
+            return tensors.of_layer(layer, "mlp.linear_fc1.weight").chunk(2)
+        return tensors.of_layer(layer, "mlp.experts.experts.linear_fc1.weight", at=(expert,)).chunk(2)
+
+    def down(layer, expert):
+        if expert is None:
+            return tensors.of_layer(layer, "mlp.linear_fc2.weight")
+        return tensors.of_layer(layer, "mlp.experts.experts.linear_fc2.weight", at=(expert,))
+
+    yield Weight(
+        "model.embed_tokens.weight", (arch.vocab, h), lambda: tensors.read("embedding.word_embeddings.weight")[: arch.vocab]
+    )
+    for n in range(arch.layers):
+        a, norm = f"model.layers.{n}.", functools.partial(tensors.of_layer, n)
+        yield Weight(a + "input_layernorm.weight", (h,), functools.partial(norm, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"))  # fmt: skip
+        for i, (name, rows) in enumerate((("q", arch.heads), ("k", arch.groups), ("v", arch.groups))):
+            yield Weight(f"{a}self_attn.{name}_proj.weight", (rows * d, h), lambda n=n, i=i: attention(n)[i])
+        if arch.qk_norm:
+            for name in "qk":
+                yield Weight(
+                    f"{a}self_attn.{name}_norm.weight", (d,), functools.partial(norm, f"self_attention.{name}_layernorm.weight")
+                )
+        yield Weight(
+            a + "self_attn.o_proj.weight", (h, arch.heads * d), functools.partial(norm, "self_attention.linear_proj.weight")
+        )
+        expert = n in arch.expert_layers
+        names = (
+            "pre_mlp_layernorm.weight",
+            "mlp.linear_fc1.layer_norm_weight",
+        )  # of experts: Transformer Engine's spec, the local one
+        yield Weight(a + "post_attention_layernorm.weight", (h,), functools.partial(norm, *(names if expert else names[::-1])))
+        width = config["moe_intermediate_size"] if expert else config["intermediate_size"]
+        if expert:
+            yield Weight(a + "mlp.gate.weight", (arch.experts, h), functools.partial(norm, "mlp.router.weight"))
+        for e in range(arch.experts) if expert else (None,):
+            b = a + (f"mlp.experts.{e}." if expert else "mlp.")
+            yield Weight(b + "gate_proj.weight", (width, h), lambda n=n, e=e: gated(n, e)[0])
+            yield Weight(b + "up_proj.weight", (width, h), lambda n=n, e=e: gated(n, e)[1])
+            yield Weight(b + "down_proj.weight", (h, width), lambda n=n, e=e: down(n, e))
+    yield Weight("model.norm.weight", (h,), lambda: tensors.read("decoder.final_layernorm.weight"))
+    if not arch.tied:
+        yield Weight("lm_head.weight", (arch.vocab, h), lambda: tensors.read("output_layer.weight")[: arch.vocab])
+
+
+def tokenizer_of(args, tokenizer: Path | None) -> tuple[list[Path], int | None]:
+    """(files of the tokenizer, number of its ids); ([], None) where the run has none that can be found."""
+    path = tokenizer or getattr(args, "tokenizer_model", None)
+    if not path:
+        return [], None
+    path = Path(path)
+    if path.is_file():
+        files = [path]
+    else:
+        files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if not files:
+        if tokenizer is None:
+            return [], None  # a name on the hub, or a path of another machine
+        refuse("--tokenizer", "a tokenizer.json or a folder with one", f"{path}: neither", "Give the run's tokenizer.")
+    fast = next((file for file in files if file.name.endswith("tokenizer.json")), None)
+    if fast is None:
+        return files, None
+    from tokenizers import Tokenizer
+
+    try:
+        return files, Tokenizer.from_file(str(fast)).get_vocab_size(with_added_tokens=True)
+    except Exception as error:  # the library raises a bare Exception
+        raise CheckpointError(f"--tokenizer: expected a tokenizer.json, got {fast}: {error}. Give the run's tokenizer.") from error
+
+
+def vocab_size_of(source: Checkpoint, tensors: Tensors, files, ids: int | None, asked: int | None) -> int:
+    """Ids of the vocabulary without Megatron's padding, checked against the embedding and the tokenizer."""
+    rows, own = tensors.shape("embedding.word_embeddings.weight")[0], getattr(source.args, "vocab_size", None)
+    vocab = asked or ids or own
+    if vocab is None:
+        refuse("--vocab-size", "it or --tokenizer", "neither", f"The embedding has {rows} rows, some of which may be padding.")
+    if vocab > rows:
+        refuse("vocabulary", f"at most the embedding's {rows} rows", vocab, "Give the tokenizer that the run was trained with.")
+    for what, other in (("--tokenizer's ids", ids), ("the run's --vocab-size", own)):
+        if other is not None and other != vocab:
+            refuse("vocabulary", f"{other}, {what}", vocab, "Give the tokenizer that the run was trained with.")
+    return vocab
+
+
+def _check_phase(source, allowed):
+    schedule = stored(source.args)
+    samples = getattr(source.args, "consumed_train_samples", 0)
+    if schedule and samples <= schedule.superposition_samples and not allowed:
+        refuse(
+            source.path, "a checkpoint of the recovery phase", f"one after {samples} of {schedule.superposition_samples} superposed samples",
+            "The model has learned to predict bags: its next-token logits mean nothing yet. Recover first, or add --allow-superposition.",
+        )  # fmt: skip
+
+
+def _end_of_text(files) -> int | None:
+    """The id that ends a document, where the tokenizer has one."""
+    fast = next((file for file in files if file.name.endswith("tokenizer.json")), None)
+    if fast is None:
+        return None
+    from tokenizers import Tokenizer
+
+    settings = next((json.loads(file.read_text()) for file in files if file.name == "tokenizer_config.json"), {})
+    name = settings.get("eos_token", "<|endoftext|>")
+    return Tokenizer.from_file(str(fast)).token_to_id(name["content"] if isinstance(name, dict) else name)
+
+
+def _shards(weights, itemsize, limit):
+    """Weights in order, as many to a file as fit."""
+    shards, size = [[]], 0
+    for weight in weights:
+        more = itemsize * math.prod(weight.shape)
+        if shards[-1] and size + more > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(weight)
+        size += more
+    return shards
+
+
+def _write_weights(folder, shards, dtype, total, progress):
+    from safetensors.torch import save_file
+
+    where, done = {}, 0
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        held = {}
+        for weight in shard:
+            tensor = weight.read()
+            if tuple(tensor.shape) != weight.shape:
+                refuse(
+                    weight.name,
+                    f"shape {weight.shape}",
+                    tuple(tensor.shape),
+                    "The model is of another kind than its arguments say.",
+                )
+            held[weight.name] = tensor.to(DTYPES[dtype]).contiguous()
+            where[weight.name] = file
+            progress(done := done + held[weight.name].nbytes, total)
+        save_file(held, folder / file, metadata={"format": "pt"})
+        with open(folder / file, "rb") as written:
+            os.fsync(written.fileno())
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    flushed(path, lambda file: file.write(text.encode()))

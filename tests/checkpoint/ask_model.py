@@ -1,0 +1,51 @@
+"""examples/pretrain_gpt_tst.py, and then Megatron's own answers: python ask_model.py OUT FLAGS
+
+OUT gets {prompts [5, 12], logits [5, 12, V] fp32, generated [5, 8]} of the model after the last iteration, whatever its layout (without
+pipeline stages); ids are below --vocab-size.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
+
+import megatron.training.training as loop
+import pretrain_gpt_tst as script
+import torch
+
+
+def logits_of(model, tokens):
+    """[b, L, V] on every rank: the vocabulary's parts put together, its padding taken off."""
+    from megatron.core import mpu
+    from megatron.training import get_args
+
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    part = model(tokens, positions, None).contiguous()
+    parts = [torch.empty_like(part) for _ in range(mpu.get_tensor_model_parallel_world_size())]
+    torch.distributed.all_gather(parts, part, group=mpu.get_tensor_model_parallel_group())
+    return torch.cat(parts, -1)[..., : get_args().vocab_size]
+
+
+def train(forward_step, model, *rest, **named):
+    from megatron.core.utils import unwrap_model
+    from megatron.training import get_args
+
+    result = stock_train(forward_step, model, *rest, **named)
+    (asked,) = unwrap_model(model)
+    asked.eval()
+    with torch.no_grad():
+        prompts = torch.randint(0, get_args().vocab_size, (5, 12), generator=torch.Generator().manual_seed(0))
+        logits, tokens = logits_of(asked, prompts), prompts
+        for _ in range(8):
+            # lengths are even, so that sequence parallelism can cut them
+            padded = torch.cat([tokens, tokens[:, : tokens.shape[1] % 2]], 1)
+            tokens = torch.cat([tokens, logits_of(asked, padded)[:, tokens.shape[1] - 1].argmax(-1, keepdim=True)], 1)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"prompts": prompts, "logits": logits.clone(), "generated": tokens[:, 12:].clone()}, out)
+    return result
+
+
+if __name__ == "__main__":
+    out = sys.argv.pop(1)
+    stock_train, loop.train = loop.train, train
+    script.main()

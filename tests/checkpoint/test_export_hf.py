@@ -1,0 +1,220 @@
+"""What transformers makes of an export, against what Megatron says of the model itself."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import export_checkpoint
+import pytest
+import torch
+from runner import TINY, TST, data
+
+from megatron_tst.checkpoint.export_hf import export
+from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
+
+ASK = str(Path(__file__).parent / "ask_model.py")
+GQA = "--group-query-attention --num-query-groups 2 --kv-channels 12 --rotary-base 50000".split()
+NORM = ["--qk-layernorm"]
+MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-token-dispatcher-type alltoall".split()
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+TIED = [flag for flag in TINY if flag != "--untie-embeddings-and-output-weights"]
+RUNS = {  # name: (processes, flags, class)
+    "llama": (1, TINY, "LlamaForCausalLM"),
+    "llama, tied, gqa, tp2": (2, [*TIED, *GQA, *TP2], "LlamaForCausalLM"),
+    "llama, rope scaling": (1, [*TINY, "--use-rope-scaling", "--rope-scaling-factor", "4"], "LlamaForCausalLM"),
+    "qwen3, gqa": (1, [*TINY, *GQA, *NORM], "Qwen3ForCausalLM"),
+    "qwen3 moe, tp2 ep2": (4, [*TINY, *GQA, *NORM, *MOE, *TP2, "--expert-model-parallel-size", "2"], "Qwen3MoeForCausalLM"),
+    "qwen3 moe, softmax first, a dense layer": (
+        1, [*TINY, *NORM, *MOE, "--moe-router-pre-softmax", "--moe-layer-freq", "[0,1]"], "Qwen3MoeForCausalLM",
+    ),
+}  # fmt: skip
+VOCAB = 500  # padded to 512, or 768 under TP2
+
+
+@pytest.fixture(scope="module")
+def runs(zygote, corpus, tmp_path_factory):
+    """name -> (checkpoint's folder, what Megatron answers), each trained when it is first asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("export")
+            nproc, flags, _ = RUNS[name]
+            answers = folder / "answers.pt"
+            known = [*data(corpus)[:-1], str(VOCAB)]
+            run = zygote.train(answers, *flags, *TST, *known, "--save", folder / "ck", "--save-interval", "5", "--lr", "1e-2", script=ASK, nproc=nproc)  # fmt: skip
+            assert run.ok, run.log[-3000:]
+            made[name] = folder / "ck", torch.load(answers, weights_only=True)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A corpus of ids below VOCAB."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix, ids = tmp_path_factory.mktemp("ids") / "text", np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for _ in range(60):
+        document = np.cumsum(ids.integers(0, 4, int(ids.integers(50, 400)))) % VOCAB
+        builder.add_document(document.astype(np.int32), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def answers(runs):
+    """name -> (Megatron's answers, transformers' answers to the same)"""
+    folders = {name: runs(name)[0].parent for name in RUNS}
+    for folder in folders.values():
+        assert export_checkpoint.main(["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"]) == 0
+    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_TST_CPU"}
+    subprocess.run([sys.executable, "-W", "ignore", str(Path(__file__).parent / "ask_transformers.py"), *map(str, folders.values())], check=True, env=environment)  # fmt: skip
+    return {name: (runs(name)[1], torch.load(folder / "transformers.pt", weights_only=True)) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_transformers_says_what_megatron_says(answers, name):
+    want, got = answers[name]
+    assert got["class"] == RUNS[name][2] and not got["unloaded"]
+    assert got["logits"].shape == want["logits"].shape == (5, 12, VOCAB)
+    assert (got["logits"] - want["logits"]).abs().max() <= 2e-6
+    assert torch.equal(got["generated"], want["generated"]) and len(want["generated"].unique()) > 3
+
+
+@pytest.mark.parametrize("name", ["llama, tied, gqa, tp2", "qwen3 moe, tp2 ep2"])
+def test_every_tensor_comes_from_the_checkpoint(runs, tmp_path, name):
+    """With all of the checkpoint's weights doubled every exported tensor is."""
+    from safetensors.torch import load_file
+
+    from megatron_tst.checkpoint.rewrite import Changes, rewrite
+
+    source = Checkpoint(runs(name)[0])
+    model = frozenset(key for key in source.tensors if not key.startswith("optimizer."))
+    doubled = Changes(common=source.common, tensor=lambda name, offset, shard: shard * 2, edited=model)
+    rewrite(source, tmp_path / "doubled", doubled)
+    one = load_file(export(source, tmp_path / "one", dtype="float32") / "model.safetensors")
+    two = load_file(export(Checkpoint(tmp_path / "doubled"), tmp_path / "two", dtype="float32") / "model.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(two[key], 2 * one[key]) for key in one)
+
+
+def test_shards_and_their_index(runs, tmp_path):
+    """Cut into files, the weights are the same; bf16 is the fp32 rounded once."""
+    from safetensors.torch import load_file
+
+    folder, _ = runs("llama")
+    whole = load_file(export(Checkpoint(folder), tmp_path / "whole", dtype="float32") / "model.safetensors")
+    export(Checkpoint(folder), tmp_path / "cut", shard_bytes=40_000)
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2 and files == sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
+    parts = {key: tensor for file in files for key, tensor in load_file(tmp_path / "cut" / file).items()}
+    assert parts.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(torch.equal(parts[key], whole[key].bfloat16()) for key in whole)
+    assert index["metadata"]["total_size"] == sum(2 * math.prod(tensor.shape) for tensor in whole.values())
+
+
+def test_the_factor_that_megatron_took_is_exported(runs, tmp_path):
+    """--rope-scaling-factor 4 in the run, which Megatron trained with 8; the logits above show it."""
+    with pytest.warns(
+        UserWarning, match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their models with 8"
+    ):
+        export(Checkpoint(runs("llama, rope scaling")[0]), tmp_path / "hf")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 8.0
+
+
+def changed(folder, tmp_path, **args):
+    """The checkpoint with other arguments, as if another model had been trained."""
+    import argparse
+
+    from megatron_tst.checkpoint.rewrite import Changes, rewrite
+
+    source = Checkpoint(folder)
+    common = dict(source.common, args=argparse.Namespace(**vars(source.args) | args))
+    rewrite(source, tmp_path / "changed", Changes(common=common))
+    return Checkpoint(tmp_path / "changed")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (dict(normalization="LayerNorm"), "--normalization: expected RMSNorm, got LayerNorm. This model has no counterpart"),
+        (dict(add_bias_linear=True), "--add-bias-linear"),
+        (dict(position_embedding_type="learned_absolute"), "--position-embedding-type: expected rope"),
+        (dict(multi_latent_attention=True), "--multi-latent-attention"),
+        (dict(num_experts=4, qk_layernorm=True, moe_shared_expert_intermediate_size=64), "--moe-shared-expert-intermediate-size: expected None, got 64"),
+        (dict(num_experts=4, qk_layernorm=True, moe_router_score_function="sigmoid"), "--moe-router-score-function: expected softmax, got sigmoid"),
+        (dict(num_experts=4), "--num-experts: expected --qk-layernorm beside it"),
+        (dict(ffn_hidden_size=128), r"mlp.gate_proj.weight: expected shape \(128, 32\), got \(64, 32\)"),
+        (dict(qk_layernorm=True), "layer 0's self_attention.q_layernorm.weight"),
+        (dict(consumed_train_samples=24), "a checkpoint of the recovery phase, got one after 24 of 24 superposed samples"),
+        (dict(vocab_size=600), "at most the embedding's 512 rows, got 600"),
+        (dict(vocab_size=None), "--vocab-size: expected it or --tokenizer, got neither. The embedding has 512 rows"),
+    ],
+)  # fmt: skip
+def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, message):
+    source = changed(runs("llama")[0], tmp_path, **args)
+    with pytest.raises(CheckpointError, match=message):
+        export(source, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]  # nothing half written
+
+
+def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypatch):
+    source = Checkpoint(runs("llama")[0])
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(CheckpointError, match="a target that is not there yet, got an existing one"):
+        export(source, tmp_path / "hf")
+    export(source, tmp_path / "hf", force=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    with pytest.raises(CheckpointError, match="GB of free space"):
+        export(source, tmp_path / "other")
+
+
+def test_the_tokenizer_goes_with_it_and_must_fit(runs, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoTokenizer
+
+    source = Checkpoint(runs("llama")[0])
+    for ids in (VOCAB, VOCAB - 1):
+        Tokenizer(models.WordLevel({f"w{i}": i for i in range(ids)}, unk_token="w0")).save(str(tmp_path / f"{ids}.tokenizer.json"))
+    export(source, tmp_path / "hf", tokenizer=tmp_path / f"{VOCAB}.tokenizer.json")
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").convert_tokens_to_ids("w17") == 17
+    with pytest.raises(CheckpointError, match="vocabulary: expected 500, the run's --vocab-size, got 499"):
+        export(source, tmp_path / "other", tokenizer=tmp_path / f"{VOCAB - 1}.tokenizer.json")
+    with pytest.raises(CheckpointError, match="--tokenizer: expected a tokenizer.json or a folder with one"):
+        export(source, tmp_path / "other", tokenizer=tmp_path / "none")
+    (tmp_path / "broken.tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="--tokenizer: expected a tokenizer.json, got .*broken"):
+        export(source, tmp_path / "other", tokenizer=tmp_path / "broken.tokenizer.json")
+
+
+def test_the_card_says_how_it_was_made(runs, tmp_path):
+    folder, _ = runs("qwen3 moe, tp2 ep2")
+    export(Checkpoint(folder), tmp_path / "hf")
+    card, config = ((tmp_path / "hf" / name).read_text() for name in ("README.md", "config.json"))
+    validation = Checkpoint(folder).args.tst_validation
+    for row in (
+        "| architecture | `Qwen3MoeForCausalLM`: 2 layers x 32, 4 heads (2 of keys and values) of 12, 4 experts of which 2 are active, ",
+        "| superposition | bags of 4: 6 iterations, 3,072 raw tokens |",
+        "| recovery | next token: 4 iterations, 512 raw tokens |",
+        "| raw tokens in all | 3,584 |",
+        f"| validation loss | {validation[1]:.4f} nats (next token, iteration 10) |",
+    ):
+        assert row in card, card
+    assert "lm_eval --model hf" in (tmp_path / "hf" / "evaluate.md").read_text()
+    parameters = sum(math.prod(weight) for weight in shapes(tmp_path / "hf" / "model.safetensors"))
+    assert f"{parameters:,} parameters" in card and json.loads(config)["eos_token_id"] is None
+
+
+def shapes(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        return [weights.get_slice(name).get_shape() for name in weights.keys()]

@@ -1,0 +1,58 @@
+"""Export the model of a torch_dist checkpoint of Megatron-Core (0.18, 0.19). No GPU, no Transformer Engine.
+
+    python tools/export_checkpoint.py hf CHECKPOINT TARGET --tokenizer FOLDER    a folder that transformers loads: Llama, Qwen3, Qwen3-MoE
+
+CHECKPOINT is an iteration's folder, or that of --save (then its latest iteration).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from convert_checkpoint import progress_bar
+
+from megatron_tst.checkpoint.export_hf import DTYPES, export
+from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        return options.run(options)
+    except CheckpointError as error:
+        print(f"export_checkpoint: error: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"export_checkpoint: error: expected safetensors and tokenizers, got {error}. pip install 'megatron-tst[hf]'.", file=sys.stderr)
+    return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser("hf", help="to Hugging Face")
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("target", type=Path, help="a new folder")
+    verb.add_argument("--tokenizer", type=Path, help="tokenizer.json or a folder of tokenizer files; default: the run's own")
+    verb.add_argument("--vocab-size", type=int, help="ids of the tokenizer; the rows above them are padding")
+    verb.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    verb.add_argument("--allow-superposition", action="store_true", help="export although recovery has not begun")
+    verb.add_argument("--force", action="store_true", help="replace TARGET")
+    verb.set_defaults(run=_hf)
+    return parser
+
+
+def _hf(options):
+    source = Checkpoint(options.checkpoint)
+    with progress_bar("writing") as progress:
+        folder = export(
+            source, options.target, tokenizer=options.tokenizer, vocab_size=options.vocab_size, dtype=options.dtype,
+            allow_superposition=options.allow_superposition, force=options.force, progress=progress,
+        )  # fmt: skip
+    print(f"{folder}: written from {source.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
