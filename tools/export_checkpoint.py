@@ -24,7 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"export_checkpoint: error: {error}", file=sys.stderr)
     except ImportError as error:
-        print(f"export_checkpoint: error: expected safetensors and tokenizers, got {error}. pip install 'megatron-tst[hf]'.", file=sys.stderr)
+        print(
+            f"export_checkpoint: error: expected safetensors and tokenizers, got {error}. pip install 'megatron-tst[hf]'.",
+            file=sys.stderr,
+        )
     return 2
 
 

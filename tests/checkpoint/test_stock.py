@@ -105,13 +105,19 @@ def datasets(prefix, blend, size, length, cache):
 
 @pytest.mark.parametrize("blend", [False, True])
 @pytest.mark.parametrize(
-    "s, superposed, total, superpose", [(4, 24, 40, "both"), (3, 8, 101, "both"), (2, 4, 17, "output"), (4, 400, 4000, "both")]
-)
+    "s, superposed, total, superpose",
+    [
+        (4, 24, 40, "both"), (3, 8, 101, "both"), (2, 4, 17, "output"), ((8, 4, 2), (12, 20, 8), 90, "both"), ((6, 4), (8, 12), 61, "input"),
+        (4, 400, 4000, "both"),
+    ],
+)  # fmt: skip
 def test_every_recovery_sample_is_the_one_that_tst_would_read(megatron, corpus, tmp_path, s, superposed, total, superpose, blend):
-    """Over one epoch and over several (the last case), one dataset and a blend: tokens, labels and loss mask of every sample."""
+    """Over one epoch and over several (the last case), one bag size and several, one dataset and a blend: every sample's tokens, labels, mask."""
     length, batch = 32, 4
-    schedule = Schedule.of(s, superposed // batch, total, length, batch, single_tokens_in=superpose == "output")
-    config = TSTConfig(bag_size=s, iters=superposed // batch, superpose=superpose)
+    sizes, samples = (s, superposed) if isinstance(s, tuple) else ((s,), (superposed,))
+    superposed = sum(samples)
+    schedule = Schedule((*sizes, 1), (*samples, total - superposed), length, batch, single_tokens_in=superpose == "output")
+    config = TSTConfig(bag_size=s, iters=samples if len(sizes) > 1 else samples[0], superpose=superpose)
     long = datasets(corpus, blend, schedule.long_samples, schedule.long_sample_length, tmp_path / "long")
     stock = datasets(corpus, blend, total, length, tmp_path / "stock")
     files = stock_index.write(long, stock, schedule)
