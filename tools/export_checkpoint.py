@@ -1,6 +1,7 @@
-"""Export the model of a torch_dist checkpoint of Megatron-Core (0.18, 0.19). No GPU, no Transformer Engine.
+"""Export the model of a torch_dist checkpoint of Megatron-Core (0.18, 0.19), and import one. No GPU, no Transformer Engine.
 
     python tools/export_checkpoint.py hf CHECKPOINT TARGET --tokenizer FOLDER    a folder that transformers loads: Llama, Qwen3, Qwen3-MoE
+    python tools/export_checkpoint.py import-hf FOLDER TARGET                    the way back: weights to pre-train further, and their flags
 
 CHECKPOINT is an iteration's folder, or that of --save (then its latest iteration).
 """
@@ -13,8 +14,10 @@ from pathlib import Path
 
 from convert_checkpoint import progress_bar
 
+from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.export_hf import DTYPES, export
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
+from megatron_tst.checkpoint.import_hf import LOAD, import_
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +46,21 @@ def _parser():
     verb.add_argument("--allow-superposition", action="store_true", help="export although recovery has not begun")
     verb.add_argument("--force", action="store_true", help="replace TARGET")
     verb.set_defaults(run=_hf)
+    verb = verbs.add_parser("import-hf", help="from Hugging Face")
+    verb.add_argument("folder", type=Path, help="config.json and safetensors of a Llama, Qwen3 or Qwen3-MoE")
+    verb.add_argument("target", type=Path, help="a new folder, for --load")
+    verb.add_argument("--layer-spec", choices=EXPERT_NORM, default="transformer_engine", help="of the run that is to load it")
+    verb.add_argument("--force", action="store_true", help="replace TARGET")
+    verb.set_defaults(run=_import)
     return parser
+
+
+def _import(options):
+    with progress_bar("writing") as progress:
+        flags = import_(options.folder, options.target, layer_spec=options.layer_spec, force=options.force, progress=progress)
+    print(f"{options.target}: weights alone. Load them with --load {options.target} {' '.join(LOAD)} and")
+    print("  " + " ".join(flags))
+    return 0
 
 
 def _hf(options):

@@ -17,7 +17,7 @@ from megatron_tst.checkpoint.rewrite import Changes, rewrite
 from megatron_tst.resume import stored
 
 # Where Megatron's layer specs name the norm before the experts differently (gpt_layer_specs.py): local, Transformer Engine.
-_EXPERT_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "transformer_engine": "pre_mlp_layernorm.weight"}
+EXPERT_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "transformer_engine": "pre_mlp_layernorm.weight"}
 _ENDS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -96,10 +96,10 @@ def stock_arguments(args: argparse.Namespace) -> argparse.Namespace:
 def _renaming(source, layer_spec):
     if layer_spec is None:
         return lambda name: name
-    if layer_spec not in _EXPERT_NORM:
-        refuse("layer spec", " or ".join(_EXPERT_NORM), layer_spec, "Name the spec of the run that is to load it.")
-    new = _EXPERT_NORM[layer_spec]
-    (old,) = set(_EXPERT_NORM.values()) - {new}
+    if layer_spec not in EXPERT_NORM:
+        refuse("layer spec", " or ".join(EXPERT_NORM), layer_spec, "Name the spec of the run that is to load it.")
+    new = EXPERT_NORM[layer_spec]
+    (old,) = set(EXPERT_NORM.values()) - {new}
     layers = {name.removesuffix("mlp.router.weight") for name in source.tensors if name.endswith("mlp.router.weight")}
     names = {layer + old: layer + new for layer in layers}
     return lambda name: names.get(name, name)

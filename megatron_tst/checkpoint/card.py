@@ -27,8 +27,11 @@ def model_card(args: argparse.Namespace, arch: Architecture, dtype: str, paramet
     rows = [
         ("architecture", f"`{arch.name}`: {sizes}{experts}, {parameters:,} parameters, vocabulary of {arch.vocab}"),
         ("weights", f"{dtype}, {'tied' if arch.tied else 'untied'} embeddings"),
-        ("training", f"{samples // batch} iterations of {batch} x {args.seq_length} positions, learning rate {args.lr:g}"),
     ]
+    if samples:
+        rows.append(
+            ("training", f"{samples // batch} iterations of {batch} x {args.seq_length} positions, learning rate {args.lr:g}")
+        )
     if schedule:
         for phase in schedule.phases:
             done = min(max(samples - phase.first_sample, 0), phase.samples)

@@ -121,7 +121,7 @@ def _write(source, folder, kept, changes, progress):
     flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
     flushed(folder / "metadata.json", lambda file: file.write((source.path / "metadata.json").read_bytes()))
     flush_folder(folder)
-    _read_back(folder, sums)
+    read_back(folder, sums)
 
 
 def _edited(source, item, changes):
@@ -133,7 +133,7 @@ def _edited(source, item, changes):
     return buffer.getvalue()
 
 
-def _read_back(folder, sums):
+def read_back(folder, sums):
     written = Checkpoint(folder)
     for item in written.items:
         check = 0

@@ -1,4 +1,4 @@
-"""What transformers makes of an export, against what Megatron says of the model itself."""
+"""What transformers makes of an export, against what Megatron says of the model itself; and the way back."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from runner import TINY, TST, data
 
 from megatron_tst.checkpoint.export_hf import export
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
+from megatron_tst.checkpoint.import_hf import LOAD, import_
 
 ASK = str(Path(__file__).parent / "ask_model.py")
 GQA = "--group-query-attention --num-query-groups 2 --kv-channels 12 --rotary-base 50000".split()
@@ -69,14 +70,20 @@ def corpus(tmp_path_factory):
     return prefix
 
 
+def without_shims(script, *arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_TST_CPU"}
+    subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *map(str, arguments)], check=True, env=environment
+    )
+
+
 @pytest.fixture(scope="module")
 def answers(runs):
     """name -> (Megatron's answers, transformers' answers to the same)"""
     folders = {name: runs(name)[0].parent for name in RUNS}
     for folder in folders.values():
         assert export_checkpoint.main(["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"]) == 0
-    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_TST_CPU"}
-    subprocess.run([sys.executable, "-W", "ignore", str(Path(__file__).parent / "ask_transformers.py"), *map(str, folders.values())], check=True, env=environment)  # fmt: skip
+    without_shims("ask_transformers.py", *folders.values())
     return {name: (runs(name)[1], torch.load(folder / "transformers.pt", weights_only=True)) for name, folder in folders.items()}
 
 
@@ -218,3 +225,100 @@ def shapes(file):
 
     with safe_open(file, "pt") as weights:
         return [weights.get_slice(name).get_shape() for name in weights.keys()]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of models that transformers has made (make_models.py)."""
+    folder = tmp_path_factory.mktemp("models")
+    without_shims("make_models.py", folder)
+    return folder
+
+
+MODELS = ("llama", "llama-tied", "qwen3", "qwen3-moe", "qwen3-moe-mixed")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_and_export_give_the_same_bytes(models, tmp_path, name):
+    import_(models / name / "hf", tmp_path / "ck")
+    export(Checkpoint(tmp_path / "ck"), tmp_path / "hf", dtype="float32")
+    one, two = (folder / "model.safetensors" for folder in (models / name / "hf", tmp_path / "hf"))
+    assert one.read_bytes() == two.read_bytes()
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", models / name / "hf"))
+    for key in ("architectures", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+                "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers", "max_position_embeddings"):  # fmt: skip
+        assert ours.get(key) == theirs.get(key), key
+    assert ours.get("num_experts") == theirs.get("num_experts", theirs.get("num_local_experts"))
+
+
+@pytest.mark.parametrize(
+    "name, nproc, layout", [*((name, 1, []) for name in MODELS), ("qwen3-moe", 4, [*TP2, "--expert-model-parallel-size", "2"])]
+)
+def test_megatron_says_what_transformers_says(zygote, corpus, models, tmp_path, name, nproc, layout):
+    """An import in a real run with the flags that it names, whose one step changes nothing: Megatron's logits are transformers'."""
+    given = " ".join(import_(models / name / "hf", tmp_path / "ck", layer_spec="local")).split()
+    own = {flag for flag in given if flag.startswith("--")} | {
+        "--seq-length",
+        "--lr",
+        "--min-lr",
+        "--train-iters",
+        "--lr-warmup-iters",
+        "--lr-wsd-decay-iters",
+    }
+    own |= {"--untie-embeddings-and-output-weights", "--num-layers"}
+    rest, skip = [], False
+    for flag in TINY:
+        skip = flag in own if flag.startswith("--") else skip
+        rest += [] if skip else [flag]
+    still = (
+        "--seq-length 32 --lr 1e-30 --min-lr 0 --train-iters 1 --lr-warmup-iters 0 --lr-wsd-decay-iters 1 --eval-iters 0".split()
+    )
+    load = ["--load", tmp_path / "ck", *LOAD]
+    experts = ["--moe-token-dispatcher-type", "alltoall"] if "moe" in name else []
+    known = [*data(corpus)[:-1], str(VOCAB)]
+    run = zygote.train(tmp_path / "answers.pt", *rest, *still, *given, *experts, *layout, *known, *load, script=ASK, nproc=nproc)
+    assert run.ok, run.log[-3000:]
+    got, want = (torch.load(folder / "answers.pt", weights_only=True) for folder in (tmp_path, models / name))
+    assert torch.equal(got["prompts"], want["prompts"])
+    assert (got["logits"] - want["logits"]).abs().max() <= 3e-6  # of logits of 3
+
+
+def broken(models, tmp_path, name="llama", **config):
+    folder = tmp_path / "hf"
+    shutil.copytree(models / name / "hf", folder)
+    about = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (dict(model_type="gpt2"), "model_type: expected llama or qwen3 or qwen3_moe, got gpt2"),
+        (dict(attention_bias=True), "attention_bias: expected False or None, got True"),
+        (
+            dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+            "rope: expected default, linear, or Llama 3.1's",
+        ),
+        (dict(model_type="qwen3"), "self_attn.q_norm.weight, got none"),
+        (dict(intermediate_size=96), r"gate_proj.weight: expected shape \(96, 32\), got \(80, 32\)"),
+        (dict(num_hidden_layers=1), "expected the tensors of its architecture alone, got model.layers.1"),
+    ],
+)
+def test_what_cannot_be_imported_is_refused_by_name(models, tmp_path, config, message):
+    with pytest.raises(CheckpointError, match=message):
+        import_(broken(models, tmp_path, **config), tmp_path / "ck")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_damaged_folders_are_refused(models, tmp_path):
+    folder = broken(models, tmp_path)
+    os.truncate(folder / "model.safetensors", 5000)
+    with pytest.raises(CheckpointError, match="a whole safetensors file"):
+        import_(folder, tmp_path / "ck")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="expected safetensors files, got none"):
+        import_(folder, tmp_path / "ck")
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="a Hugging Face folder with config.json"):
+        import_(folder, tmp_path / "ck")
