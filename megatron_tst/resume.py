@@ -76,7 +76,7 @@ def check_resume(args: argparse.Namespace, checkpoint_args: argparse.Namespace) 
         _same(
             name, default, args, checkpoint_args, "The order of the data and the objective hang on it. Give the first run's flags."
         )
-    _check_experts(args, checkpoint_args)
+    check_optimizer(args, checkpoint_args)
     before = stored(checkpoint_args, "tst_planned")
     if not TSTConfig.from_args(args).override:
         for name, default in _WITH_OVERRIDE.items():
@@ -132,12 +132,27 @@ def _same(name, default, args, checkpoint_args, do):
         refuse(f"resuming with another {name}", f"{kept} as in the checkpoint", value, do)
 
 
-def _check_experts(args, checkpoint_args):
+def check_optimizer(args, checkpoint_args):
+    """Refuse layouts between which Megatron does not carry the optimizer's state; weights alone it carries between all.
+
+    Raises:
+        TSTError: with the flag, what the checkpoint has and what this run has.
+    """
+    if getattr(args, "no_load_optim", False):
+        return
     ep, kept = (getattr(x, "expert_model_parallel_size", 1) for x in (args, checkpoint_args))
-    if (ep == 1) != (kept == 1) and not getattr(args, "no_load_optim", False):
+    if (ep == 1) != (kept == 1):
         refuse(
             "--expert-model-parallel-size with the optimizer's state",
             f"{'1' if kept == 1 else 'more than 1'}, as the checkpoint's {kept}",
             ep,
             "Megatron keeps the experts' optimizer apart only above 1. Keep to that side of 1, or add --no-load-optim.",
+        )
+    ours, theirs = (bool(getattr(x, "use_distributed_optimizer", False)) for x in (args, checkpoint_args))
+    if ours != theirs:
+        refuse(
+            "--use-distributed-optimizer with the optimizer's state",
+            f"{'it' if theirs else 'none'}, as in the checkpoint",
+            "it" if ours else "none",
+            "Megatron loads neither optimizer's state into the other. Keep to the checkpoint's, or add --no-load-optim.",
         )

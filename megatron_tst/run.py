@@ -257,7 +257,7 @@ class Run:
             return "fixed"
         return (
             f"auto, when the loss falls by less than {self.trend.least:g} nats in a hundredth of the run (smoothed over "
-            f"{self.trend.window} iterations), and no later than that"
+            f"{self.trend.window} iterations), at the latest after the iterations above"
         )
 
     def _kernels(self) -> str:

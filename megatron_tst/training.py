@@ -13,7 +13,7 @@ import sys
 import sysconfig
 
 from megatron_tst import compat, cpu, patch
-from megatron_tst.checkpoint.format import TRACKER, mend_tracker
+from megatron_tst.checkpoint.format import TRACKER, Checkpoint, CheckpointError, mend_tracker
 from megatron_tst.config import (
     TSTConfig,
     TSTError,
@@ -22,7 +22,7 @@ from megatron_tst.config import (
 )
 from megatron_tst.data import check_data_files, check_output_folder, phased_provider
 from megatron_tst.refusals import check_arguments, check_sequence_length
-from megatron_tst.resume import check_resume, store
+from megatron_tst.resume import check_optimizer, check_resume, store
 from megatron_tst.run import Run
 
 
@@ -54,7 +54,7 @@ def check(args) -> TSTConfig:
     config = TSTConfig.from_args(args)
     if _checked is not args:
         check_arguments(config, args)
-        _check_distributed_resume(config, args)
+        _check_resumed_optimizer(config, args)
         if args.rank == 0:
             if config.enabled and getattr(args, "load", None) and (iteration := mend_tracker(args.load)) is not None:
                 print(
@@ -67,10 +67,17 @@ def check(args) -> TSTConfig:
     return config
 
 
-def _check_distributed_resume(config, args) -> None:
-    """Refuse a resume whose optimizer state Megatron would not restore: with torch's Adam an assertion at best, wrong steps at worst."""
+def _check_resumed_optimizer(config, args) -> None:
+    """Refuse a resume whose optimizer state Megatron would not restore: a traceback at best, with torch's Adam wrong steps at worst."""
     loads = getattr(args, "load", None) and not getattr(args, "no_load_optim", False) and not getattr(args, "finetune", False)
-    if not config.enabled or not loads or not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
+    if not config.enabled or not loads:
+        return
+    try:
+        folder = args.load if args.ckpt_step is None else os.path.join(args.load, f"iter_{args.ckpt_step:07d}")
+        check_optimizer(args, Checkpoint(folder).args)
+    except CheckpointError:
+        pass  # no checkpoint yet, or of another format: Megatron says what it makes of it
+    if not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
         return
     from megatron.core.optimizer import distrib_optimizer
 

@@ -60,11 +60,18 @@ def test_from_one_layout_to_another(zygote, corpus, tmp_path, there, here):
     check(zygote, corpus, tmp_path, saved(zygote, corpus, tmp_path, *there), *here)
 
 
-@pytest.mark.parametrize("there, here", [((2, EP2), (1, MOE)), ((1, MOE), (2, EP2))], ids=["ep2 to one", "one to ep2"])
-def test_where_megatron_cannot(zygote, corpus, tmp_path, there, here):
+@pytest.mark.parametrize(
+    "there, here, flag",
+    [
+        ((2, EP2), (1, MOE), "--expert-model-parallel-size"), ((1, MOE), (2, EP2), "--expert-model-parallel-size"),
+        ((2, ZERO), (2, []), "--use-distributed-optimizer"), ((2, []), (2, FULLY), "--use-distributed-optimizer"),
+    ],
+    ids=["ep2 to one", "one to ep2", "zero to dp2", "dp2 to zero"],
+)  # fmt: skip
+def test_where_megatron_cannot(zygote, corpus, tmp_path, there, here, flag):
     want = saved(zygote, corpus, tmp_path, *there)
     run = resumed(zygote, corpus, tmp_path, 4, *here)
-    assert set(run.codes) == {2} and "--expert-model-parallel-size with the optimizer's state: expected" in run.error
+    assert set(run.codes) == {2} and f"{flag} with the optimizer's state: expected" in run.error
     weights_alone = resumed(zygote, corpus, tmp_path, 4, here[0], [*here[1], "--no-load-optim"])
     assert weights_alone.ok and float(weights_alone.losses[5]) == pytest.approx(float(want.losses[5]), rel=1e-6)
 

@@ -357,20 +357,20 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
     from megatron_tst import cpu, training
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
-    args = arguments(load=str(tmp_path), use_distributed_optimizer=True)
-    training._check_distributed_resume(FINE, args)  # cpu.py
+    args = arguments(load=str(tmp_path), use_distributed_optimizer=True, ckpt_step=None)
+    training._check_resumed_optimizer(FINE, args)  # cpu.py
     monkeypatch.setattr(cpu, "asked_for", lambda: False)
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
     with pytest.raises(
         TSTError, match="--load with --use-distributed-optimizer: expected the Adam of Transformer Engine or Apex, got torch's"
     ):
-        training._check_distributed_resume(FINE, args)
+        training._check_resumed_optimizer(FINE, args)
     for changes in (
         dict(no_load_optim=True),
         dict(finetune=True),
         dict(load=str(tmp_path / "new")),
         dict(use_distributed_optimizer=False),
     ):
-        training._check_distributed_resume(FINE, argparse.Namespace(**vars(args) | changes))
+        training._check_resumed_optimizer(FINE, argparse.Namespace(**vars(args) | changes))
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    training._check_distributed_resume(FINE, args)
+    training._check_resumed_optimizer(FINE, args)
