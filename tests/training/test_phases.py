@@ -144,7 +144,7 @@ def test_the_loss_decides_in_layouts(zygote, corpus, auto, tmp_path, layout):
 
 
 def test_more_workers_than_the_boundary_waits_for(zygote, corpus, auto, tmp_path):
-    """With one micro-batch an iteration and eight workers 16 iterations may have been fetched: the boundary waits for them."""
+    """With one micro-batch an iteration and four workers eight iterations may have been fetched: the boundary waits for them."""
     run, folder = auto
     flags = ["--num-workers", "4", "--micro-batch-size", "4"]
     again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags)
