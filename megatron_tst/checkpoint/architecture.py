@@ -45,6 +45,7 @@ class Architecture:
         expert_layers: the layers with experts.
         tied: the output layer is the embedding.
         vocab: ids that the tokenizer has, without Megatron's padding.
+        config: what config.json holds.
     """
 
     name: str

@@ -217,7 +217,7 @@ def _items(tensors, arch, args, layer_spec) -> Iterator[tuple[str, tuple, tuple,
 
 
 def _write(folder, items, args, progress):
-    state, storage, sums, done = {}, {}, {}, 0
+    state, storage, sums = {}, {}, {}
     common = {"args": args, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": {"singleton_local_shards": False}}
     with open(folder / "__0_0.distcp", "wb") as file:
 
@@ -232,7 +232,7 @@ def _write(folder, items, args, progress):
         for name, shape, place, shard in items:
             entry = state.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=shard.dtype), torch.Size(shape), []))
             entry.chunks.append(ChunkStorageMetadata(torch.Size(place), shard.shape))
-            progress(done := put(MetadataIndex(name, torch.Size(place)), shard.contiguous()))
+            progress(put(MetadataIndex(name, torch.Size(place)), shard.contiguous()))
         state[f"{COMMON}/shard_0_1"] = BytesStorageMetadata()
         put(MetadataIndex(f"{COMMON}/shard_0_1"), [common])
         flush(file)
@@ -240,4 +240,3 @@ def _write(folder, items, args, progress):
     about = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     flushed(folder / "metadata.json", lambda file: file.write(json.dumps(about).encode()))
     read_back(folder, sums)
-    return done

@@ -60,6 +60,3 @@ class Tensors:
             self.checkpoint.path, f"layer {layer}'s {' or '.join(names)}", "neither" if len(names) > 1 else "none",
             "The model is of another kind than its arguments say.",
         )  # fmt: skip
-
-    def has_layer(self, layer: int, name: str) -> bool:
-        return f"decoder.layers.{layer}.{name}" in self or f"decoder.layers.{name}" in self
