@@ -3,6 +3,7 @@
 # make bench  set up, then measure the superposition step against the ordinary one
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
 # make style  ruff
+# make test-bridge    in an environment of its own (.venv-bridge): Megatron-Bridge 0.6.2 loads, resumes and exports what we export to NeMo
 # setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
 # Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes), SEED=1
 
@@ -12,7 +13,7 @@ MOE ?= 0
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test bench matrix style clean
+.PHONY: setup demo test test-bridge bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,15 @@ demo: setup
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
+test-bridge: .venv-bridge/.ready
+	PYTHONPATH=$(CURDIR) .venv-bridge/bin/python -m pytest tests/peers/test_bridge.py
+
+.venv-bridge/.ready: tests/peers/bridge.txt tools/find_python.sh
+	python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-bridge
+	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/peers/bridge.txt
+	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.6.2
+	@touch $@
+
 bench: setup
 	$(RUN) benchmarks/bench_step.py
 
@@ -42,4 +52,4 @@ style: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info megatron_tst/_C*.so
+	rm -rf $(VENV) .venv-bridge build *.egg-info megatron_tst/_C*.so

@@ -1,6 +1,7 @@
 """Export the model of a torch_dist checkpoint of Megatron-Core (0.18, 0.19), and import one. No GPU, no Transformer Engine.
 
     python tools/export_checkpoint.py hf CHECKPOINT TARGET --tokenizer FOLDER    a folder that transformers loads: Llama, Qwen3, Qwen3-MoE
+    python tools/export_checkpoint.py nemo CHECKPOINT TARGET --tokenizer FOLDER  a checkpoint of Megatron-Bridge, optimizer state included
     python tools/export_checkpoint.py import-hf FOLDER TARGET                    the way back: weights to pre-train further, and their flags
 
 CHECKPOINT is an iteration's folder, or that of --save (then its latest iteration).
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from convert_checkpoint import progress_bar
 
+from megatron_tst.checkpoint import export_hf, export_nemo
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
-from megatron_tst.checkpoint.export_hf import DTYPES, export
+from megatron_tst.checkpoint.export_hf import DTYPES
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
 from megatron_tst.checkpoint.import_hf import LOAD, import_
 
@@ -37,15 +39,13 @@ def main(argv: list[str] | None = None) -> int:
 def _parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    verb = verbs.add_parser("hf", help="to Hugging Face")
-    verb.add_argument("checkpoint", type=Path)
-    verb.add_argument("target", type=Path, help="a new folder")
-    verb.add_argument("--tokenizer", type=Path, help="tokenizer.json or a folder of tokenizer files; default: the run's own")
-    verb.add_argument("--vocab-size", type=int, help="ids of the tokenizer; the rows above them are padding")
+    verb = _export_verb(verbs, "hf", "to Hugging Face")
     verb.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    verb.add_argument("--allow-superposition", action="store_true", help="export although recovery has not begun")
-    verb.add_argument("--force", action="store_true", help="replace TARGET")
     verb.set_defaults(run=_hf)
+    verb = _export_verb(verbs, "nemo", "to Megatron-Bridge (NeMo)")
+    verb.add_argument("--layer-spec", choices=EXPERT_NORM, help="of the Bridge run that is to load it; default: this run's own")
+    verb.add_argument("--drop-optimizer", action="store_true", help="weights alone")
+    verb.set_defaults(run=_nemo)
     verb = verbs.add_parser("import-hf", help="from Hugging Face")
     verb.add_argument("folder", type=Path, help="config.json and safetensors of a Llama, Qwen3 or Qwen3-MoE")
     verb.add_argument("target", type=Path, help="a new folder, for --load")
@@ -53,6 +53,23 @@ def _parser():
     verb.add_argument("--force", action="store_true", help="replace TARGET")
     verb.set_defaults(run=_import)
     return parser
+
+
+def _export_verb(verbs, name, about):
+    verb = verbs.add_parser(name, help=about)
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("target", type=Path, help="a new folder")
+    verb.add_argument("--tokenizer", type=Path, help="tokenizer.json or a folder of tokenizer files; default: the run's own")
+    verb.add_argument("--vocab-size", type=int, help="ids of the tokenizer; the rows above them are padding")
+    verb.add_argument("--allow-superposition", action="store_true", help="export although recovery has not begun")
+    verb.add_argument("--force", action="store_true", help="replace TARGET")
+    return verb
+
+
+def _given(options):
+    """What every export takes."""
+    names = ("tokenizer", "vocab_size", "allow_superposition", "force")
+    return {name: getattr(options, name) for name in names}
 
 
 def _import(options):
@@ -66,11 +83,20 @@ def _import(options):
 def _hf(options):
     source = Checkpoint(options.checkpoint)
     with progress_bar("writing") as progress:
-        folder = export(
-            source, options.target, tokenizer=options.tokenizer, vocab_size=options.vocab_size, dtype=options.dtype,
-            allow_superposition=options.allow_superposition, force=options.force, progress=progress,
-        )  # fmt: skip
+        folder = export_hf.export(source, options.target, dtype=options.dtype, progress=progress, **_given(options))
     print(f"{folder}: written from {source.path}")
+    return 0
+
+
+def _nemo(options):
+    source = Checkpoint(options.checkpoint)
+    with progress_bar("writing") as progress:
+        folder = export_nemo.export(
+            source, options.target, layer_spec=options.layer_spec, drop_optimizer=options.drop_optimizer, progress=progress, **_given(options)
+        )  # fmt: skip
+    print(
+        f"{folder}: written from {source.path}. To Hugging Face by Bridge: AutoBridge.from_hf_config(AutoConfig.from_pretrained('{folder}/hf'))"
+    )
     return 0
 
 

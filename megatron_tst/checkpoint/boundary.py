@@ -62,13 +62,9 @@ def convert(
         )
     common = copy.copy(source.common)
     common["args"] = stock_arguments(source.args)
-    if drop_optimizer:
-        for name in ("optimizer", "opt_param_scheduler"):
-            common.pop(name, None)
-        common["args"].no_save_optim = True
+    dropped = drop_optimizer_state(source, common) if drop_optimizer else set()
     edited = _ends_of(source, drop_optimizer) if reinit_embedding_and_head else frozenset()
     std = source.args.init_method_std
-    dropped = {name for name in source.metadata.state_dict_metadata if drop_optimizer and name.startswith(OPTIMIZER)}
     dropped |= {name for name in source.objects if drop_fp8_state and "._extra_state" in name}
 
     def fresh(name, offset, shard):
@@ -80,7 +76,7 @@ def convert(
     changes = Changes(
         common=common,
         keep=lambda name: name not in dropped,
-        name=_renaming(source, layer_spec),
+        name=renaming(source, layer_spec),
         tensor=fresh,
         edited=edited,
         legacy=legacy,
@@ -93,7 +89,16 @@ def stock_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**{name: value for name, value in vars(args).items() if not name.startswith("tst_")})
 
 
-def _renaming(source, layer_spec):
+def drop_optimizer_state(source: Checkpoint, common: dict) -> set[str]:
+    """Take the optimizer and its schedule out of a common state. -> names of its tensors and objects, which a copy is to leave out"""
+    for name in ("optimizer", "opt_param_scheduler"):
+        common.pop(name, None)
+    common["args"].no_save_optim = True
+    return {name for name in source.metadata.state_dict_metadata if name.startswith(OPTIMIZER)}
+
+
+def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]:
+    """Old name -> new name of every tensor and object, so that a model of this layer spec finds its own; None: as they are."""
     if layer_spec is None:
         return lambda name: name
     if layer_spec not in EXPERT_NORM:

@@ -11,14 +11,20 @@ from megatron_tst.resume import stored
 # The zero-shot tasks of the paper's table 1, by lm-evaluation-harness's names.
 TASKS = ("arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande", "mmlu")
 
+_LOAD = {
+    "transformers": "Load it with `transformers.AutoModelForCausalLM.from_pretrained`. `evaluate.md` has the commands of the usual tasks.",
+    "megatron-bridge": "A checkpoint of Megatron-Bridge: name this folder in its `checkpoint.load` or `checkpoint.pretrained_checkpoint`.",
+}
 
-def model_card(args: argparse.Namespace, arch: Architecture, dtype: str, parameters: int) -> str:
+
+def model_card(args: argparse.Namespace, arch: Architecture, dtype: str, parameters: int, library: str = "transformers") -> str:
     """README.md of an exported folder: architecture, what each phase of training read, the last validation loss, versions.
 
     Args:
         args: Megatron's arguments from the checkpoint.
         dtype: of the weights.
         parameters: how many.
+        library: that loads the folder, "transformers" or "megatron-bridge".
     """
     sizes = f"{arch.layers} layers x {arch.hidden}, {arch.heads} heads ({arch.groups} of keys and values) of {arch.head_dim}"
     experts = f", {arch.experts} experts of which {args.moe_router_topk} are active" if arch.experts else ""
@@ -56,13 +62,13 @@ def model_card(args: argparse.Namespace, arch: Architecture, dtype: str, paramet
         else "Megatron-Core."
     )
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 ---
 
 # A {arch.name.removesuffix("ForCausalLM")} model
 
-Pre-trained with {about} Load it with `transformers.AutoModelForCausalLM.from_pretrained`. `evaluate.md` has the commands of the usual tasks.
+Pre-trained with {about} {_LOAD[library]}
 
 | | |
 |---|---|

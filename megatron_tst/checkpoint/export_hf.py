@@ -11,11 +11,9 @@ Names and layouts (Megatron: queries, keys and values of each group of heads tog
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +21,13 @@ import torch
 
 from megatron_tst.checkpoint.architecture import Architecture, architecture_of
 from megatron_tst.checkpoint.card import evaluation, model_card
-from megatron_tst.checkpoint.format import Checkpoint, CheckpointError, refuse
-from megatron_tst.checkpoint.place import flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.format import Checkpoint, refuse
+from megatron_tst.checkpoint.place import flush_folder, new_folder, write_json, write_text
 from megatron_tst.checkpoint.tensors import Tensors
+from megatron_tst.checkpoint.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 from megatron_tst.resume import stored
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-    "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,26 +69,21 @@ def export(
     Raises:
         CheckpointError: the model has no counterpart, the tokenizer does not fit, no recovery yet, or place.new_folder's.
     """
-    _check_phase(source, allow_superposition)
+    check_phase(source, allow_superposition)
     files, ids = tokenizer_of(source.args, tokenizer)
     tensors = Tensors(source)
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
-    arch = architecture_of(source.args, vocab, dtype, _end_of_text(files))
+    arch = architecture_of(source.args, vocab, dtype, end_of_text(files))
     all_weights = list(weights(tensors, arch))
-    parameters = sum(math.prod(weight.shape) for weight in all_weights)
+    parameters = number_of(all_weights)
     total = parameters * DTYPES[dtype].itemsize
     shards = _shards(all_weights, DTYPES[dtype].itemsize, shard_bytes)
     with new_folder(target.absolute(), total, force) as part:
         _write_weights(part, shards, dtype, total, progress)
-        write_json(part / "config.json", arch.config)
-        write_json(part / "generation_config.json", {key: arch.config[key] for key in ("bos_token_id", "eos_token_id")})
+        config_files(part, arch)
         write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
         write_text(part / "evaluate.md", evaluation())
-        for file in files:
-            name = "tokenizer.json" if file.name.endswith("tokenizer.json") else file.name
-            flushed(part / name, lambda out, file=file: shutil.copyfileobj(open(file, "rb"), out))
-        if any(file.name.endswith("tokenizer.json") for file in files) and not (part / "tokenizer_config.json").exists():
-            write_json(part / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_tokenizer(part, files)
         flush_folder(part)
     return target
 
@@ -155,29 +145,15 @@ def weights(tensors: Tensors, arch: Architecture) -> Iterator[Weight]:
         yield Weight("lm_head.weight", (arch.vocab, h), lambda: tensors.read("output_layer.weight")[: arch.vocab])
 
 
-def tokenizer_of(args, tokenizer: Path | None) -> tuple[list[Path], int | None]:
-    """(files of the tokenizer, number of its ids); ([], None) where the run has none that can be found."""
-    path = tokenizer or getattr(args, "tokenizer_model", None)
-    if not path:
-        return [], None
-    path = Path(path)
-    if path.is_file():
-        files = [path]
-    else:
-        files = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    if not files:
-        if tokenizer is None:
-            return [], None  # a name on the hub, or a path of another machine
-        refuse("--tokenizer", "a tokenizer.json or a folder with one", f"{path}: neither", "Give the run's tokenizer.")
-    fast = next((file for file in files if file.name.endswith("tokenizer.json")), None)
-    if fast is None:
-        return files, None
-    from tokenizers import Tokenizer
+def number_of(all_weights: Iterable[Weight]) -> int:
+    """Parameters in all."""
+    return sum(math.prod(weight.shape) for weight in all_weights)
 
-    try:
-        return files, Tokenizer.from_file(str(fast)).get_vocab_size(with_added_tokens=True)
-    except Exception as error:  # the library raises a bare Exception
-        raise CheckpointError(f"--tokenizer: expected a tokenizer.json, got {fast}: {error}. Give the run's tokenizer.") from error
+
+def config_files(folder: Path, arch: Architecture) -> None:
+    """config.json and generation_config.json of the model."""
+    write_json(folder / "config.json", arch.config)
+    write_json(folder / "generation_config.json", {key: arch.config[key] for key in ("bos_token_id", "eos_token_id")})
 
 
 def vocab_size_of(source: Checkpoint, tensors: Tensors, files, ids: int | None, asked: int | None) -> int:
@@ -194,7 +170,8 @@ def vocab_size_of(source: Checkpoint, tensors: Tensors, files, ids: int | None, 
     return vocab
 
 
-def _check_phase(source, allowed):
+def check_phase(source: Checkpoint, allowed: bool) -> None:
+    """Refuse a checkpoint before recovery, unless it is allowed."""
     schedule = stored(source.args)
     samples = getattr(source.args, "consumed_train_samples", 0)
     if schedule and samples <= schedule.superposition_samples and not allowed:
@@ -202,18 +179,6 @@ def _check_phase(source, allowed):
             source.path, "a checkpoint of the recovery phase", f"one after {samples} of {schedule.superposition_samples} superposed samples",
             "The model has learned to predict bags: its next-token logits mean nothing yet. Recover first, or add --allow-superposition.",
         )  # fmt: skip
-
-
-def _end_of_text(files) -> int | None:
-    """The id that ends a document, where the tokenizer has one."""
-    fast = next((file for file in files if file.name.endswith("tokenizer.json")), None)
-    if fast is None:
-        return None
-    from tokenizers import Tokenizer
-
-    settings = next((json.loads(file.read_text()) for file in files if file.name == "tokenizer_config.json"), {})
-    name = settings.get("eos_token", "<|endoftext|>")
-    return Tokenizer.from_file(str(fast)).token_to_id(name["content"] if isinstance(name, dict) else name)
 
 
 def _shards(weights, itemsize, limit):
@@ -253,11 +218,3 @@ def _write_weights(folder, shards, dtype, total, progress):
             os.fsync(written.fileno())
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    flushed(path, lambda file: file.write(text.encode()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -44,6 +45,14 @@ def flushed(path, write):
     with open(path, "wb") as file:
         write(file)
         flush(file)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    flushed(path, lambda file: file.write(text.encode()))
 
 
 def flush(file):

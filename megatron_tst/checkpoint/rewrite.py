@@ -34,6 +34,7 @@ class Changes:
         tensor: (name, place of the shard in the tensor, shard) -> the shard to store, called for the names in `edited` alone.
         edited: names of tensors whose shards go through `tensor`.
         legacy: store the common state as Megatron-Core <= 0.18 does, in common.pt; None: as the source does.
+        more: writes further files into the iteration's folder that it is given, before anything is put in place.
     """
 
     common: dict
@@ -42,6 +43,7 @@ class Changes:
     tensor: Callable[[str, tuple, torch.Tensor], torch.Tensor] = lambda name, offset, shard: shard
     edited: frozenset[str] = field(default_factory=frozenset)
     legacy: bool | None = None
+    more: Callable[[Path], None] = lambda folder: None
 
 
 def rewrite(
@@ -74,6 +76,7 @@ def rewrite(
         folder = part / source.path.name
         folder.mkdir()
         _write(source, folder, kept, changes, lambda done: progress(done, total))
+        changes.more(folder)
         iteration = source.path.name.removeprefix("iter_")
         flushed(part / TRACKER, lambda file: file.write((str(int(iteration)) if iteration.isdigit() else iteration).encode()))
     return target / source.path.name

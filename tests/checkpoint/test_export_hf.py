@@ -11,63 +11,24 @@ from pathlib import Path
 import export_checkpoint
 import pytest
 import torch
-from runner import TINY, TST, data
+from runner import TINY
+from trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
 from megatron_tst.checkpoint.export_hf import export
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
 from megatron_tst.checkpoint.import_hf import LOAD, import_
 
 ASK = str(Path(__file__).parent / "ask_model.py")
-GQA = "--group-query-attention --num-query-groups 2 --kv-channels 12 --rotary-base 50000".split()
-NORM = ["--qk-layernorm"]
-MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-token-dispatcher-type alltoall".split()
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
-TIED = [flag for flag in TINY if flag != "--untie-embeddings-and-output-weights"]
-RUNS = {  # name: (processes, flags, class)
-    "llama": (1, TINY, "LlamaForCausalLM"),
-    "llama, tied, gqa, tp2": (2, [*TIED, *GQA, *TP2], "LlamaForCausalLM"),
-    "llama, rope scaling": (1, [*TINY, "--use-rope-scaling", "--rope-scaling-factor", "4"], "LlamaForCausalLM"),
-    "qwen3, gqa": (1, [*TINY, *GQA, *NORM], "Qwen3ForCausalLM"),
-    "qwen3 moe, tp2 ep2": (4, [*TINY, *GQA, *NORM, *MOE, *TP2, "--expert-model-parallel-size", "2"], "Qwen3MoeForCausalLM"),
-    "qwen3 moe, softmax first, a dense layer": (
-        1, [*TINY, *NORM, *MOE, "--moe-router-pre-softmax", "--moe-layer-freq", "[0,1]"], "Qwen3MoeForCausalLM",
-    ),
-}  # fmt: skip
-VOCAB = 500  # padded to 512, or 768 under TP2
 
 
 @pytest.fixture(scope="module")
 def runs(zygote, corpus, tmp_path_factory):
-    """name -> (checkpoint's folder, what Megatron answers), each trained when it is first asked for."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            folder = tmp_path_factory.mktemp("export")
-            nproc, flags, _ = RUNS[name]
-            answers = folder / "answers.pt"
-            known = [*data(corpus)[:-1], str(VOCAB)]
-            run = zygote.train(answers, *flags, *TST, *known, "--save", folder / "ck", "--save-interval", "5", "--lr", "1e-2", script=ASK, nproc=nproc)  # fmt: skip
-            assert run.ok, run.log[-3000:]
-            made[name] = folder / "ck", torch.load(answers, weights_only=True)
-        return made[name]
-
-    return get
+    return Trained(zygote, corpus, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A corpus of ids below VOCAB."""
-    import numpy as np
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix, ids = tmp_path_factory.mktemp("ids") / "text", np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for _ in range(60):
-        document = np.cumsum(ids.integers(0, 4, int(ids.integers(50, 400)))) % VOCAB
-        builder.add_document(document.astype(np.int32), [len(document)])
-    builder.finalize(f"{prefix}.idx")
-    return prefix
+    return corpus_below(tmp_path_factory.mktemp("ids"))
 
 
 def without_shims(script, *arguments):
@@ -80,11 +41,14 @@ def without_shims(script, *arguments):
 @pytest.fixture(scope="module")
 def answers(runs):
     """name -> (Megatron's answers, transformers' answers to the same)"""
-    folders = {name: runs(name)[0].parent for name in RUNS}
+    folders = {name: runs(name) for name in RUNS}
     for folder in folders.values():
         assert export_checkpoint.main(["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"]) == 0
     without_shims("ask_transformers.py", *folders.values())
-    return {name: (runs(name)[1], torch.load(folder / "transformers.pt", weights_only=True)) for name, folder in folders.items()}
+    return {
+        name: [torch.load(folder / file, weights_only=True) for file in ("answers.pt", "transformers.pt")]
+        for name, folder in folders.items()
+    }
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -103,7 +67,7 @@ def test_every_tensor_comes_from_the_checkpoint(runs, tmp_path, name):
 
     from megatron_tst.checkpoint.rewrite import Changes, rewrite
 
-    source = Checkpoint(runs(name)[0])
+    source = Checkpoint(runs(name) / "ck")
     model = frozenset(key for key in source.tensors if not key.startswith("optimizer."))
     doubled = Changes(common=source.common, tensor=lambda name, offset, shard: shard * 2, edited=model)
     rewrite(source, tmp_path / "doubled", doubled)
@@ -116,7 +80,7 @@ def test_shards_and_their_index(runs, tmp_path):
     """Cut into files, the weights are the same; bf16 is the fp32 rounded once."""
     from safetensors.torch import load_file
 
-    folder, _ = runs("llama")
+    folder = runs("llama") / "ck"
     whole = load_file(export(Checkpoint(folder), tmp_path / "whole", dtype="float32") / "model.safetensors")
     export(Checkpoint(folder), tmp_path / "cut", shard_bytes=40_000)
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
@@ -133,7 +97,7 @@ def test_the_factor_that_megatron_took_is_exported(runs, tmp_path):
     with pytest.warns(
         UserWarning, match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their models with 8"
     ):
-        export(Checkpoint(runs("llama, rope scaling")[0]), tmp_path / "hf")
+        export(Checkpoint(runs("llama, rope scaling") / "ck"), tmp_path / "hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 8.0
 
 
@@ -167,14 +131,14 @@ def changed(folder, tmp_path, **args):
     ],
 )  # fmt: skip
 def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, message):
-    source = changed(runs("llama")[0], tmp_path, **args)
+    source = changed(runs("llama") / "ck", tmp_path, **args)
     with pytest.raises(CheckpointError, match=message):
         export(source, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]  # nothing half written
 
 
 def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypatch):
-    source = Checkpoint(runs("llama")[0])
+    source = Checkpoint(runs("llama") / "ck")
     (tmp_path / "hf").mkdir()
     with pytest.raises(CheckpointError, match="a target that is not there yet, got an existing one"):
         export(source, tmp_path / "hf")
@@ -188,7 +152,7 @@ def test_the_tokenizer_goes_with_it_and_must_fit(runs, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import AutoTokenizer
 
-    source = Checkpoint(runs("llama")[0])
+    source = Checkpoint(runs("llama") / "ck")
     for ids in (VOCAB, VOCAB - 1):
         Tokenizer(models.WordLevel({f"w{i}": i for i in range(ids)}, unk_token="w0")).save(str(tmp_path / f"{ids}.tokenizer.json"))
     export(source, tmp_path / "hf", tokenizer=tmp_path / f"{VOCAB}.tokenizer.json")
@@ -203,7 +167,7 @@ def test_the_tokenizer_goes_with_it_and_must_fit(runs, tmp_path):
 
 
 def test_the_card_says_how_it_was_made(runs, tmp_path):
-    folder, _ = runs("qwen3 moe, tp2 ep2")
+    folder = runs("qwen3 moe, tp2 ep2") / "ck"
     export(Checkpoint(folder), tmp_path / "hf")
     card, config = ((tmp_path / "hf" / name).read_text() for name in ("README.md", "config.json"))
     validation = Checkpoint(folder).args.tst_validation
@@ -275,8 +239,9 @@ def test_megatron_says_what_transformers_says(zygote, corpus, models, tmp_path, 
     )
     load = ["--load", tmp_path / "ck", *LOAD]
     experts = ["--moe-token-dispatcher-type", "alltoall"] if "moe" in name else []
-    known = [*data(corpus)[:-1], str(VOCAB)]
-    run = zygote.train(tmp_path / "answers.pt", *rest, *still, *given, *experts, *layout, *known, *load, script=ASK, nproc=nproc)
+    run = zygote.train(
+        tmp_path / "answers.pt", *rest, *still, *given, *experts, *layout, *known(corpus), *load, script=ASK, nproc=nproc
+    )
     assert run.ok, run.log[-3000:]
     got, want = (torch.load(folder / "answers.pt", weights_only=True) for folder in (tmp_path, models / name))
     assert torch.equal(got["prompts"], want["prompts"])
