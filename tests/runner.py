@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,23 @@ _VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: ([\d.
 def data(corpus: Path) -> list[str]:
     """Flags for the test corpus."""
     return ["--data-path", str(corpus), "--split", "90,10,0", "--vocab-size", "512"]
+
+
+def in_a_fork(call, killed_after: float | None = None) -> float:
+    """Call something that gives an exit code in a process of its own, killed after so many seconds. -> seconds that it ran"""
+    start, process = time.time(), os.fork()
+    if process == 0:
+        code = 3
+        try:
+            code = call()
+        finally:
+            os._exit(code)
+    if killed_after is not None:
+        time.sleep(killed_after)
+        os.kill(process, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code == 0 or (killed_after is not None and code == -signal.SIGKILL), code
+    return time.time() - start
 
 
 @dataclass

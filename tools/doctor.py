@@ -178,7 +178,7 @@ def probe_megatron(found: dict, *hidden: str) -> None:
     found["uses"] = {
         "Adam": f"{optimizer.Adam.__module__}.{optimizer.Adam.__qualname__}",
         "norms": "Transformer Engine's" if HAVE_TE else "torch's" if torch_norm else "apex's LayerNorm",
-        "flags for Megatron": " ".join(flag for flag, is_needed in needed.items() if is_needed) or "none",
+        "flags for what is absent": " ".join(flag for flag, is_needed in needed.items() if is_needed) or "none",
     }
 
 
@@ -352,7 +352,10 @@ def judge_megatron(megatron: dict, wanted: str) -> Row:
     if version and not fits(version, wanted):
         return fault(name, wanted, version, do)
     if "error" in megatron:
-        return fault(name, "`import megatron.core` to work", megatron["error"], f"{do} What it needs besides comes with {INSTALL}.")
+        do = f"{do} What it needs besides comes with {INSTALL}."
+        if "nvidia_resiliency_ext" in megatron["error"]:
+            do = "`pip uninstall nvidia-resiliency-ext`: Megatron-Core 0.19 wants 0.6, and PyPI has 0.4."
+        return fault(name, "`import megatron.core` to work", megatron["error"], do)
     if version not in megatron["tested"]:
         return Row(name, "note", f"{version}; tested are {', '.join(megatron['tested'])}")
     return Row(name, "ok", version)
@@ -416,7 +419,7 @@ def will_use(extension: dict, megatron: dict, gpus: list[dict]) -> dict[str, str
     return {
         "superposed loss on CPU": (kernels | {"extension": "the extension's C++ kernels"})[auto.get("cpu")],
         "superposed loss on GPU": (kernels | {"extension": on_gpu})[auto.get("cuda")],
-        **(megatron["uses"] if certain else dict.fromkeys(("Adam", "norms", "flags for Megatron"), unknown)),
+        **(megatron["uses"] if certain else dict.fromkeys(("Adam", "norms", "flags for what is absent"), unknown)),
     }
 
 

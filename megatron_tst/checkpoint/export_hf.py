@@ -11,8 +11,8 @@ Names and layouts (Megatron: queries, keys and values of each group of heads tog
 from __future__ import annotations
 
 import functools
+import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,13 @@ import torch
 from megatron_tst.checkpoint.architecture import Architecture, architecture_of
 from megatron_tst.checkpoint.card import evaluation, model_card
 from megatron_tst.checkpoint.format import Checkpoint, refuse
-from megatron_tst.checkpoint.place import flush_folder, new_folder, write_json, write_text
+from megatron_tst.checkpoint.place import flush, flush_folder, new_folder, write_json, write_text
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.checkpoint.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 from megatron_tst.resume import stored
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_SAFETENSORS = {"bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def export(
         tokenizer: a tokenizer.json or a folder of tokenizer files; None: the run's own, where it has one.
         vocab_size: ids of the tokenizer; None: the tokenizer's, or the run's --vocab-size.
         dtype: of the weights, "bfloat16" or "float32".
-        shard_bytes: most bytes of one safetensors file, which memory holds.
+        shard_bytes: most bytes of one safetensors file.
         allow_superposition: export before recovery has begun.
         force: replace an existing target.
 
@@ -195,26 +196,32 @@ def _shards(weights, itemsize, limit):
 
 
 def _write_weights(folder, shards, dtype, total, progress):
-    from safetensors.torch import save_file
-
     where, done = {}, 0
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        held = {}
-        for weight in shard:
-            tensor = weight.read()
-            if tuple(tensor.shape) != weight.shape:
-                refuse(
-                    weight.name,
-                    f"shape {weight.shape}",
-                    tuple(tensor.shape),
-                    "The model is of another kind than its arguments say.",
-                )
-            held[weight.name] = tensor.to(DTYPES[dtype]).contiguous()
-            where[weight.name] = file
-            progress(done := done + held[weight.name].nbytes, total)
-        save_file(held, folder / file, metadata={"format": "pt"})
-        with open(folder / file, "rb") as written:
-            os.fsync(written.fileno())
+        with open(folder / file, "wb") as out:
+            for content in _safetensors(shard, dtype):
+                out.write(content)
+                progress(done := min(done + len(content), total), total)
+            flush(out)
+        where |= {weight.name: file for weight in shard}
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _safetensors(shard, dtype) -> Iterator[bytes]:
+    """A file as safetensors' own save_file writes it (length, header, tensors by name), a tensor at a time: save_file takes all at once."""
+    shard, end = sorted(shard, key=lambda weight: weight.name), 0
+    about = {"__metadata__": {"format": "pt"}}
+    for weight in shard:
+        start, end = end, end + DTYPES[dtype].itemsize * math.prod(weight.shape)
+        about[weight.name] = {"dtype": _SAFETENSORS[dtype], "shape": weight.shape, "data_offsets": [start, end]}
+    header = json.dumps(about, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for weight in shard:
+        tensor = weight.read()
+        if tuple(tensor.shape) != weight.shape:
+            do = "The model is of another kind than its arguments say."
+            refuse(weight.name, f"shape {weight.shape}", tuple(tensor.shape), do)
+        yield tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().data

@@ -10,7 +10,7 @@ import io
 import json
 import pickle
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_tst.checkpoint.architecture import architecture_of
+from megatron_tst.checkpoint.architecture import Architecture, architecture_of
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.format import COMMON, TRACKER, refuse
 from megatron_tst.checkpoint.place import flush, flushed, new_folder
@@ -65,7 +65,7 @@ def import_(
     with new_folder(target.absolute(), total, force) as part:
         folder = part / "release"
         folder.mkdir()
-        _write(folder, _items(tensors, arch, args, layer_spec), args, lambda done: progress(min(done, total), total))
+        write_checkpoint(folder, items(tensors, arch, layer_spec), args, lambda done: progress(min(done, total), total))
         if tensors.unread:
             refuse(source, "the tensors of its architecture alone", f"{sorted(tensors.unread)[0]} besides", "It is another model.")
         flushed(part / TRACKER, lambda file: file.write(b"release"))
@@ -176,8 +176,8 @@ class _Safetensors:
         return tensor
 
 
-def _items(tensors, arch, args, layer_spec) -> Iterator[tuple[str, tuple, tuple, torch.Tensor]]:
-    """(name, whole shape, place, shard) of every tensor that Megatron stores."""
+def items(tensors, arch: Architecture, layer_spec: str) -> Iterator[tuple[str, tuple, tuple, torch.Tensor]]:
+    """(name, whole shape, place, shard) of every tensor that Megatron stores; `tensors.read(name, shape)` gives Hugging Face's."""
     d, h, per, mixed = arch.head_dim, arch.hidden, arch.heads // arch.groups, 0 < len(arch.expert_layers) < arch.layers
 
     def of_layer(n, name, tensor, *expert):
@@ -216,7 +216,8 @@ def _items(tensors, arch, args, layer_spec) -> Iterator[tuple[str, tuple, tuple,
         yield alone("output_layer.weight", tensors.read("lm_head.weight", (arch.vocab, h)))
 
 
-def _write(folder, items, args, progress):
+def write_checkpoint(folder: Path, items: Iterable[tuple], args: argparse.Namespace, progress: Callable[[int], None]) -> None:
+    """Write an iteration's folder of these items and arguments, one item in memory at a time; progress gets the bytes done."""
     state, storage, sums = {}, {}, {}
     common = {"args": args, "iteration": 0, "checkpoint_version": 3.0, "content_metadata": {"singleton_local_shards": False}}
     with open(folder / "__0_0.distcp", "wb") as file:

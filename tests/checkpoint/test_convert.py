@@ -6,16 +6,14 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import convert_checkpoint
 import pytest
 import torch
-from runner import TINY, TST, data
+from runner import TINY, TST, data, in_a_fork
 
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
 from megatron_tst.checkpoint.verify import differences
@@ -233,20 +231,7 @@ def test_a_source_without_tst(zygote, corpus, tmp_path, capsys):
 
 
 def converted(source, target, killed_after=None):
-    """Convert in a process of its own, killed after so many seconds. -> seconds that it ran"""
-    start, process = time.time(), os.fork()
-    if process == 0:
-        code = 3
-        try:
-            code = tool("boundary", source, target)
-        finally:
-            os._exit(code)
-    if killed_after is not None:
-        time.sleep(killed_after)
-        os.kill(process, signal.SIGKILL)
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    assert code == 0 or (killed_after is not None and code == -signal.SIGKILL), code
-    return time.time() - start
+    return in_a_fork(lambda: tool("boundary", source, target), killed_after)
 
 
 def test_killed_at_any_moment(dense, tmp_path):

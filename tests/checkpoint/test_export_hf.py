@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import export_checkpoint
 import pytest
 import torch
-from runner import TINY
+from runner import TINY, in_a_fork
 from trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
 from megatron_tst.checkpoint.export_hf import export
@@ -146,6 +147,32 @@ def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
     with pytest.raises(CheckpointError, match="GB of free space"):
         export(source, tmp_path / "other")
+
+
+@pytest.mark.parametrize("verb", ["hf", "nemo", "import-hf"])
+def test_killed_at_any_moment(runs, models, tmp_path, verb):
+    """The target is absent or whole, and the next try cleans up and succeeds."""
+    target = tmp_path / "out"
+    source = models / "llama" / "hf" if verb == "import-hf" else runs("llama") / "ck"
+
+    def call():
+        return export_checkpoint.main([verb, str(source), str(target)])
+
+    def content():
+        return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+
+    took = min(in_a_fork(call), (shutil.rmtree(target), in_a_fork(call))[1])
+    whole, wholes, moments = content(), 0, random.Random(0)
+    for _ in range(20):
+        shutil.rmtree(target, ignore_errors=True)
+        in_a_fork(call, moments.uniform(0, 1.2 * took))
+        if target.exists():
+            wholes += 1
+            assert content() == whole
+    assert wholes < 20
+    shutil.rmtree(target, ignore_errors=True)
+    in_a_fork(call)
+    assert os.listdir(tmp_path) == ["out"] and content() == whole
 
 
 def test_the_tokenizer_goes_with_it_and_must_fit(runs, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import doctor
@@ -69,7 +70,7 @@ def test_a_healthy_environment_and_that_what_is_said_is_true(packages):
     kernel = extension.choose("auto", "cpu")
     assert ("extension" in " ".join(said(r"superposed loss on CPU"))) == (kernel == "extension")
     assert said("Adam") == [f"torch.optim.{torch.optim.AdamW.__module__.split('.')[-1]}.AdamW"]
-    assert set(said("flags for Megatron")) == {
+    assert set(said("flags for what is absent")) == {
         "--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion", "--no-masked-softmax-fusion",
         "--no-gradient-accumulation-fusion",
     }  # fmt: skip
@@ -95,6 +96,16 @@ def test_a_megatron_out_of_range_and_a_machine_without_a_device(packages):
     assert code == 1 and "2 faults: training would fail" in text
     assert "megatron-core: expected >=0.18,<0.20, got 0.17.1. `pip install 'megatron-core>=0.18,<0.20'`." in text
     assert "set MEGATRON_TST_CPU=1: on CPU with gloo" in text
+
+
+def test_a_resiliency_extension_that_megatron_cannot_import_beside(packages):
+    """As PyPI's newest, 0.4.1, has no __version__."""
+    asked = ("__init__", "core", "cached_metadata_filesystem_reader", "filesystem_async", "state_dict_saver")
+    inner = {f"nvidia_resiliency_ext/checkpointing/async_ckpt/{name}.py": "" for name in asked}
+    packages({"nvidia_resiliency_ext/__init__.py": "", "nvidia_resiliency_ext/checkpointing/__init__.py": "", **inner})
+    row = rows_of(json.loads(run("--json", cpu="0")[1]))["megatron-core"]
+    assert row["state"] == "FAULT" and "has no attribute '__version__'" in row["found"]
+    assert "pip uninstall nvidia-resiliency-ext" in row["do"]
 
 
 def test_nothing_but_python(packages):
@@ -177,6 +188,12 @@ def test_which_apex(packages, sources, state, said):
     assert row.state == state and said in row.found
 
 
+def test_packages_are_looked_for_where_python_m_looks_first(packages, tmp_path):
+    packages({"torch.py": ""})
+    (tmp_path / "apex").mkdir()  # apex's own repository, say: Megatron's `import apex` takes the folder
+    assert doctor.ask("apex")["apex"]["folder"] == str(tmp_path / "apex")
+
+
 @pytest.mark.parametrize(
     "versions, state, said",
     [
@@ -216,6 +233,31 @@ def built(architectures=BUILT, **more):
         | {"description": "CPU kernels", "auto": {"cpu": "extension", "cuda": "extension" if architectures else "torch"}}
         | more
     )
+
+
+@pytest.mark.parametrize("exit_code", [0, 9])
+def test_what_the_gpu_probe_asks(monkeypatch, tmp_path, exit_code):
+    """In this process, with CUDA calls that answer as two GPUs would, one of which torch has no kernels for."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho 'NVIDIA X, 580.65.06'\nexit {exit_code}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    def ones(size, device):
+        if device == "cuda:1":
+            raise RuntimeError("no kernel image")
+        return torch.zeros(size)
+
+    properties = types.SimpleNamespace(name="NVIDIA X", major=9, minor=0, total_memory=79 << 30)
+    for name, value in (("is_available", True), ("device_count", 2), ("get_arch_list", ["sm_80"])):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
+    monkeypatch.setattr(torch, "ones", ones)
+    found = {}
+    doctor.probe_torch(found)
+    assert found["gpus"] == [gpu((9, 0)), gpu((9, 0), error="RuntimeError: no kernel image; torch is built for sm_80")]
+    assert found["nvidia_smi"] == ([] if exit_code else ["NVIDIA X, 580.65.06"])
+    assert (found["version"], found["cuda"]) == (torch.__version__, torch.version.cuda)
 
 
 @pytest.mark.parametrize(
