@@ -2,6 +2,7 @@
 
     python tools/export_checkpoint.py hf CHECKPOINT TARGET --tokenizer FOLDER    a folder that transformers loads: Llama, Qwen3, Qwen3-MoE
     python tools/export_checkpoint.py import-hf FOLDER TARGET                    the way back: weights to pre-train further, and their flags
+    python tools/export_checkpoint.py quantize CHECKPOINT TARGET --recipe fp8 --data-path PREFIX    the first in FP8 or NVFP4, by ModelOpt
 
 CHECKPOINT is an iteration's folder, or that of --save (then its latest iteration).
 """
@@ -9,6 +10,7 @@ CHECKPOINT is an iteration's folder, or that of --save (then its latest iteratio
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.export_hf import DTYPES, export
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
 from megatron_tst.checkpoint.import_hf import LOAD, import_
+from megatron_tst.checkpoint.quantize import RECIPES, quantize
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,7 +55,34 @@ def _parser():
     verb.add_argument("--layer-spec", choices=EXPERT_NORM, default="transformer_engine", help="of the run that is to load it")
     verb.add_argument("--force", action="store_true", help="replace TARGET")
     verb.set_defaults(run=_import)
+    verb = verbs.add_parser("quantize", help="to Hugging Face in FP8 or NVFP4")
+    verb.add_argument("checkpoint", type=Path)
+    verb.add_argument("target", type=Path, help="a new folder")
+    verb.add_argument("--recipe", choices=RECIPES, required=True, help="nvfp4 needs a GPU")
+    verb.add_argument("--data-path", required=True, metavar="PREFIX", help="indexed dataset: calibration from its start, perplexity on its end")
+    verb.add_argument("--samples", type=int, default=512, help="to calibrate on, and as many to measure perplexity on")
+    verb.add_argument("--sequence-length", type=int, help="tokens of a sample; default: the run's --seq-length")
+    verb.add_argument("--tokenizer", type=Path, help="tokenizer.json or a folder of tokenizer files; default: the run's own")
+    verb.add_argument("--vocab-size", type=int, help="ids of the tokenizer; the rows above them are padding")
+    verb.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU where there is one")
+    verb.add_argument("--allow-superposition", action="store_true", help="although recovery has not begun")
+    verb.add_argument("--force", action="store_true", help="replace TARGET")
+    verb.set_defaults(run=_quantize)
     return parser
+
+
+def _quantize(options):
+    source = Checkpoint(options.checkpoint)
+    with progress_bar("samples", unit="") as progress:
+        folder, before, after = quantize(
+            source, options.target, recipe=options.recipe, data=options.data_path, samples=options.samples,
+            sequence_length=options.sequence_length, tokenizer=options.tokenizer, vocab_size=options.vocab_size, device=options.device,
+            allow_superposition=options.allow_superposition, force=options.force, progress=progress,
+        )  # fmt: skip
+    for when, value in ("before", before), ("after", after):
+        print(f"perplexity {when:6s} {value:.4f} ({math.log(value):.5f} nats)")
+    print(f"{folder}: written from {source.path}")
+    return 0
 
 
 def _import(options):
