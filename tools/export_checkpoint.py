@@ -59,7 +59,9 @@ def _parser():
     verb.add_argument("checkpoint", type=Path)
     verb.add_argument("target", type=Path, help="a new folder")
     verb.add_argument("--recipe", choices=RECIPES, required=True, help="nvfp4 needs a GPU")
-    verb.add_argument("--data-path", required=True, metavar="PREFIX", help="indexed dataset: calibration from its start, perplexity on its end")
+    verb.add_argument(
+        "--data-path", required=True, metavar="PREFIX", help="indexed dataset: calibration from its start, perplexity on its end"
+    )
     verb.add_argument("--samples", type=int, default=512, help="to calibrate on, and as many to measure perplexity on")
     verb.add_argument("--sequence-length", type=int, help="tokens of a sample; default: the run's --seq-length")
     verb.add_argument("--tokenizer", type=Path, help="tokenizer.json or a folder of tokenizer files; default: the run's own")

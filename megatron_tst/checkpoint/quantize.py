@@ -46,7 +46,7 @@ def quantize(
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[Path, float, float]:
-    """Write a folder that vLLM, TensorRT-LLM and SGLang load. The device holds the whole model; its bfloat16 export lies on the disk meanwhile.
+    """Write a folder for vLLM, TensorRT-LLM and SGLang. The device holds the whole model; its bfloat16 export lies beside it meanwhile.
 
     Args:
         source: of any layout; the architectures of export_hf.
@@ -92,7 +92,9 @@ def quantize(
 
     try:
         with new_folder(target.absolute(), 2 * 2 * weights, force) as part, torch.no_grad():
-            plain = export(source, part / "plain", tokenizer=tokenizer, vocab_size=vocab_size, allow_superposition=allow_superposition)
+            plain = export(
+                source, part / "plain", tokenizer=tokenizer, vocab_size=vocab_size, allow_superposition=allow_superposition
+            )
             config = json.loads((plain / "config.json").read_text())
             _check_blocks(recipe, config)
             model = _loaded(plain, device)
@@ -102,7 +104,9 @@ def quantize(
             after = _perplexity(model, batches(held_out))
             for when, value in ("before", before), ("after", after):
                 if not math.isfinite(value):
-                    refuse(data, f"a finite perplexity {when} quantisation", value, "The model or its tokenizer is not the dataset's.")
+                    refuse(
+                        data, f"a finite perplexity {when} quantisation", value, "The model or its tokenizer is not the dataset's."
+                    )
             write_folder(model, export_dir=part)
             written = json.loads((part / "config.json").read_text())  # transformers' words for what ours says, and ModelOpt's part
             for file in plain.iterdir():
@@ -164,7 +168,9 @@ def _ends_of(prefix, samples, length, vocab) -> list[np.ndarray]:
     need = samples * (length + 1)
     if lengths.sum(dtype=np.int64) < 2 * need:
         expected = f"{2 * need} tokens (twice {samples} samples of {length} and a label)"
-        refuse(prefix, expected, int(lengths.sum(dtype=np.int64)), "Give fewer --samples, a shorter --sequence-length or more text.")
+        refuse(
+            prefix, expected, int(lengths.sum(dtype=np.int64)), "Give fewer --samples, a shorter --sequence-length or more text."
+        )
 
     def taken(order):
         held, parts = 0, []
@@ -179,7 +185,9 @@ def _ends_of(prefix, samples, length, vocab) -> list[np.ndarray]:
     last = np.concatenate(taken(reversed(range(len(lengths))))[::-1])[-need:]
     largest = int(max(first.max(), last.max()))
     if largest >= vocab:
-        refuse(prefix, f"ids below the vocabulary of {vocab}", largest, "Give the dataset that was tokenized with the run's tokenizer.")
+        refuse(
+            prefix, f"ids below the vocabulary of {vocab}", largest, "Give the dataset that was tokenized with the run's tokenizer."
+        )
     return [part.astype(np.int64).reshape(samples, length + 1) for part in (first, last)]
 
 
@@ -188,7 +196,7 @@ def _check_blocks(recipe, config):
     widths["num_attention_heads x head_dim"] = config["num_attention_heads"] * config["head_dim"]
     for name, width in widths.items():
         if recipe == "nvfp4" and width % _BLOCK:
-            refuse("--recipe nvfp4", f"a {name} divisible by {_BLOCK}", width, "Use --recipe fp8.")
+            refuse("--recipe nvfp4", f"{name} divisible by {_BLOCK}", width, "Use --recipe fp8.")
 
 
 def _loaded(folder, device):
@@ -222,8 +230,11 @@ def _check_scales(model):
 def _card(text, recipe, data, samples, length, before, after) -> str:
     """The model card of the export, with what was done to it; its table is its end."""
     what = {"fp8": "FP8 (E4M3, a scale a tensor)", "nvfp4": "NVFP4 (E2M1, a scale for 16 values)"}[recipe]
-    load = "Load it with `transformers.AutoModelForCausalLM.from_pretrained`."
-    assert load in text and text.rstrip().endswith("|")
+    library, load = "library_name: transformers\n", "Load it with `transformers.AutoModelForCausalLM.from_pretrained`."
+    assert library in text and load in text and text.rstrip().endswith("|")
+    serve = (
+        "Quantised by ModelOpt, for vLLM, TensorRT-LLM or SGLang. transformers loads it without its scales, which gives nonsense."
+    )
     rows = [
         ("quantised", f"{what}, weights and inputs of linear layers; embedding, output layer, norms and routers are not"),
         ("calibration", f"{samples} samples of {length} tokens from the start of `{data}`, {samples * length:,} tokens"),
@@ -231,7 +242,7 @@ def _card(text, recipe, data, samples, length, before, after) -> str:
         ("quantised with", f"nvidia-modelopt {_modelopt_version()}"),
     ]
     table = "".join(f"| {name} | {row} |\n" for name, row in rows)
-    return text.replace(load, "Serve it with vLLM, TensorRT-LLM or SGLang, which read ModelOpt's format.").rstrip() + "\n" + table
+    return text.replace(library, "").replace(load, serve).rstrip() + "\n" + table
 
 
 def _evaluation(text) -> str:

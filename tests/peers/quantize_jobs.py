@@ -1,8 +1,9 @@
 """python quantize_jobs.py JOBS ANSWERS: a list of jobs in JSON, and what came of each.
 
 In one process of its own, without the shims that let Megatron run on CPU, and which need not import ModelOpt again for each. A job:
-    {"tool": [flags of export_checkpoint.py], "nvfp4": ..., "file": ...}  -> {"code": exit code, "out": ..., "err": ...}
-        nvfp4: with ModelOpt's CUDA kernel replaced by the format's definition; file: the largest file that can be written, in bytes
+    {"tool": [flags of export_checkpoint.py], "nvfp4": ..., "file": ..., "plain": ...}  -> {"code": exit code, "out": ..., "err": ...}
+        nvfp4: with ModelOpt's CUDA kernel replaced by the format's definition
+        file: the largest file that can be written, in bytes; plain: after the bfloat16 export
     {"loss": folder of an unquantised export, "ids": .bin, "samples": ..., "length": ..., "like": quantised folder}  -> nats
         like: with that folder's dequantised weights, inputs rounded by its scales
     {"kill": [flags], "target": ..., "times": ...}  -> {"whole": ..., "absent": ..., "left": names beside the target in the end}
@@ -32,7 +33,7 @@ from megatron_tst.checkpoint import quantize
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
-def tool(flags, nvfp4=False, file=None):
+def tool(flags, nvfp4=False, file=None, plain=False):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as undo:
         if nvfp4:
@@ -43,7 +44,17 @@ def tool(flags, nvfp4=False, file=None):
             tensor_quant.dynamic_block_quantize_op, quantize.NEEDS_GPU = rounded_to_nvfp4, set()
         if file is not None:
             undo.callback(resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file, resource.RLIM_INFINITY))
+            undo.callback(setattr, quantize, "export", quantize.export)
+
+            def export(*args, before=quantize.export, **named):
+                folder = before(*args, **named)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file, resource.RLIM_INFINITY))
+                return folder
+
+            if plain:
+                quantize.export = export
+            else:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file, resource.RLIM_INFINITY))
         try:
             code = export_checkpoint.main(flags)
         except SystemExit as stop:  # argparse
@@ -69,17 +80,29 @@ def loss(folder, ids, samples, length, like=None):
         stored = load_file(Path(like) / "model.safetensors")
         for name, module in model.named_modules():
             if f"{name}.weight_scale" in stored:
-                weight = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
-                module.weight.data.copy_(weight)
-                module.register_forward_pre_hook(round_inputs(stored[f"{name}.input_scale"].float()))
+                weight, scale = (stored[f"{name}.{kind}"] for kind in ("weight", "weight_scale"))
+                whole = stored.get(f"{name}.weight_scale_2")
+                if whole is not None:  # two values a byte
+                    weight = torch.cat([E2M1, -E2M1])[torch.stack([weight & 15, weight >> 4], -1).long()].view(*scale.shape, 16)
+                    scale = scale.float().unsqueeze(-1) * whole
+                module.weight.data.copy_((weight.float() * scale).view(module.weight.shape))
+                module.register_forward_pre_hook(round_inputs(stored[f"{name}.input_scale"].float(), whole is not None))
     text = torch.from_numpy(np.fromfile(ids, np.int32)[-samples * (length + 1) :].astype(np.int64)).view(samples, length + 1)
     with torch.no_grad():
         chances = model(text[:, :-1]).logits.float().log_softmax(-1)
     return -chances.gather(-1, text[:, 1:, None]).double().mean().item()
 
 
-def round_inputs(scale):
-    return lambda module, inputs: ((inputs[0].float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).to(inputs[0].dtype)
+def round_inputs(scale, nvfp4):
+    def rounded(module, inputs):
+        x = inputs[0].float()
+        if nvfp4:
+            x = rounded_to_nvfp4(x, 16, scale * 6 * 448)
+        else:
+            x = (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        return x.to(inputs[0].dtype)
+
+    return rounded
 
 
 def run(flags):
