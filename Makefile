@@ -1,5 +1,6 @@
 # make demo   set up, then train a small GPT with and without TST on CPU and draw both
 # make test   set up, then run the tests
+# make test-modelopt  set up .venv-modelopt, then compare the export with ModelOpt's and test `quantize`
 # make bench  set up, then measure the superposition step against the ordinary one
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
 # make style  ruff
@@ -12,7 +13,7 @@ MOE ?= 0
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test bench matrix style clean
+.PHONY: setup demo test test-modelopt bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,16 @@ demo: setup
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile
 
+test-modelopt: .venv-modelopt/.ready
+	.venv-modelopt/bin/python -m pytest tests/peers/test_modelopt.py
+
+.venv-modelopt/.ready: constraints-modelopt.txt pyproject.toml tools/find_python.sh
+	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-modelopt
+	.venv-modelopt/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	MEGATRON_TST_SKIP_EXTENSION=1 .venv-modelopt/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-modelopt.txt \
+		--editable ".[modelopt]" pytest pytest-timeout rich tensorboard
+	@touch $@
+
 bench: setup
 	$(RUN) benchmarks/bench_step.py
 
@@ -42,4 +53,4 @@ style: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info megatron_tst/_C*.so
+	rm -rf $(VENV) .venv-modelopt build *.egg-info megatron_tst/_C*.so

@@ -6,6 +6,7 @@ In one process of its own, without the shims that let Megatron run on CPU, and w
         file: the largest file that can be written, in bytes; plain: after the bfloat16 export
     {"loss": folder of an unquantised export, "ids": .bin, "samples": ..., "length": ..., "like": quantised folder}  -> nats
         like: with that folder's dequantised weights, inputs rounded by its scales
+    {"inputs": folder of an unquantised export, ...}  -> [{linear layer: its input's largest value}] on the file's start, on its end
     {"kill": [flags], "target": ..., "times": ...}  -> {"whole": ..., "absent": ..., "left": names beside the target in the end}
 """
 
@@ -87,10 +88,30 @@ def loss(folder, ids, samples, length, like=None):
                     scale = scale.float().unsqueeze(-1) * whole
                 module.weight.data.copy_((weight.float() * scale).view(module.weight.shape))
                 module.register_forward_pre_hook(round_inputs(stored[f"{name}.input_scale"].float(), whole is not None))
-    text = torch.from_numpy(np.fromfile(ids, np.int32)[-samples * (length + 1) :].astype(np.int64)).view(samples, length + 1)
+    text = text_of(ids, samples, length)[1]
     with torch.no_grad():
         chances = model(text[:, :-1]).logits.float().log_softmax(-1)
     return -chances.gather(-1, text[:, 1:, None]).double().mean().item()
+
+
+def text_of(ids, samples, length):
+    """(the file's first ids, its last) [samples, length + 1] each"""
+    whole, need = torch.from_numpy(np.fromfile(ids, np.int32).astype(np.int64)), samples * (length + 1)
+    return whole[:need].view(samples, length + 1), whole[-need:].view(samples, length + 1)
+
+
+def inputs(folder, ids, samples, length):
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(lambda _, x, name=name: found[-1].update({name: x[0].abs().max().item()}))
+    for text in text_of(ids, samples, length):
+        found.append({})
+        with torch.no_grad():
+            model(text[:, :-1])
+    return found
 
 
 def round_inputs(scale, nvfp4):
@@ -149,7 +170,7 @@ def main(jobs, answers):
     for job in todo:
         name = next(iter(job))
         first = job.pop(name)
-        done.append({"tool": tool, "loss": loss, "kill": kill}[name](first, **job))
+        done.append({"tool": tool, "loss": loss, "inputs": inputs, "kill": kill}[name](first, **job))
     Path(answers).write_text(json.dumps(done))
 
 
