@@ -140,6 +140,8 @@ def run(flags):
 
 def kill(flags, target, times):
     target, moments = Path(target), random.Random(0)
+    assert tool(flags)["code"] == 0  # and everything is imported
+    shutil.rmtree(target)
     start = time.time()
     assert os.waitpid(run(flags), 0)[1] == 0
     took, whole = time.time() - start, contents(target)
@@ -157,7 +159,7 @@ def kill(flags, target, times):
             found["absent"] += 1
     shutil.rmtree(target, ignore_errors=True)
     assert os.waitpid(run(flags), 0)[1] == 0 and contents(target) == whole
-    return found | {"left": sorted(os.listdir(target.parent))}
+    return found | {"left": sorted(os.listdir(target.parent)), "took": took}
 
 
 def contents(folder):
