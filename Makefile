@@ -1,9 +1,10 @@
 # make demo   set up, then train a small GPT with and without TST on CPU and draw both
 # make test   set up, then run the tests
+# make test-modelopt  set up .venv-modelopt, then compare the export with ModelOpt's and test `quantize`
 # make bench  set up, then measure the superposition step against the ordinary one
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
 # make style  ruff
-# make test-bridge    in an environment of its own (.venv-bridge): Megatron-Bridge 0.6.2 loads, resumes and exports what we export to NeMo
+# make test-bridge    set up .venv-bridge, then let Megatron-Bridge load, resume and export what is exported to NeMo
 # setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
 # Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes), SEED=1
 
@@ -13,7 +14,7 @@ MOE ?= 0
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-bridge bench matrix style clean
+.PHONY: setup demo test test-bridge test-modelopt bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -40,6 +41,16 @@ test-bridge: .venv-bridge/.ready
 	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.6.2
 	@touch $@
 
+test-modelopt: .venv-modelopt/.ready
+	.venv-modelopt/bin/python -m pytest tests/peers/test_modelopt.py
+
+.venv-modelopt/.ready: constraints-modelopt.txt pyproject.toml tools/find_python.sh
+	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-modelopt
+	.venv-modelopt/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	MEGATRON_TST_SKIP_EXTENSION=1 .venv-modelopt/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-modelopt.txt \
+		--editable ".[modelopt]" pytest pytest-timeout rich tensorboard
+	@touch $@
+
 bench: setup
 	$(RUN) benchmarks/bench_step.py
 
@@ -52,4 +63,4 @@ style: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-bridge build *.egg-info megatron_tst/_C*.so
+	rm -rf $(VENV) .venv-bridge .venv-modelopt build *.egg-info megatron_tst/_C*.so

@@ -102,15 +102,15 @@ def _verify(options):
     return int(bool(found))
 
 
-def progress_bar(what):
-    """A progress bar on stderr, in bytes. -> context manager of a function (done, of)"""
+def progress_bar(what, unit="B"):
+    """A progress bar on stderr, in bytes or in `unit`. -> context manager of a function (done, of)"""
     import contextlib
 
     from tqdm import tqdm
 
     @contextlib.contextmanager
     def running():
-        with tqdm(desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=None) as bar:
+        with tqdm(desc=what, unit=unit, unit_scale=True, file=sys.stderr, disable=None) as bar:
 
             def advance(done, total):
                 bar.total = total

@@ -3,6 +3,7 @@
     python tools/export_checkpoint.py hf CHECKPOINT TARGET --tokenizer FOLDER    a folder that transformers loads: Llama, Qwen3, Qwen3-MoE
     python tools/export_checkpoint.py nemo CHECKPOINT TARGET --tokenizer FOLDER  a checkpoint of Megatron-Bridge, optimizer state included
     python tools/export_checkpoint.py import-hf FOLDER TARGET                    the way back: weights to pre-train further, and their flags
+    python tools/export_checkpoint.py quantize CHECKPOINT TARGET --recipe fp8 --data-path PREFIX    the first in FP8 or NVFP4, by ModelOpt
 
 CHECKPOINT is an iteration's folder, or that of --save (then its latest iteration).
 """
@@ -10,6 +11,7 @@ CHECKPOINT is an iteration's folder, or that of --save (then its latest iteratio
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.export_hf import DTYPES
 from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
 from megatron_tst.checkpoint.import_hf import LOAD, import_
+from megatron_tst.checkpoint.quantize import RECIPES, quantize
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +55,15 @@ def _parser():
     verb.add_argument("--layer-spec", choices=EXPERT_NORM, default="transformer_engine", help="of the run that is to load it")
     verb.add_argument("--force", action="store_true", help="replace TARGET")
     verb.set_defaults(run=_import)
+    verb = _export_verb(verbs, "quantize", "to Hugging Face in FP8 or NVFP4")
+    verb.add_argument("--recipe", choices=RECIPES, required=True, help="nvfp4 needs a GPU")
+    verb.add_argument(
+        "--data-path", required=True, metavar="PREFIX", help="indexed dataset: calibration from its start, perplexity on its end"
+    )
+    verb.add_argument("--samples", type=int, default=512, help="to calibrate on, and as many to measure perplexity on")
+    verb.add_argument("--sequence-length", type=int, help="tokens of a sample; default: the run's --seq-length")
+    verb.add_argument("--device", help="cpu, cuda, cuda:1; default: the GPU where there is one")
+    verb.set_defaults(run=_quantize)
     return parser
 
 
@@ -70,6 +82,19 @@ def _given(options):
     """What every export takes."""
     names = ("tokenizer", "vocab_size", "allow_superposition", "force")
     return {name: getattr(options, name) for name in names}
+
+
+def _quantize(options):
+    source = Checkpoint(options.checkpoint)
+    with progress_bar("samples", unit="") as progress:
+        folder, before, after = quantize(
+            source, options.target, recipe=options.recipe, data=options.data_path, samples=options.samples,
+            sequence_length=options.sequence_length, device=options.device, progress=progress, **_given(options),
+        )  # fmt: skip
+    for when, value in ("before", before), ("after", after):
+        print(f"perplexity {when:6s} {value:.4f} ({math.log(value):.5f} nats)")
+    print(f"{folder}: written from {source.path}")
+    return 0
 
 
 def _import(options):

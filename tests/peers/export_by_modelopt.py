@@ -1,0 +1,28 @@
+"""python export_by_modelopt.py OURS THEIRS FLAGS: loads a checkpoint into Megatron's model; ModelOpt's exporter writes it to THEIRS.
+
+OURS is our export of the same checkpoint, whose config.json says the architecture.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
+
+import megatron.training.training as loop
+import pretrain_gpt_tst as script
+import torch
+from megatron.core.utils import unwrap_model
+
+
+def export(forward_step, model, *rest, **named):
+    from modelopt.torch.export import export_mcore_gpt_to_hf
+
+    (loaded,) = unwrap_model(model)
+    export_mcore_gpt_to_hf(loaded, ours, dtype=torch.float32, export_dir=theirs)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    ours, theirs = sys.argv.pop(1), sys.argv.pop(1)
+    loop.train = export
+    script.main()
