@@ -22,12 +22,14 @@ import torch
 from megatron_tst.checkpoint.architecture import Architecture, architecture_of
 from megatron_tst.checkpoint.card import evaluation, model_card
 from megatron_tst.checkpoint.format import Checkpoint, refuse
+from megatron_tst.checkpoint.import_hf import arguments
 from megatron_tst.checkpoint.place import flush, flush_folder, new_folder, write_json, write_text
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.checkpoint.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 from megatron_tst.resume import stored
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_FREE = ("bos_token_id", "eos_token_id", "initializer_range", "router_aux_loss_coef")  # in config.json, and no part of the model
 _SAFETENSORS = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -71,7 +73,7 @@ def export(
         CheckpointError: the model has no counterpart, the tokenizer does not fit, no recovery yet, or place.new_folder's.
     """
     check_phase(source, allow_superposition)
-    files, ids = tokenizer_of(source.args, tokenizer)
+    files, ids = tokenizer_of(source, tokenizer)
     tensors = Tensors(source)
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
     arch = architecture_of(source.args, vocab, dtype, end_of_text(files))
@@ -81,7 +83,7 @@ def export(
     shards = _shards(all_weights, DTYPES[dtype].itemsize, shard_bytes)
     with new_folder(target.absolute(), total, force) as part:
         _write_weights(part, shards, dtype, total, progress)
-        config_files(part, arch)
+        config_files(part, arch, source.path / "hf")
         write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
         write_text(part / "evaluate.md", evaluation())
         write_tokenizer(part, files)
@@ -151,10 +153,32 @@ def number_of(all_weights: Iterable[Weight]) -> int:
     return sum(math.prod(weight.shape) for weight in all_weights)
 
 
-def config_files(folder: Path, arch: Architecture) -> None:
-    """config.json and generation_config.json of the model."""
-    write_json(folder / "config.json", arch.config)
-    write_json(folder / "generation_config.json", {key: arch.config[key] for key in ("bos_token_id", "eos_token_id")})
+def config_files(folder: Path, arch: Architecture, kept: Path) -> None:
+    """config.json and generation_config.json of the model.
+
+    Args:
+        folder: to write into.
+        kept: where an import has left the files that it read, which say more (ids of special tokens); used where they say the same model.
+
+    Raises:
+        CheckpointError: they say another model.
+    """
+    generation = {key: arch.config[key] for key in ("bos_token_id", "eos_token_id")}
+    if not (kept / "config.json").is_file():
+        write_json(folder / "config.json", arch.config)
+        write_json(folder / "generation_config.json", generation)
+        return
+    dtype = arch.config["torch_dtype"]
+    text = (kept / "config.json").read_text()
+    config = json.loads(text)
+    theirs = architecture_of(arguments(config), config["vocab_size"], dtype).config
+    for key, value in arch.config.items():
+        if key not in _FREE and theirs.get(key) != value:
+            refuse(f"{key} in {kept / 'config.json'}", value, theirs.get(key), "It is of another model: remove it.")
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    write_text(folder / "config.json", text if config.get(name) == dtype else json.dumps(config | {name: dtype}, indent=2) + "\n")
+    theirs = kept / "generation_config.json"
+    write_text(folder / theirs.name, theirs.read_text() if theirs.is_file() else json.dumps(generation, indent=2) + "\n")
 
 
 def vocab_size_of(source: Checkpoint, tensors: Tensors, files, ids: int | None, asked: int | None) -> int:

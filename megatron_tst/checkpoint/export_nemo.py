@@ -74,7 +74,7 @@ def export(
     """
     check_phase(source, allow_superposition)
     args = source.args
-    files, ids = tokenizer_of(args, tokenizer)
+    files, ids = tokenizer_of(source, tokenizer)
     tensors = Tensors(source)
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
     dtype = "bfloat16" if getattr(args, "bf16", False) else "float16" if getattr(args, "fp16", False) else "float32"
@@ -109,7 +109,7 @@ def export(
         for name in ("hf", "tokenizer") if files else ("hf",):
             (folder / name).mkdir()
             write_tokenizer(folder / name, files)
-        config_files(folder / "hf", arch)
+        config_files(folder / "hf", arch, source.path / "hf")
         card = model_card(args, arch, dtype, number_of(weights(tensors, arch)), library="megatron-bridge")
         write_text(folder.parent / "README.md", card)
         for path in (folder / "hf", folder / "tokenizer", folder):

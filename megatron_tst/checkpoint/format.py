@@ -19,6 +19,7 @@ import json
 import os
 import pickle
 import signal
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -307,7 +308,8 @@ def _argument_type(full: str):
     if module.split(".")[0] != "megatron":
         return None
     try:
-        found = getattr(importlib.import_module(module), name)
+        with warnings.catch_warnings(action="ignore"):  # of what Megatron does without a GPU's libraries: nothing is trained here
+            found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         return None
     return found if isinstance(found, type) and issubclass(found, enum.Enum) else None

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_tst.checkpoint.architecture import Architecture, architecture_of
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.format import COMMON, TRACKER, refuse
-from megatron_tst.checkpoint.place import flush, flushed, new_folder
+from megatron_tst.checkpoint.place import flush, flush_folder, flushed, new_folder
 from megatron_tst.checkpoint.rewrite import read_back
+from megatron_tst.checkpoint.tokenizer import FILES
 
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer spec asks for; log_all names what is missing.
 LOAD = ("--finetune", "--no-load-optim", "--no-load-rng", "--dist-ckpt-strictness", "log_all")
@@ -68,6 +69,11 @@ def import_(
         write_checkpoint(folder, items(tensors, arch, layer_spec), args, lambda done: progress(min(done, total), total))
         if tensors.unread:
             refuse(source, "the tensors of its architecture alone", f"{sorted(tensors.unread)[0]} besides", "It is another model.")
+        (folder / "hf").mkdir()
+        for name in ("config.json", "generation_config.json", *FILES):
+            if (source / name).is_file():  # for the way back
+                flushed(folder / "hf" / name, lambda file, name=name: file.write((source / name).read_bytes()))
+        flush_folder(folder / "hf")
         flushed(part / TRACKER, lambda file: file.write(b"release"))
     return flags(args)
 

@@ -71,7 +71,7 @@ def quantize(
     mtq, write_folder = _modelopt()
     from safetensors import SafetensorError
 
-    files, ids = tokenizer_of(source.args, tokenizer)
+    files, ids = tokenizer_of(source, tokenizer)
     vocab = vocab_size_of(source, Tensors(source), files, ids, vocab_size)
     length = source.args.seq_length if sequence_length is None else sequence_length
     if samples < 1 or not 1 <= length <= source.args.max_position_embeddings:

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_tst.checkpoint.format import CheckpointError, refuse
+from megatron_tst.checkpoint.format import Checkpoint, CheckpointError, refuse
 from megatron_tst.checkpoint.place import flushed, write_json
 
 FILES = (
@@ -15,17 +15,18 @@ FILES = (
 )  # fmt: skip
 
 
-def tokenizer_of(args, given: Path | None) -> tuple[list[Path], int | None]:
+def tokenizer_of(source: Checkpoint, given: Path | None) -> tuple[list[Path], int | None]:
     """(files of the tokenizer, number of its ids); ([], None) where the run has none that can be found.
 
     Args:
-        args: Megatron's arguments; tokenizer_model is the run's own tokenizer.
+        source: whose run's own tokenizer is its arguments' tokenizer_model, or lies in its folder `hf` (import_hf, export_nemo).
         given: --tokenizer, a tokenizer.json or a folder with one; None: the run's own.
 
     Raises:
         CheckpointError: no tokenizer there, or its ids stand for other tokens than the run's own.
     """
-    own = _files(getattr(args, "tokenizer_model", None))  # empty for a name on the hub or a path of another machine
+    # the first is empty for a name on the hub or a path of another machine
+    own = _files(getattr(source.args, "tokenizer_model", None)) or _files(source.path / "hf")
     files = _files(given) if given else own
     if given and not files:
         refuse("--tokenizer", "a tokenizer.json or a folder with one", f"{given}: neither", "Give the run's tokenizer.")

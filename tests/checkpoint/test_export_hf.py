@@ -188,6 +188,10 @@ def test_the_tokenizer_goes_with_it_and_must_fit(runs, tmp_path):
         export(source, tmp_path / "other", tokenizer=tmp_path / f"{VOCAB - 1}.tokenizer.json")
     with pytest.raises(CheckpointError, match="--tokenizer: expected a tokenizer.json or a folder with one"):
         export(source, tmp_path / "other", tokenizer=tmp_path / "none")
+    other = changed(runs("llama") / "ck", tmp_path, tokenizer_model=str(tmp_path / f"{VOCAB}.tokenizer.json"))
+    Tokenizer(models.WordLevel({f"x{i}": i for i in range(VOCAB)}, unk_token="x0")).save(str(tmp_path / "x.tokenizer.json"))
+    with pytest.raises(CheckpointError, match="--tokenizer: expected the run's own ids, 'w[0-9]+' = [0-9]+, got None"):
+        export(other, tmp_path / "other", tokenizer=tmp_path / "x.tokenizer.json")
     (tmp_path / "broken.tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="--tokenizer: expected a tokenizer.json, got .*broken"):
         export(source, tmp_path / "other", tokenizer=tmp_path / "broken.tokenizer.json")
@@ -218,6 +222,9 @@ def shapes(file):
         return [weights.get_slice(name).get_shape() for name in weights.keys()]
 
 
+MODELS = ("llama", "llama-tied", "qwen3", "qwen3-moe", "qwen3-moe-mixed")
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders of models that transformers has made (make_models.py)."""
@@ -226,20 +233,43 @@ def models(tmp_path_factory):
     return folder
 
 
-MODELS = ("llama", "llama-tied", "qwen3", "qwen3-moe", "qwen3-moe-mixed")
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_import_and_export_give_the_same_bytes(models, tmp_path, name):
-    import_(models / name / "hf", tmp_path / "ck")
-    export(Checkpoint(tmp_path / "ck"), tmp_path / "hf", dtype="float32")
-    one, two = (folder / "model.safetensors" for folder in (models / name / "hf", tmp_path / "hf"))
-    assert one.read_bytes() == two.read_bytes()
-    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "hf", models / name / "hf"))
-    for key in ("architectures", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
-                "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers", "max_position_embeddings"):  # fmt: skip
-        assert ours.get(key) == theirs.get(key), key
-    assert ours.get("num_experts") == theirs.get("num_experts", theirs.get("num_local_experts"))
+    """Every file that came in; with them a card and the evaluation's commands."""
+    came = models / name / "hf"
+    import_(came, tmp_path / "ck")
+    source = Checkpoint(tmp_path / "ck")
+    gone = export(source, tmp_path / "hf", dtype="float32")
+    assert {path.name for path in gone.iterdir()} == {path.name for path in came.iterdir()} | {"README.md", "evaluate.md"}
+    for path in came.iterdir():
+        assert (gone / path.name).read_bytes() == path.read_bytes(), path.name
+    export(source, tmp_path / "bf16")
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (came, tmp_path / "bf16"))
+    assert ours.pop("dtype") == "bfloat16" and theirs.pop("dtype") == "float32" and ours == theirs
+
+
+def test_the_config_that_is_made_says_the_same_model(models, tmp_path):
+    """Without the files of the import: transformers reads ours as it reads its own."""
+    for name in MODELS:
+        import_(models / name / "hf", tmp_path / name / "ck")
+        kept = Checkpoint(tmp_path / name / "ck").path / "hf"
+        shutil.rmtree(kept)
+        export(Checkpoint(tmp_path / name / "ck"), tmp_path / name / "hf", dtype="float32")
+        ours, theirs = (
+            json.loads((folder / "config.json").read_text()) for folder in (tmp_path / name / "hf", models / name / "hf")
+        )
+        for key in ("architectures", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+                    "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers", "max_position_embeddings"):  # fmt: skip
+            assert ours.get(key) == theirs.get(key), key
+        assert ours.get("num_experts") == theirs.get("num_experts", theirs.get("num_local_experts"))
+
+
+def test_a_kept_config_of_another_model_is_refused(models, tmp_path):
+    import_(models / "qwen3" / "hf", tmp_path / "ck")
+    kept = Checkpoint(tmp_path / "ck").path / "hf" / "config.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(CheckpointError, match="rms_norm_eps in .*config.json: expected 1e-06, got 1e-05. It is of another model"):
+        export(Checkpoint(tmp_path / "ck"), tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
