@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
@@ -172,7 +173,10 @@ def main(jobs, answers):
     for job in todo:
         name = next(iter(job))
         first = job.pop(name)
-        done.append({"tool": tool, "loss": loss, "inputs": inputs, "kill": kill}[name](first, **job))
+        try:
+            done.append({"tool": tool, "loss": loss, "inputs": inputs, "kill": kill}[name](first, **job))
+        except Exception:  # the other jobs' tests go on
+            done.append({"code": 1, "out": "", "err": traceback.format_exc()})
     Path(answers).write_text(json.dumps(done))
 
 
