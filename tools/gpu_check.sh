@@ -37,7 +37,7 @@ machine() {
 
 build() { # for this GPU alone, which is all that can run here
     TORCH_CUDA_ARCH_LIST=$($python -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
-        $python setup.py build_ext --inplace && $python -m megatron_tst.extension
+        $python setup.py build_ext --inplace && $python -m megatron_tst.extension && { $python tools/doctor.py || true; }
 }
 
 bench() { $python benchmarks/bench_multi_hot_ce.py --rounds 15 --csv "$out/multi_hot_ce.csv" "$@"; }

@@ -10,6 +10,7 @@ TARGET/iter_N/tokenizer/, hf/config.json                             the tokeniz
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,10 @@ def export(
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
     dtype = "bfloat16" if getattr(args, "bf16", False) else "float16" if getattr(args, "fp16", False) else "float32"
     arch = architecture_of(args, vocab, dtype, end_of_text(files))
+    if 0 < len(arch.expert_layers) < arch.layers:
+        warnings.warn(
+            "megatron_tst: Megatron-Bridge 0.6 resumes this model but exports no dense layers among experts: use hf", stacklevel=2
+        )
     layer_spec = layer_spec or getattr(args, "transformer_impl", "transformer_engine")
     common = source.common | {"args": stock_arguments(args)}
     dropped = drop_optimizer_state(source, common) if drop_optimizer else set()
