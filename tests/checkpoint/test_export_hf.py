@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,35 @@ def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, messag
     with pytest.raises(CheckpointError, match=message):
         export(source, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]  # nothing half written
+
+
+@pytest.mark.parametrize(
+    "args, given, message",
+    [
+        (dict(consumed_train_samples=24), [], "a checkpoint of the recovery phase, got one after 24 of 24 superposed samples"),
+        (dict(normalization="LayerNorm"), [], "--normalization: expected RMSNorm, got LayerNorm"),
+        (dict(hybrid_layer_pattern="M*M*"), [], r"--hybrid-layer-pattern: expected None, got M\*M\*"),
+        (dict(), ["--tokenizer", "none"], "--tokenizer: expected a tokenizer.json or a folder with one"),
+        (dict(), ["--vocab-size", "600"], "at most the embedding's 512 rows, got 600"),
+        ("missing", [], "__0_0.distcp is missing"),
+        ("full", [], "GB of free space"),
+        ("there", [], "a target that is not there yet"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["hf", "nemo"])
+def test_the_tool_says_it_in_one_line_and_leaves_nothing(runs, tmp_path, monkeypatch, capsys, verb, args, given, message):
+    target = tmp_path / "out"
+    source = changed(runs("llama") / "ck", tmp_path, **(args if isinstance(args, dict) else {}))
+    if args == "missing":
+        (source.path / "__0_0.distcp").unlink()
+    if args == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    if args == "there":
+        target.mkdir()
+    assert export_checkpoint.main([verb, str(source.path), str(target), *given]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"^export_checkpoint: error: .*{message}", error) and error.count("\n") == 1, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"] + ["out"] * (args == "there")
 
 
 def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypatch):
