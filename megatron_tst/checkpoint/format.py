@@ -309,7 +309,8 @@ def _argument_type(full: str):
         return None
     try:
         with warnings.catch_warnings(action="ignore"):  # of what Megatron does without a GPU's libraries: nothing is trained here
-            found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return None
+            found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        do = "Use the Megatron that wrote it, or mend this one (tools/doctor.py)."
+        refuse(full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do)
     return found if isinstance(found, type) and issubclass(found, enum.Enum) else None
