@@ -6,11 +6,11 @@
 # make style  ruff
 # make test-bridge    set up .venv-bridge, then let Megatron-Bridge load, resume and export what is exported to NeMo
 # setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
-# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), MOE=1 (demo with experts), OUT=demo_out (where the demo writes), SEED=1
+# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), ARCH=llama, qwen3, qwen3-moe or gpt-moe (the demo's model), OUT=demo_out (where the demo writes), SEED=1
 
 VENV ?= .venv
 OUT ?= demo_out
-MOE ?= 0
+ARCH ?= gpt
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
@@ -27,7 +27,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh $(w
 	@touch $@
 
 demo: setup
-	$(RUN) examples/cpu_demo.py --out $(OUT) --seed $(SEED) $(if $(filter 1,$(MOE)),--moe)
+	$(RUN) examples/cpu_demo.py --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile

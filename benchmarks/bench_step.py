@@ -104,7 +104,10 @@ def _set_up(options):
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881")
     )
-    argv, sys.argv = sys.argv, ["bench_step", *demo_run.flags(None, options.vocab_size, 1000, moe=options.moe)]
+    argv, sys.argv = (
+        sys.argv,
+        ["bench_step", *demo_run.flags(None, options.vocab_size, 1000, architecture="gpt-moe" if options.moe else "gpt")],
+    )
     try:
         args = parse_and_validate_args()
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))

@@ -53,7 +53,7 @@ def run(options, arm: str, seed: int, port: int) -> dict:
     """One training run; its final next-token validation loss and what it took."""
     bag_size, ratio = int(arm.split(":")[0]), float(arm.split(":")[1])
     vocab_size = json.loads(Path(f"{options.corpus}.json").read_text())["vocab_size"]
-    arguments = demo_run.flags(options.corpus, vocab_size, options.iterations, seed, options.moe)
+    arguments = demo_run.flags(options.corpus, vocab_size, options.iterations, seed, "gpt-moe" if options.moe else "gpt")
     if bag_size > 1:
         arguments += ["--tst-bag-size", str(bag_size), "--tst-step-ratio", str(ratio)]
     log = options.logs / f"{'moe_' if options.moe else ''}{options.iterations}_s{bag_size}_r{ratio}_seed{seed}.log"

@@ -1,6 +1,6 @@
 """The demo: train a small GPT on CPU with and without TST at equal FLOPs, and draw both.
 
-    make demo            or:  python examples/cpu_demo.py --out demo_out [--moe]
+    make demo            or:  python examples/cpu_demo.py --out demo_out [--architecture qwen3-moe]
 
 1. corpus: the Python standard library's texts -> BPE tokenizer and Megatron's indexed dataset (kept for the next time)
 2. two runs of megatron.training.pretrain side by side, one CPU thread each: baseline, and TST (superposition, switch, recovery)
@@ -34,14 +34,16 @@ console = Console(highlight=False, soft_wrap=True)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo_out"))
-    parser.add_argument("--moe", action="store_true", help="4 experts, 2 active, in place of each MLP")
+    parser.add_argument(
+        "--architecture", choices=demo_run.ARCHITECTURES, default="gpt", help="moe: 4 experts, 2 active, for each MLP"
+    )
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
     started = time.time()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        here = options.out / ("moe" if options.moe else "dense")
+        here = options.out / options.architecture
         if here.exists():
             shutil.rmtree(here)
         here.mkdir()
@@ -54,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     corpus = prepare(options.out / "corpus")
     logs = train(options, corpus, here)
     runs = {"baseline": plot_runs.read_log(logs["baseline"]), f"TST s={BAG_SIZE}, r={STEP_RATIO}": plot_runs.read_log(logs["tst"])}
-    size = "mixture of experts, 3 layers x 128" if options.moe else "3 layers x 128"
-    plot_runs.plot(runs, here / "loss.png", f"GPT {size} on CPU, Python standard library, seed {options.seed}")
+    title = f"{options.architecture}, 3 layers x 128, on CPU, Python standard library, seed {options.seed}"
+    plot_runs.plot(runs, here / "loss.png", title)
     last_screen(options, corpus, here, runs, time.time() - started)
     return 0
 
@@ -75,7 +77,7 @@ def prepare(prefix: Path) -> Path:
 def train(options, corpus: Path, here: Path) -> dict[str, Path]:
     """Both runs at once, with a progress line; returns their logs."""
     vocab_size = json.loads(Path(f"{corpus}.json").read_text())["vocab_size"]
-    common = demo_run.flags(corpus, vocab_size, options.iterations, options.seed, options.moe)
+    common = demo_run.flags(corpus, vocab_size, options.iterations, options.seed, options.architecture)
     arms = {"baseline": [], "tst": ["--tst-bag-size", str(BAG_SIZE), "--tst-step-ratio", str(STEP_RATIO)]}
     logs = {name: here / f"{name}.log" for name in arms}
     console.print(f"2/3 training: {options.iterations} iterations twice, side by side; logs in {here}")
@@ -158,6 +160,9 @@ def last_screen(options, corpus: Path, here: Path, runs: dict[str, plot_runs.Run
     console.print(f"    logs         {here / 'baseline.log'}  {here / 'tst.log'}")
     console.print(f"    checkpoints  {here / 'checkpoints_baseline'}  {here / 'checkpoints_tst'}")
     console.print(f"    corpus       {corpus}.bin .idx .tokenizer.json")
+    if not options.architecture.startswith("gpt"):
+        given = f"{here / 'checkpoints_tst'} {here / 'hf'} --tokenizer {corpus}.tokenizer.json"
+        console.print(f"    export       python tools/export_checkpoint.py hf {given}")
 
 
 def _free_port() -> int:

@@ -19,14 +19,19 @@ CPU = (
 )
 MODEL = (
     f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
-    "--position-embedding-type rope --normalization LayerNorm --ffn-hidden-size 512 --disable-bias-linear "
+    "--position-embedding-type rope --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.05 "
     "--embedding-init-method-std 1.0"
 )
-MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"
+_GPT = "--normalization LayerNorm --ffn-hidden-size 512"
+_LLAMA = "--normalization RMSNorm --swiglu --ffn-hidden-size 344"
+_QWEN3 = _LLAMA + " --qk-layernorm --group-query-attention --num-query-groups 2"
+_MOE = " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"
+# The first is the demo's, whose settings were tuned (docs/LOG.md); the last three can be exported to Hugging Face and NeMo.
+ARCHITECTURES = {"gpt": _GPT, "gpt-moe": _GPT + _MOE, "llama": _LLAMA, "qwen3": _QWEN3, "qwen3-moe": _QWEN3 + _MOE}
 
 
-def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, moe: bool = False) -> list[str]:
+def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, architecture: str = "gpt") -> list[str]:
     """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay, both arms alike."""
     optimizer = (
         f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 4e-3 --min-lr 0 --lr-decay-style WSD "
@@ -36,7 +41,7 @@ def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 123
     data = f"--data-path {corpus} --split 95,5,0" if corpus else "--mock-data"
     data += f" --tokenizer-type NullTokenizer --vocab-size {vocab_size}"
     logs = f"--log-interval 10 --eval-interval {max(10, iterations // 10)} --eval-iters 20"
-    return " ".join([CPU, MODEL, MOE if moe else "", optimizer, data, logs]).split()
+    return " ".join([CPU, MODEL, ARCHITECTURES[architecture], optimizer, data, logs]).split()
 
 
 def start(arguments: list[str], log: Path, port: int) -> subprocess.Popen:

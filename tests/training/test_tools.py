@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,19 +16,25 @@ def run(*command, **environment):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=dict(os.environ, **environment), cwd=ROOT)
 
 
-@pytest.mark.parametrize("flags", [[], ["--moe"]], ids=["dense", "moe"])
-def test_demo(corpus, tmp_path, flags):
+@pytest.mark.parametrize("architecture", ["gpt", "llama", "qwen3", "qwen3-moe"])
+def test_demo(corpus, tmp_path, architecture):
     for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")
-    done = run(sys.executable, "examples/cpu_demo.py", "--out", tmp_path, "--iterations", "20", *flags)
+    done = run(sys.executable, "examples/cpu_demo.py", "--out", tmp_path, "--iterations", "20", "--architecture", architecture)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    here = tmp_path / ("moe" if flags else "dense")
+    here = tmp_path / architecture
     assert (here / "loss.png").read_bytes().startswith(b"\x89PNG")
     tst = plot_runs.read_log(here / "tst.log")
     assert tst.boundary == 4 and tst.last == 20 and tst.total == 20 and sorted(tst.validation) == [10, 20]
     for said in ("loss.png", "next-token validation loss", "equal FLOPs", "after iteration 4", "checkpoints"):
         assert said in done.stdout, done.stdout
     assert (here / "checkpoints_tst" / "latest_checkpointed_iteration.txt").read_text() == "20"
+    export = re.search(r"export +python (.*)", done.stdout)
+    assert bool(export) == (not architecture.startswith("gpt"))
+    if export:
+        assert run(sys.executable, *export[1].split()).returncode == 0
+        config = json.loads((here / "hf" / "config.json").read_text())
+        assert config["model_type"] == architecture.replace("-", "_") and config["vocab_size"] == 512
 
 
 def test_demo_says_where_it_cannot_write(tmp_path):
