@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"export_checkpoint: error: {error}", file=sys.stderr)
     except ImportError as error:
         print(
-            f"export_checkpoint: error: expected safetensors and tokenizers, got {error}. pip install 'megatron-tst[hf]'.",
+            f"export_checkpoint: error: expected safetensors (import-hf) and tokenizers, got {error}. pip install 'megatron-tst[hf]'.",
             file=sys.stderr,
         )
     return 2

@@ -4,7 +4,7 @@ TARGET/latest_checkpointed_iteration.txt, latest_train_state.pt      which itera
 TARGET/iter_N/*.distcp, .metadata, metadata.json                     weights and optimizer state, byte by byte
 TARGET/iter_N/run_config.yaml                                        the model, as Bridge's GPTModelProvider takes it
 TARGET/iter_N/train_state.pt                                         iteration and samples
-TARGET/iter_N/tokenizer/, hf/config.json                             the tokenizer; what Bridge exports to Hugging Face with
+TARGET/iter_N/tokenizer/, hf/                                        the tokenizer; config.json and tokenizer, for exports by Bridge
 """
 
 from __future__ import annotations
