@@ -93,9 +93,10 @@ PRETRAIN = Seam("megatron.training", "pretrain", ("cfg_container", "train_valid_
 
 
 def megatron_version() -> str:
+    """Megatron-Core's version, without the commit that it adds where its environment lies in a git checkout."""
     from megatron.core import __version__
 
-    return __version__
+    return __version__.split("+")[0]
 
 
 def hide_broken_transformer_engine() -> None:

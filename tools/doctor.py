@@ -156,7 +156,7 @@ def probe_megatron(found: dict, *hidden: str) -> None:
         cpu.enable_if_asked()
     import megatron.core
 
-    found["version"], found["tested"] = megatron.core.__version__, compat.TESTED_MEGATRON
+    found["version"], found["tested"] = compat.megatron_version(), compat.TESTED_MEGATRON
     seams = [seam for seam in vars(compat).values() if isinstance(seam, compat.Seam)]
     seams = [seam for seam in seams if seam != compat.MTP_ACCEPTANCE or seam.exists]  # that one came with 0.19
     found["seams"], found["problems"] = len(seams), [problem for seam in seams if (problem := seam.problem())]
