@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 
-from megatron_tst import extension
+from megatron_tst import cpu, extension
 from megatron_tst.config import TSTConfig, refuse, warn
+from megatron_tst.precision import check_precision, recipe_of
 
 ROBUST_BAG_SIZES, LARGEST_BAG_SIZE, ROBUST_RATIOS = (4, 8), 16, (0.2, 0.4)  # paper, section 4 and tables 4 to 7
 LARGEST_WIDTH = 64  # bags of 16, 12 and 8 need 48
@@ -49,6 +49,8 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
                 "It needs the output layer's own forward. Drop one of the two.",
             )
     _check_kernel(config)
+    if recipe_of(args):
+        check_precision(config, args, _gpu())
     schedule = config.schedule(args)
     _check_switch(config, schedule, args)
     ratio = schedule.superposition_samples / schedule.train_samples
@@ -110,9 +112,10 @@ def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
 
 
 # MuP scales logits between the output layer and the loss, multi-token prediction counts right guesses from them; the others take
-# the output layer or its gradient elsewhere.
+# the output layer, its precision or its gradient elsewhere.
 _NOT_WITH_FUSED_LINEAR_LOSS = (
-    "use_mup", "mtp_num_layers", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp", "use_torch_fsdp2",
+    "use_mup", "mtp_num_layers", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp",
+    "use_torch_fsdp2", "fp8_output_proj",
 )  # fmt: skip
 
 
@@ -131,9 +134,18 @@ def _warn_of_unequal_ranks(args):
         )
 
 
+def _gpu():
+    """(compute capability, torch's CUDA version) of this rank's GPU; None on CPU."""
+    if cpu.asked_for():
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(), torch.version.cuda
+
+
 def _check_kernel(config):
     """Refuse kernels that are not there before training, not at the first loss."""
-    device = "cpu" if os.environ.get("MEGATRON_TST_CPU") == "1" else "cuda"
+    device = "cpu" if cpu.asked_for() else "cuda"
     for flag, asked, kernel in (
         ("--tst-kernel extension", config.kernel == "extension", "extension"),
         ("--tst-kernel-in-recovery", config.kernel_in_recovery, "torch" if config.kernel == "torch" else "extension"),

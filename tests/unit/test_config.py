@@ -115,6 +115,8 @@ def test_settings_out_of_range(settings, message):
         (dict(modelopt_enabled=True), "ModelOpt with TST"),
         (dict(gtp_weight_remat_size=2), "--gtp-weight-remat-size with TST: expected 1, got 2"),
         (dict(phase_transition_iterations=[5]), "--phase-transition-iterations with TST"),
+        (dict(fp8="hybrid", fp8_recipe="tensorwise"), "--fp8-recipe tensorwise: expected an NVIDIA GPU and Transformer Engine"),
+        (dict(fp4="e2m1"), "--fp4-format: expected an NVIDIA GPU and Transformer Engine"),
     ],
 )
 def test_what_tst_does_not_work_with(changes, message):
