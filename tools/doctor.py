@@ -154,7 +154,6 @@ def probe_megatron(found: dict, *hidden: str) -> None:
 
     if not torch.cuda.is_available():
         cpu.enable_if_asked()
-    import megatron.core
 
     found["version"], found["tested"] = compat.megatron_version(), compat.TESTED_MEGATRON
     seams = [seam for seam in vars(compat).values() if isinstance(seam, compat.Seam)]
