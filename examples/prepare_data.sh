@@ -40,11 +40,23 @@ prepare() { # file, folder, stem -> folder/stem_KEY_document; under folder/part 
     mkdir -p "$folder/part"
     unpack "$file" >"$part.jsonl"
     python "$MEGATRON_LM/tools/preprocess_data.py" --input "$part.jsonl" --json-keys "$KEY" --append-eod --workers "$WORKERS" \
-        --log-interval 100000 --output-prefix "$part" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER"
+        --log-interval 100000 --output-prefix "$part" --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$TOKENIZER" \
+        >"$part.log" 2>&1 &
+    # One of its processes that dies (a line that is no JSON, say) is waited for without end: look for its traceback.
+    while kill -0 $! 2>/dev/null; do
+        ! grep -q '^Process .*:$' "$part.log" || kill $! || true
+        sleep 1
+    done
+    wait $! || { tail -n 5 "$part.log" >&2; fail "$file: the preprocessor failed, see $part.log"; }
     mv "$folder/part/$done.bin" "$folder/$done.bin"
     mv "$folder/part/$done.idx" "$folder/$done.idx"
-    rm "$part.jsonl"
+    rm "$part.jsonl" "$part.log"
+    echo "$folder/$done"
 }
+
+# The preprocessor would end each document with this token, and hang without one.
+python -c 'import sys; from transformers import AutoTokenizer; sys.exit(AutoTokenizer.from_pretrained(sys.argv[1]).eos_token_id is None)' "$TOKENIZER" ||
+    fail "TOKENIZER: expected a Hugging Face tokenizer with an end token, got '$TOKENIZER'"
 
 number=0
 for corpus in "$@"; do
