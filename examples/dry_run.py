@@ -178,7 +178,6 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.megatron_lm:
         sys.path.insert(0, os.path.abspath(options.megatron_lm))
-    logging.disable(logging.WARNING)  # torch on a machine without CUDA
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not installed here
         try:
@@ -191,4 +190,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # torch on a machine without CUDA
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from runner import CHECKOUTS, NO_CHECKOUT, ROOT
 
 EXAMPLES = ROOT / "examples"
 sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
-import dry_run  # noqa: E402
+import dry_run
 
 # The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens and millions of parameters follow from it.
 PAPER = {
@@ -42,7 +42,7 @@ def flags_of(name, *flags, **variables):
     """(the launcher's words, the training script's flags) of the command that a recipe prints."""
     done = recipe(name, *flags, **variables)
     assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout)
+    words = shlex.split(done.stdout.replace("\\\n", ""))
     start = next(i for i, word in enumerate(words) if word.endswith("pretrain_gpt_tst.py"))
     return words[:start], words[start + 1 :]
 
@@ -96,7 +96,7 @@ def test_the_expert_model_is_the_one_that_the_export_is_measured_on():
         "num_hidden_layers": args.num_layers, "hidden_size": args.hidden_size, "num_attention_heads": args.num_attention_heads,
         "num_key_value_heads": args.num_query_groups, "head_dim": args.kv_channels, "num_experts": args.num_experts,
         "num_experts_per_tok": args.moe_router_topk, "moe_intermediate_size": args.moe_ffn_hidden_size, "rope_theta": args.rotary_base,
-        "rms_norm_eps": args.norm_epsilon, "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        "rms_norm_eps": args.layernorm_epsilon, "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "max_position_embeddings": args.max_position_embeddings,
     }.items() <= shape.items()  # fmt: skip
 
@@ -106,11 +106,11 @@ def test_the_expert_model_is_the_one_that_the_export_is_measured_on():
     ("600m", {"GPUS_PER_NODE": "1"}),
     ("3b", {"TP": "2", "CP": "2", "SEQ": "8192"}),
     ("3b", {"TP": "2", "PP": "2", "NNODES": "4"}),
-    ("3b", {"TP": "4", "PRECISION": "fp8-blockwise"}),
+    ("3b", {"TP": "2", "PRECISION": "fp8-blockwise"}),
     ("3b", {"TP": "2", "GPU": "b200", "PRECISION": "mxfp8"}),
     ("moe_10b_a1b", {"NNODES": "8", "GPU": "b200"}),
     ("moe_10b_a1b", {"NNODES": "2", "TP": "2", "CP": "2", "PP": "2", "EP": "4"}),
-    ("3b", {"MOCK_DATA": "1"}),
+    ("3b", {"MOCK_DATA": "1", "STEPS": "50", "TST_STEPS": "15"}),
 ])  # fmt: skip
 def test_other_layouts(name, variables):
     args = validated(name, **variables)
@@ -163,10 +163,20 @@ def test_the_launchers():
 def test_dry_run_from_the_shell():
     good = recipe("270m", DRY_RUN="1")
     assert good.returncode == 0, good.stderr
-    for text in ("dry run: accepted", "267.2 M parameters", "6,000 with bags of 6, then 14,000 plain", "104,857,600,000 tokens", "NOT checked GPU"):
+    for text in (
+        "dry run: accepted",
+        "267.2 M parameters",
+        "6,000 with bags of 6, then 14,000 plain",
+        "104,857,600,000 tokens",
+        "NOT checked GPU",
+    ):
         assert text in good.stdout
-    bad = recipe("270m", DRY_RUN="1", TP="2")
-    assert bad.returncode == 2 and "dry run: REFUSED" in bad.stderr and "num_attention_heads" in bad.stderr
+
+
+def test_exit_code_and_message_of_a_refusal(capsys):
+    assert dry_run.main(["--world-size", "8", "--gpu", "h100", "--", *flags_of("270m", TP="2")[1]]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dry run: REFUSED: transformer_config.py:") and "num_attention_heads (9)" in error
 
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
@@ -178,7 +188,7 @@ def test_dry_run_with_megatron_lms_own_arguments(checkout):
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
 def test_prepare_data(tmp_path):
-    """Two corpora of three files, one of them packed: every token in place, and a blend whose corpora weigh alike."""
+    """Two corpora, one of them packed: every token in place, and a blend whose corpora weigh alike."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -193,24 +203,25 @@ def test_prepare_data(tmp_path):
     def lines(*texts):
         return "".join(json.dumps({"text": text, "url": "-"}) + "\n" for text in texts)
 
-    (tmp_path / "dclm" / "a.jsonl").write_text(lines("one two", "three"))
-    (tmp_path / "dclm" / "part" / "b.jsonl").write_text(lines("two two two two"))
+    (tmp_path / "dclm" / "part" / "a.jsonl").write_text(lines("one two", "three"))
     with gzip.open(tmp_path / "edu" / "c.jsonl.gz", "wt") as file:
         file.write(lines("three one"))
 
     def prepare(*corpora):
-        environment = dict(os.environ, MEGATRON_LM=str(CHECKOUTS[0]), OUT=str(tmp_path / "out"), TOKENIZER=str(tmp_path / "tokenizer"), WORKERS="1")
+        environment = dict(
+            os.environ, MEGATRON_LM=str(CHECKOUTS[0]), OUT=str(tmp_path / "out"), TOKENIZER=str(tmp_path / "tokenizer"), WORKERS="1"
+        )
         command = ["bash", str(EXAMPLES / "prepare_data.sh"), *corpora]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
     done = prepare(f"dclm={tmp_path / 'dclm'}", f"edu={tmp_path / 'edu'}")
     assert done.returncode == 0, done.stderr
     *_, count, line = done.stdout.splitlines()
-    assert count.startswith("13 tokens in ")
+    assert count.startswith("8 tokens in ")
     blend = shlex.split(line)[0].removeprefix("DATA_PATH=").split()
     weights = {Path(prefix).name: float(weight) for weight, prefix in zip(blend[::2], blend[1::2])}
-    assert weights == pytest.approx({"a_text_document": 0.25, "part_b_text_document": 0.25, "c_text_document": 0.5})
-    assert [list(map(int, x)) for x in IndexedDataset(str(tmp_path / "out/dclm/a_text_document"))] == [[1, 2, 0], [3, 0]]
+    assert weights == pytest.approx({"part_a_text_document": 0.5, "c_text_document": 0.5})
+    assert [list(map(int, x)) for x in IndexedDataset(str(tmp_path / "out/dclm/part_a_text_document"))] == [[1, 2, 0], [3, 0]]
     assert validated("3b", DATA_PATH=" ".join(blend)).data_path == blend
 
     (tmp_path / "edu" / "d.jsonl").write_text("no json\n")
