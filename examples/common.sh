@@ -50,7 +50,8 @@ case $PRECISION in
     *) fail "PRECISION: expected bf16, fp8, fp8-blockwise or mxfp8, got $PRECISION" ;;
 esac
 
-# Checkpoints and logs. --load is --save, so that the same command starts and goes on; a SIGTERM saves and exits.
+# Checkpoints and logs. --load is --save, so that the same command starts and goes on. SIGTERM to the processes saves and exits; sent to torchrun,
+# it leaves them 30 seconds for that.
 RUN=(--save "$SAVE" --load "$SAVE" --save-interval "${SAVE_INTERVAL:-1000}" --ckpt-format torch_dist --exit-signal-handler
     --log-interval 10 --log-throughput --tensorboard-dir "$SAVE/tensorboard" --distributed-timeout-minutes 60)
 
