@@ -27,9 +27,8 @@ from megatron_tst import refusals
 from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments
 
 CAPABILITY = {"h100": (9, 0), "b200": (10, 0)}
+CUDA = "13.0"  # assumed
 TRANSFORMER_ENGINE = "2.14.0"  # assumed; its own floors: tensorwise 2.2, mxfp8 2.1, blockwise 2.3
-# Elements by which Transformer Engine cuts a matrix of each recipe (both dimensions of weights, tokens, width); Megatron does not check it.
-BLOCK = {"tensorwise": 16, "delayed": 16, "mxfp8": 32, "blockwise": 128}
 
 
 class Refused(Exception):
@@ -58,7 +57,6 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
                 get_megatron_optimizer_config(args)
                 get_megatron_ddp_config(args)
                 _check_batches(args)
-                _check_fp8_shapes(args)
                 refusals.check_arguments(config, args)
             except SystemExit:  # argparse, after a thousand lines of usage
                 raise Refused(printed.getvalue().strip().splitlines()[-1]) from None
@@ -84,6 +82,7 @@ def _machine(world_size: int, gpu: str):
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *device: (major, minor)),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *device: types.SimpleNamespace(major=major, minor=minor)),
+        mock.patch.object(refusals, "_gpu", lambda: ((major, minor), CUDA)),
         mock.patch.object(utils, "_te_version", Version(TRANSFORMER_ENGINE)),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", "Transformer Engine's"),  # asked for: is it there
     ):
@@ -104,27 +103,6 @@ def _check_batches(args) -> None:
             f"--global-batch-size: expected a multiple of --micro-batch-size x data-parallel size = {args.micro_batch_size} x "
             f"{args.data_parallel_size}, got {args.global_batch_size}"
         )
-
-
-def _check_fp8_shapes(args) -> None:
-    """Refuse what Transformer Engine's FP8 products would refuse at the first step, or leave unquantised."""
-    if not args.fp8:
-        return
-    block, tp = BLOCK[args.fp8_recipe], args.tensor_model_parallel_size
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    sizes = {
-        "positions of a rank": args.seq_length * args.micro_batch_size // args.context_parallel_size // (tp if args.sequence_parallel else 1),
-        "--hidden-size": args.hidden_size,
-        "queries, keys and values of a rank": (args.num_attention_heads + 2 * groups) * args.kv_channels // tp,
-        "--num-attention-heads x --kv-channels of a rank": args.num_attention_heads * args.kv_channels // tp,
-    }  # fmt: skip
-    if args.num_experts:
-        sizes["--moe-ffn-hidden-size"] = args.moe_ffn_hidden_size // (args.expert_tensor_parallel_size or 1)
-    else:
-        sizes["--ffn-hidden-size of a rank"] = args.ffn_hidden_size // tp
-    for what, size in sizes.items():
-        if size % block:
-            raise Refused(f"{what} with --fp8-recipe {args.fp8_recipe}: expected a multiple of {block}, got {size}")
 
 
 def parameters(args) -> int:
@@ -163,8 +141,8 @@ dry run: accepted
   steps       {steps}
   text        {text:,} tokens ({text / 1e9:,.1f} B) are trained on; --split keeps more for validation
   checked     by Megatron-Core {__version__}: its parser, validate_args, transformer, optimizer and data-parallel configurations;
-              by TST: its refusals, the layout; by this script: micro-batches, FP8 shapes
-  NOT checked GPU (compute capability {".".join(map(str, CAPABILITY[gpu]))} assumed), Transformer Engine ({TRANSFORMER_ENGINE} assumed), NCCL, memory, speed,
+              by TST: its refusals, the layout, FP8 shapes; by this script: micro-batches
+  NOT checked GPU (compute capability {".".join(map(str, CAPABILITY[gpu]))}, CUDA {CUDA} assumed), Transformer Engine ({TRANSFORMER_ENGINE} assumed), NCCL, memory, speed,
               tokenizer, data files, folders, the checkpoint in --load"""
 
 

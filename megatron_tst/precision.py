@@ -21,6 +21,8 @@ _HARDWARE = {
 }
 # Tokens of a rank are a GEMM's M, and its K in the gradient of the weights: 16 values, or the scale's block.
 _TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 16}
+# By what a recipe cuts the widths of weights, as a rank holds them.
+_WIDTHS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32, "nvfp4": 16}
 _FASTER_TOKENS = {"blockwise": 128, "nvfp4": 128}  # whole blocks
 
 
@@ -99,6 +101,9 @@ def _check_shapes(flag, recipe, args):
         warn(
             f"{flag}: {tokens} tokens of a rank ({why} x {args.micro_batch_size}); whole blocks need a multiple of {_FASTER_TOKENS[recipe]}"
         )
+    for what, size in _widths(args, tp).items():
+        if size % _WIDTHS[recipe]:
+            refuse(f"{flag}: {what}", f"a multiple of {_WIDTHS[recipe]}", size, "Use another recipe or another layout.")
     if recipe == "mxfp8" and (of("fp8_dot_product_attention") or of("fp8_multi_head_attention")):
         positions = args.seq_length // of("context_parallel_size", 1)
         if positions % 128:
@@ -109,11 +114,34 @@ def _check_shapes(flag, recipe, args):
                 "Change --seq-length, or leave attention in bf16.",
             )
     if of("fp8_output_proj"):
-        for what, size in (("--hidden-size", args.hidden_size), ("vocabulary / TP", of("padded_vocab_size", 0) // tp)):
-            if size % 32:
-                refuse(
-                    f"--fp8-output-proj: {what}",
-                    "a multiple of 32",
-                    size,
-                    "Drop the flag, or change --make-vocab-size-divisible-by.",
-                )
+        size = of("padded_vocab_size", 0) // tp
+        if size % 32:
+            refuse(
+                "--fp8-output-proj: vocabulary / TP",
+                "a multiple of 32",
+                size,
+                "Drop the flag, or change --make-vocab-size-divisible-by.",
+            )
+
+
+def _widths(args, tp) -> dict[str, int]:
+    """Widths of the quantised weights of a rank, by what they hang on."""
+
+    def of(name, default=None):
+        return getattr(args, name, None) or default
+
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    groups = of("num_query_groups", heads) if of("group_query_attention") else heads
+    channels = of("kv_channels", hidden // heads)
+    widths = {
+        "--hidden-size": hidden,
+        "queries, keys and values of a rank": (heads + 2 * groups) * channels // tp,
+        "--num-attention-heads x --kv-channels of a rank": heads * channels // tp,
+    }
+    if of("num_experts"):
+        widths["--moe-ffn-hidden-size of a rank"] = of("moe_ffn_hidden_size", args.ffn_hidden_size) // of(
+            "expert_tensor_parallel_size", 1
+        )
+    else:
+        widths["--ffn-hidden-size of a rank"] = args.ffn_hidden_size // tp
+    return widths

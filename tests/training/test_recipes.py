@@ -132,7 +132,7 @@ def test_other_layouts(name, variables):
     ("3b", [], {"BAG_SIZE": "0"}, "--tst-bag-size: expected a whole number >= 1"),
     ("3b", [], {"TST_STEPS": "20000"}, "--tst-iters: expected fewer than the 20000 training iterations"),
     ("3b", ["--reset-position-ids"], {}, "--reset-position-ids with TST"),
-    ("600m", [], {"PRECISION": "fp8-blockwise"}, "--hidden-size with --fp8-recipe blockwise: expected a multiple of 128, got 960"),
+    ("600m", [], {"PRECISION": "fp8-blockwise"}, "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 960"),
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused(name, flags, variables, message):
     with pytest.raises(dry_run.Refused) as refused:

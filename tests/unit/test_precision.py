@@ -16,7 +16,7 @@ H100, B200 = ((9, 0), "13.0"), ((10, 0), "13.0")
 def arguments(**changes):
     fine = dict(fp8="hybrid", fp8_recipe="tensorwise", fp4=None, fp4_recipe="nvfp4", seq_length=2048, micro_batch_size=1, context_parallel_size=1,
                 tensor_model_parallel_size=1, sequence_parallel=False, first_last_layers_bf16=True, fp8_output_proj=False, hidden_size=1024,
-                padded_vocab_size=128256, tp_comm_overlap=False, fp8_dot_product_attention=False, fp8_multi_head_attention=False)  # fmt: skip
+                padded_vocab_size=128256, num_attention_heads=8, kv_channels=128, ffn_hidden_size=4096, tp_comm_overlap=False, fp8_dot_product_attention=False, fp8_multi_head_attention=False)  # fmt: skip
     return argparse.Namespace(**(fine | changes))
 
 
@@ -42,7 +42,11 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
         (B200, dict(fp8=None, fp4="e2m1", seq_length=2056), "--fp4-format: tokens of a rank: expected a multiple of 16, got 2056"),
         (B200, dict(fp8_recipe="mxfp8", fp8_multi_head_attention=True, seq_length=192), "in attention: positions of a rank: expected a multiple of 128, got 192"),
         (B200, dict(fp8_recipe="mxfp8", fp8_dot_product_attention=True, seq_length=256, context_parallel_size=4), "in attention: .* got 64"),
-        (B200, dict(fp8_recipe="mxfp8", fp8_output_proj=True, hidden_size=1040), "--fp8-output-proj: --hidden-size: expected a multiple of 32, got 1040"),
+        (B200, dict(fp8_recipe="mxfp8", hidden_size=1040), "mxfp8: --hidden-size: expected a multiple of 32, got 1040"),
+        (H100, dict(fp8_recipe="blockwise", ffn_hidden_size=11008, tensor_model_parallel_size=4), "--ffn-hidden-size of a rank: expected a multiple of 128, got 2752"),
+        (H100, dict(num_attention_heads=9, hidden_size=576, kv_channels=None, group_query_attention=True, num_query_groups=3, fp8_recipe="blockwise"), "blockwise: --hidden-size: expected a multiple of 128, got 576"),
+        (H100, dict(num_attention_heads=6, kv_channels=36), r"queries, keys and values of a rank: expected a multiple of 16, got 648"),
+        (H100, dict(num_experts=8, moe_ffn_hidden_size=1000), "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 1000"),
         (B200, dict(fp8_recipe="mxfp8", fp8_output_proj=True, padded_vocab_size=512 + 32, tensor_model_parallel_size=2), "vocabulary / TP: expected a multiple of 32, got 272"),
     ],
 )  # fmt: skip
