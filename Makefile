@@ -37,8 +37,8 @@ test-bridge: .venv-bridge/.ready
 
 .venv-bridge/.ready: tests/peers/bridge.txt tools/find_python.sh
 	python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-bridge
-	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/peers/bridge.txt
-	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --no-deps megatron-bridge==0.6.2
+	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	.venv-bridge/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement tests/peers/bridge.txt megatron-bridge==0.6.2
 	@touch $@
 
 test-modelopt: .venv-modelopt/.ready
