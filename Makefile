@@ -27,7 +27,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh $(w
 	@touch $@
 
 demo: setup
-	$(RUN) examples/cpu_demo.py --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
+	$(RUN) examples/demo.py --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile

@@ -1,9 +1,10 @@
-"""The demo: train a small GPT on CPU with and without TST at equal FLOPs, and draw both.
+"""The demo: train a small GPT with and without TST at equal FLOPs, on CPU or on one GPU, and draw both.
 
-    make demo            or:  python examples/cpu_demo.py --out demo_out [--architecture qwen3-moe]
+    make demo            or:  python examples/demo.py --out demo_out [--architecture qwen3-moe] [--device cuda]
 
 1. corpus: the Python standard library's texts -> BPE tokenizer and Megatron's indexed dataset (kept for the next time)
-2. two runs of megatron.training.pretrain side by side, one CPU thread each: baseline, and TST (superposition, switch, recovery)
+2. two runs of megatron.training.pretrain side by side: baseline, and TST (superposition, switch, recovery). On CPU in fp32, one thread each; on a
+   GPU in bf16 with Transformer Engine where it is installed
 3. OUT/loss.png, and a screen that says what was seen
 """
 
@@ -24,6 +25,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
 import demo_run
 import plot_runs
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -37,10 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--architecture", choices=demo_run.ARCHITECTURES, default="gpt", help="moe: 4 experts, 2 active, for each MLP"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(argv)
     started = time.time()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "demo: error: --device cuda: expected an NVIDIA GPU that torch can use, got none. Drop it to train on CPU.",
+            file=sys.stderr,
+        )
+        return 2
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         here = options.out / options.architecture
@@ -49,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         here.mkdir()
     except OSError as error:
         print(
-            f"cpu_demo: error: --out: expected a folder that can be written to, got {options.out}: {error.strerror}.",
+            f"demo: error: --out: expected a folder that can be written to, got {options.out}: {error.strerror}.",
             file=sys.stderr,
         )
         return 2
     corpus = prepare(options.out / "corpus")
     logs = train(options, corpus, here)
     runs = {"baseline": plot_runs.read_log(logs["baseline"]), f"TST s={BAG_SIZE}, r={STEP_RATIO}": plot_runs.read_log(logs["tst"])}
-    title = f"{options.architecture}, 3 layers x 128, on CPU, Python standard library, seed {options.seed}"
+    title = f"{options.architecture}, 3 layers x 128, on {options.device}, Python standard library, seed {options.seed}"
     plot_runs.plot(runs, here / "loss.png", title)
     last_screen(options, corpus, here, runs, time.time() - started)
     return 0
@@ -77,7 +86,7 @@ def prepare(prefix: Path) -> Path:
 def train(options, corpus: Path, here: Path) -> dict[str, Path]:
     """Both runs at once, with a progress line; returns their logs."""
     vocab_size = json.loads(Path(f"{corpus}.json").read_text())["vocab_size"]
-    common = demo_run.flags(corpus, vocab_size, options.iterations, options.seed, options.architecture)
+    common = demo_run.flags(corpus, vocab_size, options.iterations, options.seed, options.architecture, options.device)
     arms = {"baseline": [], "tst": ["--tst-bag-size", str(BAG_SIZE), "--tst-step-ratio", str(STEP_RATIO)]}
     logs = {name: here / f"{name}.log" for name in arms}
     console.print(f"2/3 training: {options.iterations} iterations twice, side by side; logs in {here}")
@@ -91,7 +100,7 @@ def train(options, corpus: Path, here: Path) -> dict[str, Path]:
             "--ckpt-format",
             "torch_dist",
         ]
-        processes[name] = demo_run.start([*common, *flags, *save], logs[name], _free_port())
+        processes[name] = demo_run.start([*common, *flags, *save], logs[name], _free_port(), options.device)
     try:
         watch(processes, logs, options.iterations)
     finally:
@@ -118,7 +127,7 @@ def watch(processes: dict, logs: dict[str, Path], iterations: int) -> None:
                 if processes[name].poll():
                     tail = "\n".join(logs[name].read_text(errors="replace").splitlines()[-15:])
                     raise SystemExit(
-                        f"cpu_demo: error: the {name} run ended with exit code {processes[name].returncode}; {logs[name]}:\n{tail}"
+                        f"demo: error: the {name} run ended with exit code {processes[name].returncode}; {logs[name]}:\n{tail}"
                     )
             if not console.is_terminal and (time.time() > next_line or not running):
                 console.print("    " + " | ".join(f"{name} {said[name]}" for name in processes))
