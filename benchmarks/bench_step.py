@@ -1,10 +1,13 @@
-"""The superposed training step against the ordinary one: time and peak memory, same model, same L, one process, interleaved.
+"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same model, same L, one process, interleaved.
 
-    python benchmarks/bench_step.py [--bag-size 2] [--steps 15] [--json] [--csv benchmarks/data/step.csv]
+    python benchmarks/bench_step.py [--model demo] [--bag-size 2] [--steps 15] [--json] [--csv benchmarks/data/step.csv]
+    python benchmarks/bench_step.py --model 270m --bag-size 6 --micro-batch 4 --micro-batches 4       a recipe of examples/, on a GPU
+    python benchmarks/bench_step.py --model 270m ... -- --num-layers 2 --seq-length 64                 its flags overruled
 
-Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model; the data are random ids, so data
-loading is left out. Time: medians of alternating steps. Memory: the peak of what tensors take beyond the start of a step (on CPU
-from the profiler's allocation events, on a GPU from the caching allocator).
+Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model or a recipe's; the data are random ids, so
+data loading is left out. Time: medians of alternating steps. Memory: the peak of what tensors take beyond the start of a step (on CPU
+from the profiler's allocation events, on a GPU from the caching allocator). MFU: Megatron's own count of FLOPs over the GPU's dense bf16
+peak, in FP8 too.
 """
 
 from __future__ import annotations
@@ -12,27 +15,38 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
-from measure import ROOT, append_rows, has_gpu, peak_bytes, seconds, where
+from measure import ROOT, append_rows, has_gpu, peak_bytes, peak_tflops, seconds, where
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 import demo_run
 
+DEMOS = {"demo": "gpt", "demo-moe": "gpt-moe"}
+RECIPES = {"270m": "270m", "600m": "600m", "3b": "3b", "10b-a1b": "moe_10b_a1b"}
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=(*DEMOS, *RECIPES), default="demo", help="the demo's, or a launch recipe's")
+    parser.add_argument(
+        "--precision", default="bf16", help="of a recipe: bf16, fp8 or fp8-blockwise (the demo's: fp32 on CPU, bf16 on a GPU)"
+    )
     parser.add_argument("--bag-size", type=int, default=2)
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--micro-batch", type=int, default=1, help="of a recipe: samples")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a recipe: gradient accumulation")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="of the demo's model")
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each kind")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--superpose", default="both", choices=("both", "input", "output"))
-    parser.add_argument("--moe", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     parser.add_argument("--csv", type=Path, help="append a row")
+    parser.add_argument("flags", nargs="*", help="after --: Megatron's flags, which overrule the model's")
     options = parser.parse_args(argv)
     os.environ.update(OMP_NUM_THREADS=str(options.threads))
 
@@ -53,11 +67,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(options) -> dict:
-    """Set up Megatron and the demo's model, then time and weigh both kinds of step."""
+    """Set up Megatron and the model, then time and weigh both kinds of step."""
     import torch
+    from megatron.training import get_args
+    from megatron.training.training import num_floating_point_operations
 
     torch.set_num_threads(options.threads)
     step, ordinary, superposed = _set_up(options)
+    args = get_args()
     kinds = {"ordinary": ordinary, "superposed": superposed}
     for batch in kinds.values():  # warm up: optimizer state, allocator
         step(batch)
@@ -70,20 +87,55 @@ def measure(options) -> dict:
         kind: statistics.median(peak_bytes(lambda batch=batch: step(batch)) for _ in range(3)) for kind, batch in kinds.items()
     }
     median = {kind: statistics.median(values) for kind, values in times.items()}
+    positions = args.global_batch_size * args.seq_length
+    raw = {kind: positions * (options.bag_size if kind == "superposed" else 1) / median[kind] for kind in kinds}
+    flops, peak = num_floating_point_operations(args, args.global_batch_size), peak_tflops()
     return {
-        "model": "demo-moe" if options.moe else "demo",
+        "model": options.model,
+        "precision": (args.fp8_recipe if args.fp8 else str(args.params_dtype).removeprefix("torch.")),
+        "transformer_impl": args.transformer_impl,
         "bag_size": options.bag_size,
         "superpose": options.superpose,
+        "seq_length": args.seq_length,
+        "micro_batch": args.micro_batch_size,
+        "micro_batches": args.global_batch_size // args.micro_batch_size,
         "threads": options.threads,
         "ordinary_ms": round(1e3 * median["ordinary"], 2),
         "superposed_ms": round(1e3 * median["superposed"], 2),
         "time_ratio": round(median["superposed"] / median["ordinary"], 4),
+        "ordinary_tokens_per_s": round(raw["ordinary"]),
+        "superposed_raw_tokens_per_s": round(raw["superposed"]),
+        "ordinary_mfu": round(flops / median["ordinary"] / peak / 1e12, 4) if peak else "",
+        "superposed_mfu": round(flops / median["superposed"] / peak / 1e12, 4) if peak else "",
         "ordinary_peak_mb": round(memory["ordinary"] / 2**20, 2),
         "superposed_peak_mb": round(memory["superposed"] / 2**20, 2),
         "memory_ratio": round(memory["superposed"] / memory["ordinary"], 4),
         "steps": options.steps,
         **where(),
     }
+
+
+def flags_of(options) -> list[str]:
+    """Megatron's flags: the demo's, or a recipe's model, optimizer and precision in one process that saves nothing."""
+    device = "cuda" if has_gpu() else "cpu"
+    if options.model in DEMOS:
+        return [*demo_run.flags(None, options.vocab_size, 1000, architecture=DEMOS[options.model], device=device), *options.flags]
+    ask = {
+        "DRY_RUN": "print",
+        "MOCK_DATA": "1",
+        "BASELINE": "1",
+        "GPU": "h100",
+        "GPUS_PER_NODE": "1",
+        "PRECISION": options.precision,
+    }
+    script = ROOT / "examples" / f"{RECIPES[options.model]}.sh"
+    said = subprocess.run([script], env={**os.environ, **ask}, capture_output=True, text=True)
+    if said.returncode:
+        raise SystemExit(f"bench_step: error: {said.stderr.strip()}")
+    _, model, training, _, _, precision, _ = (shlex.split(line.removesuffix("\\")) for line in said.stdout.splitlines())
+    size = f"--micro-batch-size {options.micro_batch} --global-batch-size {options.micro_batch * options.micro_batches}".split()
+    data = f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo_run.machine(device)}".split()
+    return [*model, *training, *size, *data, *(precision if has_gpu() else []), *options.flags]
 
 
 def _set_up(options):
@@ -102,12 +154,10 @@ def _set_up(options):
     from megatron_tst.loss import target_weights
 
     os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881")
-    )
-    argv, sys.argv = (
-        sys.argv,
-        ["bench_step", *demo_run.flags(None, options.vocab_size, 1000, architecture="gpt-moe" if options.moe else "gpt")],
-    )
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881"),
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+    )  # fmt: skip
+    argv, sys.argv = sys.argv, ["bench_step", *flags_of(options)]
     try:
         args = parse_and_validate_args()
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
@@ -130,9 +180,7 @@ def _set_up(options):
     def batch(superposed):
         rows, length, size = [], args.seq_length, options.bag_size
         for _ in range(args.micro_batch_size):
-            raw = torch.randint(
-                0, options.vocab_size, (length * (size if superposed and options.superpose != "output" else 1) + 1,)
-            )
+            raw = torch.randint(0, args.vocab_size, (length * (size if superposed and options.superpose != "output" else 1) + 1,))
             row = {
                 "tokens": raw[:-1],
                 "labels": raw[1:],
@@ -150,7 +198,7 @@ def _set_up(options):
     def step(batch):
         loop.train_step(
             script.forward_step,
-            RerunDataIterator(iter([batch])),
+            RerunDataIterator(iter([batch] * (args.global_batch_size // args.micro_batch_size))),
             model,
             optimizer,
             scheduler,

@@ -51,6 +51,18 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
+# Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the GPU's name; the first that fits.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
+
+
+def peak_tflops() -> float | None:
+    """Of this machine's GPU; None on CPU and where it is not known."""
+    import torch
+
+    name = torch.cuda.get_device_name() if has_gpu() else ""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
 def where() -> dict:
     """Device, versions, commit: the last columns of every row."""
     import megatron.core

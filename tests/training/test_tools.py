@@ -20,7 +20,7 @@ def run(*command, **environment):
 def test_demo(corpus, tmp_path, architecture):
     for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")
-    done = run(sys.executable, "examples/cpu_demo.py", "--out", tmp_path, "--iterations", "20", "--architecture", architecture)
+    done = run(sys.executable, "examples/demo.py", "--out", tmp_path, "--iterations", "20", "--architecture", architecture)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     here = tmp_path / architecture
     assert (here / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -39,7 +39,7 @@ def test_demo(corpus, tmp_path, architecture):
 
 def test_demo_says_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run(sys.executable, "examples/cpu_demo.py", "--out", tmp_path / "file" / "out")
+    done = run(sys.executable, "examples/demo.py", "--out", tmp_path / "file" / "out")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "expected a folder that can be written to" in done.stderr
 
 
@@ -67,3 +67,15 @@ def test_a_machine_without_a_suitable_python_is_told_what_to_install(tmp_path):
     done = run("/bin/sh", "tools/find_python.sh", **nowhere | dict(PYTHON=str(tmp_path / "python9")))
     assert done.returncode == 1 and "python9 to be a Python >= 3.12" in done.stderr
     assert os.access(run("/bin/sh", "tools/find_python.sh", PYTHON=sys.executable).stdout.strip(), os.X_OK)
+
+
+def test_step_benchmark_takes_a_recipes_model():
+    small = "--num-layers 1 --seq-length 16 --max-position-embeddings 16 --vocab-size 500".split()
+    flags = "--model 270m --bag-size 6 --micro-batch 2 --micro-batches 2 --steps 1 --json --".split()
+    done = run(sys.executable, "benchmarks/bench_step.py", *flags, *small)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = json.loads(done.stdout)
+    assert (row["model"], row["seq_length"], row["micro_batch"], row["micro_batches"]) == ("270m", 16, 2, 2)
+    times = row["ordinary_ms"] / row["superposed_ms"]
+    assert row["superposed_raw_tokens_per_s"] == pytest.approx(6 * times * row["ordinary_tokens_per_s"], rel=0.05)
+    assert row["ordinary_tokens_per_s"] == pytest.approx(2 * 2 * 16 / row["ordinary_ms"] * 1e3, rel=0.05)
