@@ -35,13 +35,19 @@ def pytest_addoption(parser):
     group.addoption("--parallel-report", help="write what the layouts differed by to this file (tools/parallel_matrix.py)")
 
 
+NEEDS_GPU = (
+    "the CUDA kernels against the reference (tests/gpu), their memory, determinism and capture in CUDA graphs, tensor parallelism on a GPU, NCCL, "
+    "compute-sanitizer, Transformer Engine's layers, FP8 training, speed on a GPU"
+)
+
+
 def pytest_terminal_summary(terminalreporter):
     from megatron_tst import extension
 
     terminalreporter.section("megatron_tst")
     terminalreporter.line(f"extension: {extension.load().description}")
     if not HAS_GPU:
-        terminalreporter.line("GPU tests did NOT run: no GPU here. On a GPU machine: tools/gpu_check.sh OUT")
+        terminalreporter.line(f"GPU: no GPU here, so these did NOT run: {NEEDS_GPU}. On a GPU machine: tools/gpu_check.sh OUT")
 
 
 @pytest.fixture(scope="session")

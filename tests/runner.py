@@ -113,7 +113,7 @@ class Zygote:
         self.nodes, self.node, self.master = nodes, node, master
 
     def __enter__(self) -> Zygote:
-        path = os.pathsep.join(str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", ""))
+        path = os.pathsep.join(str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", "tests/gpu", ""))
         environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
         self.errors = open(self.folder / "zygote.log", "w")
         self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,

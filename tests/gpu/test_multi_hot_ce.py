@@ -12,7 +12,7 @@ from megatron_tst.loss import multi_hot_cross_entropy, target_weights
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: no GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: the CUDA kernels against the reference: no GPU"),
 ]
 IGNORE = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -145,6 +145,26 @@ def test_never_waits_for_the_gpu_and_can_be_captured():
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(captured, want))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_as_large_as_the_logits_is_allocated(dtype, loss):
+    """Forward keeps a few numbers a row; backward in place writes over the logits, beside them it allocates the gradient alone."""
+    rows, v = 2048, 32000
+    logits, labels, _ = draw(rows, v, 8, dtype)
+    size, upstream = logits.nbytes, torch.ones(rows, device="cuda")
+    for inplace, extra in ((True, 0), (False, size)):
+        leaf = logits.clone().requires_grad_()
+        out = multi_hot_cross_entropy(leaf, labels, loss=loss, inplace_backward=inplace, kernel="extension")  # warm: the allocator
+        torch.autograd.grad(out, leaf, upstream)
+        leaf = logits.clone().requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        out = multi_hot_cross_entropy(leaf, labels, loss=loss, inplace_backward=inplace, kernel="extension")
+        grads = torch.autograd.grad(out, leaf, upstream)
+        assert len(grads) == 1 and torch.cuda.max_memory_allocated() - start < extra + 0.02 * size
 
 
 def test_label_outside_the_vocabulary_stops_the_process():
