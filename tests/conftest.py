@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", "tools", "examples")]
+sys.path[:0] = [str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", "tools", "examples", "benchmarks")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

@@ -49,8 +49,7 @@ MODEL = (
 _STEP = re.compile(r"\[tst\] iteration +(\d+) \| phase: (\w+) .*lm loss of this iteration: ([\d.E+-]+|nan|inf)")
 
 
-def flags(recipe: str, corpus: Path, vocab_size: int, options) -> list[str]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def flags(recipe: str, corpus: Path, vocab_size: int, options, device: str) -> list[str]:
     steps, length = 2 * options.iterations, options.seq_length
     return " ".join(
         [
@@ -125,7 +124,7 @@ def why_not(recipes: list[str]) -> str | None:
 def train(recipe: str, corpus: Path, vocab_size: int, options) -> dict[str, list[float]] | None:
     """Losses of a run by phase; None: it failed."""
     log, device = options.out / f"{recipe}.log", "cuda" if torch.cuda.is_available() else "cpu"
-    code = demo_run.start(flags(recipe, corpus, vocab_size, options), log, 29870, device).wait()
+    code = demo_run.start(flags(recipe, corpus, vocab_size, options, device), log, 29870, device).wait()
     found = losses(log.read_text(errors="replace"))
     whole = code == 0 and [len(found.get(phase, [])) for phase in ("superposition", "recovery")] == [options.iterations] * 2
     if not whole:

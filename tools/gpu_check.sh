@@ -9,7 +9,8 @@
 #     fp8     a small mixture-of-experts model in every recipe that the GPU runs, against bf16, in both phases
 #     train   the demo in bf16; the superposed step against the ordinary one at the shapes of 270M and 600M
 #
-# Each part takes under ten minutes and may be called alone, on another machine too: OUT keeps what the others found, and the report is written anew.
+# Each part is meant to take under ten minutes and may be called alone (build first on each machine): OUT keeps what the others found, and the report
+# is written anew.
 # Needs Python 3.12 with torch for CUDA, nvcc of the same major version, megatron-core and pytest. Python packages that are missing are taken
 # from the wheels in DIR (for FP8: Transformer Engine's three) and put into build/gpu_check_site, not among the machine's own.
 # PYTHON=python3.12 chooses the interpreter. Exit code: the number of failed steps; 2 with a message where nothing could be started.

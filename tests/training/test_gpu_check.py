@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 
+import bench_step
 import check_fp8
+import demo_run
+import dry_run
 import gpu_report
 import pytest
 import torch
@@ -191,3 +194,29 @@ def test_fp8_comparison_judges():
 def test_fp8_comparison_says_what_it_needs(arguments, said, tmp_path):
     done = run(sys.executable, "tools/check_fp8.py", tmp_path / "out", *arguments)
     assert done.returncode == 2 and said in done.stderr and not (tmp_path / "out").exists()
+
+
+def with_transformer_engine(monkeypatch):
+    """demo_run finds it; dry_run.validate assumes one and the GPU."""
+    monkeypatch.setattr(demo_run.importlib.util, "find_spec", lambda name: name == "transformer_engine")
+    monkeypatch.setattr(check_fp8, "has_te", lambda: True)
+
+
+@pytest.mark.parametrize("recipe", check_fp8.FLAGS)
+def test_fp8_comparison_asks_for_what_megatron_takes(recipe, corpus, monkeypatch):
+    with_transformer_engine(monkeypatch)
+    options = check_fp8.argparse.Namespace(iterations=50, seq_length=256)
+    args = dry_run.validate(check_fp8.flags(recipe, corpus, 512, options, "cuda"), 1, "b200" if recipe == "mxfp8" else "h100")
+    assert bool(args.fp8) == (recipe not in ("fp32", "bf16")) and (not args.fp8 or args.fp8_recipe == recipe)
+    assert args.transformer_impl == "transformer_engine" and args.moe_grouped_gemm
+
+
+@pytest.mark.parametrize("model", bench_step.RECIPES)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_step_benchmark_asks_for_what_megatron_takes(model, precision, monkeypatch):
+    with_transformer_engine(monkeypatch)
+    monkeypatch.setattr(bench_step, "has_gpu", lambda: True)
+    options = bench_step.argparse.Namespace(model=model, precision=precision, micro_batch=2, micro_batches=3, flags=[])
+    args = dry_run.validate(bench_step.flags_of(options), 1, "h100")
+    assert (args.fp8 and args.fp8_recipe) == ("tensorwise" if precision == "fp8" else None) and args.bf16
+    assert (args.micro_batch_size, args.global_batch_size, args.seq_length) == (2, 6, 4096)
