@@ -22,3 +22,10 @@ def added(weight: torch.nn.Parameter) -> torch.Tensor:
     weight.grad_added_to_main_grad = True
     make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty
     return make(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def left_to_autograd(weight: torch.nn.Parameter) -> None:
+    """Tell the hook that the coming gradient is autograd's own: with `--cuda-graph-impl transformer_engine` Megatron does not forget between
+    iterations what `added` said (distributed_data_parallel.py, zero_grad_buffer), and the hook would drop the gradient."""
+    if getattr(weight, "grad_added_to_main_grad", False):
+        weight.grad_added_to_main_grad = False

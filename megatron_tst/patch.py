@@ -137,10 +137,12 @@ def install(replacements: dict[compat.Seam, Callable]) -> None:
 
 
 def _embedding(stock):
+    from megatron_tst import main_grad
     from megatron_tst.embedding import superposed_embedding
 
     def forward(self, input_):
         if input_.dim() != 3:
+            main_grad.left_to_autograd(self.weight)
             return stock(self, input_)
         _state.embeddings += 1
         if input_.shape[-1] == 1:  # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout

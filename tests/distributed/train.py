@@ -1,8 +1,8 @@
 """One training run of examples/pretrain_gpt_tst.py, every figure of which is kept: python train.py FOLDER FLAGS
 
-Rank r writes FOLDER/rank<r>.pt: per iteration the reported losses and the gradient norm; the validation losses; at the end this rank's
-shards of the weights, as its distributed checkpoint names and places them. KEEP_BATCHES=1 adds what get_batch gave this rank.
-KILL=3@2 lets rank 3 kill itself after
+Rank r writes FOLDER/rank<r>.pt: per iteration the reported losses, the gradient norm (None where the optimizer did not step) and the state of
+the gradient scaler after it; the validation losses; at the end this rank's shards of the weights, as its distributed checkpoint names and
+places them. KEEP_BATCHES=1 adds what get_batch gave this rank. KILL=3@2 lets rank 3 kill itself after
 its second iteration, unless torchrun has restarted it. BAG_OF_ONE=1 sends bag size 1 through the superposed code, which a user's run never does.
 """
 
@@ -25,7 +25,7 @@ def main(folder, *flags):
     from megatron.core.models.gpt import GPTModel
 
     cp_attention.install()
-    kept = {"steps": [], "validation": [], "batches": [], "weights": [], "schedule_plans": 0}
+    kept = {"steps": [], "scaler": [], "validation": [], "batches": [], "weights": [], "schedule_plans": 0}
     if os.environ.get("BAG_OF_ONE"):
         from megatron_tst import TSTConfig
 
@@ -34,7 +34,11 @@ def main(folder, *flags):
     def train_step(*positional, **named):
         result = stock_step(*positional, **named)
         losses, norm = result[0], result[5]
-        kept["steps"].append((losses, float(norm)))  # the log adds to `losses` what it prints: the excess over the bags' entropy
+        optimizer = positional[3]
+        scaler = getattr(getattr(optimizer, "chained_optimizers", [optimizer])[0], "grad_scaler", None)
+        kept["scaler"].append(scaler and {key: float(value) for key, value in scaler.state_dict().items()})
+        # the log adds to `losses` what it prints: the excess over the bags' entropy
+        kept["steps"].append((losses, None if norm is None else float(norm)))
         if (
             os.environ.get("KILL") == f"{os.environ['RANK']}@{len(kept['steps'])}"
             and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"

@@ -74,6 +74,7 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
     assert (args.fp8, args.fp8_recipe if args.fp8 else None) == {
         "bf16": (None, None), "fp8": ("hybrid", "tensorwise"), "mxfp8": ("e4m3", "mxfp8"),
     }[setting]  # fmt: skip
+    assert (args.fp8_param_gather, args.reuse_grad_buf_for_mxfp8_param_ag) == (setting == "mxfp8",) * 2
     config = dry_run.TSTConfig.from_args(args)
     assert config.enabled is not baseline and args.bf16
     if not baseline:

@@ -135,6 +135,57 @@ def test_one_label_is_megatrons_cross_entropy(megatron, dtype):
         assert torch.allclose(grad.float(), want_grad.float(), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-9)
 
 
+def found_inf(grad):
+    """What Megatron's gradient scaler asks of a gradient (core/optimizer/optimizer.py)."""
+    found = torch.zeros(1)
+    torch._amp_foreach_non_finite_check_and_unscale_([grad.float()], found, torch.ones(1))
+    return bool(found.item())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("s", [1, 4])
+@pytest.mark.parametrize("dtype, upstream", [(torch.float16, 2.0**19), (torch.bfloat16, 3.4e38)])
+def test_a_gradient_too_large_for_its_dtype_is_infinite(megatron, dtype, upstream, s, inplace):
+    """Not the dtype's largest number: a loss scale that is too large must be found. One label: where Megatron's own is infinite."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits, labels = draw((8, 8), 40, s, ignored=0, scale=8.0)
+    labels[:4] = labels[:4, :, :1]  # one token s times: as large as with one label
+    logits = logits.to(dtype)
+    scale = torch.where(torch.arange(8) % 2 == 0, upstream, 1.0).expand(8, 8)  # the other columns of rows stay small
+    _, grad = grad_of(lambda z: multi_hot_cross_entropy(z * 1.0, labels, inplace_backward=inplace), logits, scale)
+    _, exact = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels), logits.double(), scale.double())
+    limit = torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)  # what is larger is rounded up
+    clear = (exact.abs() / limit - 1).abs() > 2e-5
+    overflows = exact.abs() > limit
+    assert overflows[:4].sum() > 8 and not overflows[:, 1::2].any()
+    assert torch.equal(grad.isinf()[clear], overflows[clear]) and (grad * exact.sign())[overflows & clear].min() == torch.inf
+    assert found_inf(grad) and not found_inf(grad[:, 1::2])
+    if s == 1:
+        _, stock = grad_of(lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, scale)
+        assert torch.equal(grad.isinf()[clear], stock.isinf()[clear])
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["logit", "upstream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_not_finite_reaches_the_gradient(megatron, dtype, where, bad):
+    """A logit that overflowed in fp16, or a gradient that came in as such: found, and in the rows where Megatron's own loss has it."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    logits, labels = draw((6, 3), 3000, 1, ignored=0)  # columns of more than one block
+    logits, upstream = logits.to(dtype), torch.ones(6, 3)
+    (logits[2, 1] if where == "logit" else upstream[2])[1] = bad
+    _, stock = grad_of(lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, upstream)
+    rows = ~stock.isfinite().all(-1)
+    assert rows.nonzero().tolist() == [[2, 1]]
+    for loss in LOSSES:
+        bags = torch.cat([labels, labels.roll(1, 0)], -1) if where == "logit" else labels
+        got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, bags, loss=loss), logits, upstream)
+        assert torch.equal(~grad.isfinite().all(-1), rows) and found_inf(grad)
+        assert got[2, 1].isfinite() == (where == "upstream")
+
+
 def test_logits_are_untouched_unless_asked():
     logits, labels = draw((8,), 40, 3)
     before = logits.clone()

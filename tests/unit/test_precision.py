@@ -1,11 +1,13 @@
 """FP8 and NVFP4 rules: which GPU, which shapes, what is warned of."""
 
 import argparse
+import copy
 import warnings
 
 import doctor
 import pytest
 
+from megatron_tst import refusals
 from megatron_tst.config import TSTConfig, TSTError
 from megatron_tst.precision import check_precision, recipe_of, recipes, tokens_of_a_rank
 
@@ -86,6 +88,17 @@ def test_warned_of(gpu, changes, message):
 def test_what_fits_says_nothing(gpu, changes):
     with warnings.catch_warnings(action="error"):
         check_precision(TST, arguments(**changes), gpu)
+
+
+@pytest.mark.parametrize("config", [TST, TSTConfig(bag_size=4, step_ratio=0.3, fused_linear_loss=True)], ids=["", "fused linear"])
+def test_gathering_parameters_in_fp8_passes_through(monkeypatch, config):
+    """The weights that gather in FP8 and the buffers they reuse are Transformer Engine's linear layers', not the embedding or output layer."""
+    monkeypatch.setattr(refusals, "_gpu", lambda: B200)
+    args = arguments(fp8_recipe="mxfp8", fp8_param_gather=True, reuse_grad_buf_for_mxfp8_param_ag=True, train_iters=100, train_samples=None, global_batch_size=8)  # fmt: skip
+    before = copy.copy(args)
+    with warnings.catch_warnings(action="error"):
+        refusals.check_arguments(config, args)
+    assert args == before
 
 
 def test_recipe_and_tokens():
