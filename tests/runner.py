@@ -122,7 +122,7 @@ class Zygote:
 
     def __exit__(self, *exc) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
         self.errors.close()
 
     def train(self, *arguments: str, nproc: int = 1, script: str = SCRIPT, **job) -> Run:
