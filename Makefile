@@ -5,6 +5,8 @@
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
 # make style  ruff
 # make test-bridge    set up .venv-bridge, then let Megatron-Bridge load, resume and export what is exported to NeMo
+# make test-te        set up .venv-te, then test beside the real Transformer Engine, without a GPU; WHEELS=FOLDER with a wheel of
+#                     transformer-engine-torch, else it is compiled: a CUDA 13 toolkit, a C++ compiler and about 20 minutes of a core
 # setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
 # Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), ARCH=llama, qwen3, qwen3-moe or gpt-moe (the demo's model), OUT=demo_out (where the demo writes), SEED=1
 
@@ -14,7 +16,7 @@ ARCH ?= gpt
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-bridge test-modelopt bench matrix style clean
+.PHONY: setup demo test test-bridge test-modelopt test-te bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +53,16 @@ test-modelopt: .venv-modelopt/.ready
 		--editable ".[modelopt]" pytest pytest-timeout rich tensorboard
 	@touch $@
 
+test-te: .venv-te/.ready
+	PYTHONPATH=$(CURDIR) .venv-te/bin/python -m pytest tests/peers/test_transformer_engine.py
+
+.venv-te/.ready: constraints.txt tests/peers/transformer_engine.txt tests/peers/install_transformer_engine.sh tools/find_python.sh
+	python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-te
+	.venv-te/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	.venv-te/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/peers/transformer_engine.txt
+	sh tests/peers/install_transformer_engine.sh .venv-te/bin/python "$(WHEELS)"
+	@touch $@
+
 bench: setup
 	$(RUN) benchmarks/bench_step.py
 
@@ -63,4 +75,4 @@ style: setup
 	$(RUN) -m ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-bridge .venv-modelopt build *.egg-info megatron_tst/_C*.so
+	rm -rf $(VENV) .venv-bridge .venv-modelopt .venv-te build *.egg-info megatron_tst/_C*.so

@@ -6,8 +6,8 @@ The flags go through Megatron's own parser, validate_args and configurations (tr
 refusals, for the real number of processes, with the megatron-core that is installed or the one in --megatron-lm. The recipes call it under
 DRY_RUN=1. Exit code 0: accepted. 2: refused, with the message of whoever refused it.
 
-Two questions that Megatron asks the machine are answered by assumption, and named in the output: the GPU's compute capability, and which
-Transformer Engine is installed.
+Two questions that Megatron asks the machine are answered by assumption, and named in the output: the GPU's compute capability and, where
+there is no Transformer Engine, its version.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments
 
 CAPABILITY = {"h100": (9, 0), "b200": (10, 0)}
 CUDA = "13.0"  # assumed
-TRANSFORMER_ENGINE = "2.14.0"  # assumed; its own floors: tensorwise 2.2, mxfp8 2.1, blockwise 2.3
+TRANSFORMER_ENGINE = "2.14.0"  # assumed where there is none; its own floors: tensorwise 2.2, mxfp8 2.1, blockwise 2.3
 
 
 class Refused(Exception):
@@ -70,23 +70,34 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def _machine(world_size: int, gpu: str):
-    """Answer Megatron's questions about the machine: how many processes, which GPU, which Transformer Engine."""
+    """Answer Megatron's questions about the machine: how many processes, which GPU, which Transformer Engine where there is none."""
     import torch
     from megatron.core import utils
     from megatron.core.models.common.embeddings import rope_utils
     from packaging.version import Version
 
     major, minor = CAPABILITY[gpu]
+    version, rope = utils.get_te_version(), rope_utils.fused_apply_rotary_pos_emb
+    if not _installed():
+        version, rope = Version(TRANSFORMER_ENGINE), "Transformer Engine's"  # asked for: is it there
     environment = {"WORLD_SIZE": str(world_size), "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *device: (major, minor)),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *device: types.SimpleNamespace(major=major, minor=minor)),
         mock.patch.object(refusals, "_gpu", lambda: ((major, minor), CUDA)),
-        mock.patch.object(utils, "_te_version", Version(TRANSFORMER_ENGINE)),
-        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", "Transformer Engine's"),  # asked for: is it there
+        mock.patch.object(utils, "_te_version", version),
+        mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", rope),
     ):
         yield
+
+
+def _installed() -> str | None:
+    """Version of the Transformer Engine that Megatron finds here."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.utils import get_te_version
+
+    return str(get_te_version()) if HAVE_TE else None
 
 
 def _pad_vocabulary(args) -> None:
@@ -142,7 +153,7 @@ dry run: accepted
   text        {text:,} tokens ({text / 1e9:,.1f} B) are trained on; --split keeps more for validation
   checked     by Megatron-Core {__version__}: its parser, validate_args, transformer, optimizer and data-parallel configurations;
               by TST: its refusals, the layout, FP8 shapes; by this script: micro-batches
-  NOT checked GPU (compute capability {".".join(map(str, CAPABILITY[gpu]))}, CUDA {CUDA} assumed), Transformer Engine ({TRANSFORMER_ENGINE} assumed), NCCL, memory, speed,
+  NOT checked GPU (compute capability {".".join(map(str, CAPABILITY[gpu]))}, CUDA {CUDA} assumed), Transformer Engine ({_installed() or TRANSFORMER_ENGINE + " assumed"}), NCCL, memory, speed,
               tokenizer, data files, folders, the checkpoint in --load"""
 
 

@@ -90,11 +90,14 @@ def _check_shapes(flag, recipe, args):
         return getattr(args, name, default)
 
     tokens, tp = tokens_of_a_rank(args), of("tensor_model_parallel_size", 1)
-    multiple = 128 if recipe == "mxfp8" and of("tp_comm_overlap") else _TOKENS[recipe]
+    multiple, flags = _TOKENS[recipe], flag
+    if recipe == "mxfp8" and of("tp_comm_overlap"):
+        multiple, flags = 128, f"{flag} --tp-comm-overlap"
+    elif recipe == "blockwise" and of("sequence_parallel"):  # each rank quantises its positions before they are gathered
+        multiple, flags = 128, f"{flag} --sequence-parallel"
     why = f"--seq-length {args.seq_length} / CP {of('context_parallel_size', 1)}"
     why += f" / TP {tp}" if of("sequence_parallel") else ""
     if tokens % multiple:
-        flags = f"{flag} --tp-comm-overlap" if multiple > _TOKENS[recipe] else flag
         do = f"{why} x --micro-batch-size {args.micro_batch_size}, in both phases: change one of them."
         refuse(f"{flags}: tokens of a rank", f"a multiple of {multiple}", tokens, do)
     if tokens % _FASTER_TOKENS.get(recipe, 1):

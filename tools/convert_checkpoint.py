@@ -89,6 +89,10 @@ def _boundary(options):
     print(
         f"{folder}: iteration {about['iteration']}, {about['consumed samples']} samples, {about['raw tokens']} raw tokens, phase {about['phase']}"
     )
+    if options.drop_fp8_state or options.layer_spec == "transformer_engine":
+        print(
+            "  Transformer Engine's layers ask for an extra state each, empty without FP8, that it may lack: load it with --dist-ckpt-strictness log_all"
+        )
     return 0
 
 

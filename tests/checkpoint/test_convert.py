@@ -123,10 +123,11 @@ def test_either_format_holds_the_same(dense, tmp_path, format, there):
     assert tool("boundary", tmp_path / "out", tmp_path / "again") == 2  # it is a stock checkpoint now
 
 
-def test_names_of_expert_layers(zygote, corpus, tmp_path):
+def test_names_of_expert_layers(zygote, corpus, tmp_path, capsys):
     run = zygote.train(*TINY, *TST, *data(corpus), *MOE, "--save", tmp_path / "ck", "--save-interval", "6", "--exit-interval", "6")
     assert run.ok, run.log[-3000:]
     assert tool("boundary", tmp_path / "ck", tmp_path / "te", "--layer-spec", "transformer_engine") == 0
+    assert "load it with --dist-ckpt-strictness log_all" in capsys.readouterr().out
     names = {side: set(Checkpoint(tmp_path / side).tensors) for side in ("ck", "te")}
     old, new = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
     prefixes = ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")

@@ -39,6 +39,7 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
         (H100, dict(seq_length=2056), r"tensorwise: tokens of a rank: expected a multiple of 16, got 2056. --seq-length 2056 / CP 1 x --micro-batch-size 1"),
         (H100, dict(seq_length=72, micro_batch_size=4, context_parallel_size=2, **SP2), r"multiple of 16, got 72. --seq-length 72 / CP 2 / TP 2 x --micro-batch-size 4, in both phases"),
         (H100, dict(fp8_recipe="delayed", seq_length=24), "delayed: tokens of a rank: expected a multiple of 16, got 24"),
+        (H100, dict(fp8_recipe="blockwise", seq_length=2048 + 128, **SP2), "blockwise --sequence-parallel: tokens of a rank: expected a multiple of 128, got 1088"),
         (B200, dict(fp8_recipe="mxfp8", seq_length=2048 + 16), "mxfp8: tokens of a rank: expected a multiple of 32, got 2064"),
         (B200, dict(fp8_recipe="mxfp8", seq_length=2048 + 64, tp_comm_overlap=True), "mxfp8 --tp-comm-overlap: tokens of a rank: expected a multiple of 128, got 2112"),
         (B200, dict(fp8=None, fp4="e2m1", seq_length=2056), "--fp4-format: tokens of a rank: expected a multiple of 16, got 2056"),
@@ -79,6 +80,7 @@ def test_warned_of(gpu, changes, message):
         (H100, dict(fp8_recipe="blockwise")),
         (H100, dict(seq_length=2048, micro_batch_size=4, context_parallel_size=2, **SP2)),
         (H100, dict(seq_length=2056, micro_batch_size=2)),  # the product counts
+        (H100, dict(fp8_recipe="blockwise", seq_length=2048 + 128, micro_batch_size=2, **SP2)),
         (B200, dict(fp8_recipe="mxfp8", fp8_output_proj=True, fp8_multi_head_attention=True, tp_comm_overlap=True)),
         (B200, dict(fp8=None, fp4="e2m1")),
         (H100, dict(fp8_recipe="custom", seq_length=2049)),  # the user's own
