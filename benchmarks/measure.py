@@ -51,16 +51,15 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-# Dense bf16 TFLOP/s of NVIDIA's data sheets, by a part of the GPU's name; the first that fits.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312}
-
-
 def peak_tflops() -> float | None:
-    """Of this machine's GPU; None on CPU and where it is not known."""
+    """Dense bf16 peak of this machine's GPU (SXM, data sheet); None on CPU and where it is not known."""
     import torch
 
-    name = torch.cuda.get_device_name() if has_gpu() else ""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    from megatron_tst.plan import GPUS
+
+    name = torch.cuda.get_device_name().lower() if has_gpu() else ""
+    slower = "pcie" in name or "nvl" in name
+    return None if slower else next((peak for part, (peak, _) in GPUS.items() if part in name), None)
 
 
 def where() -> dict:

@@ -12,6 +12,7 @@ import check_fp8
 import demo_run
 import dry_run
 import gpu_report
+import measure
 import pytest
 import torch
 from runner import ROOT
@@ -220,3 +221,12 @@ def test_step_benchmark_asks_for_what_megatron_takes(model, precision, monkeypat
     args = dry_run.validate(bench_step.flags_of(options), 1, "h100")
     assert (args.fp8 and args.fp8_recipe) == ("tensorwise" if precision == "fp8" else None) and args.bf16
     assert (args.micro_batch_size, args.global_batch_size, args.seq_length) == (2, 6, 4096)
+
+
+@pytest.mark.parametrize(
+    "name, peak", [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H200", 989.4), ("NVIDIA B200", 2250.0), ("NVIDIA H100 PCIe", None), ("NVIDIA L4", None)]
+)  # fmt: skip
+def test_mfu_is_stated_only_where_the_peak_is_known(name, peak, monkeypatch):
+    monkeypatch.setattr(measure, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert measure.peak_tflops() == peak
