@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -91,7 +90,7 @@ def train(options, corpus: Path, here: Path) -> dict[str, Path]:
             "--ckpt-format",
             "torch_dist",
         ]
-        processes[name] = demo_run.start([*common, *flags, *save], logs[name], _free_port())
+        processes[name] = demo_run.start([*common, *flags, *save], logs[name])
     try:
         watch(processes, logs, options.iterations)
     finally:
@@ -163,12 +162,6 @@ def last_screen(options, corpus: Path, here: Path, runs: dict[str, plot_runs.Run
     if not options.architecture.startswith("gpt"):
         given = f"{here / 'checkpoints_tst'} {here / 'hf'} --tokenizer {corpus}.tokenizer.json"
         console.print(f"    export       python tools/export_checkpoint.py hf {given}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

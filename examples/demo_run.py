@@ -44,9 +44,14 @@ def flags(corpus: Path | None, vocab_size: int, iterations: int, seed: int = 123
     return " ".join([CPU, MODEL, ARCHITECTURES[architecture], optimizer, data, logs]).split()
 
 
-def start(arguments: list[str], log: Path, port: int) -> subprocess.Popen:
-    """Start one process of training on one CPU thread, its output in `log`."""
-    environment = dict(os.environ, MEGATRON_TST_CPU="1", OMP_NUM_THREADS="1", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1",
-                       MASTER_ADDR="localhost", MASTER_PORT=str(port))  # fmt: skip
+def start(arguments: list[str], log: Path, gpu: bool = False) -> subprocess.Popen:
+    """Start one process of training, its output in `log`: on one CPU thread, or on the first GPU that CUDA_VISIBLE_DEVICES shows."""
+    # port 0: one that is free when the process comes to listen, seconds from now
+    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    if gpu:
+        environment.pop("MEGATRON_TST_CPU", None)
+        arguments = [*arguments, "--distributed-backend", "nccl"]
+    else:
+        environment |= dict(MEGATRON_TST_CPU="1", OMP_NUM_THREADS="1")
     with open(log, "w") as out:
         return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)
