@@ -61,12 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(prefix: Path) -> Path:
+def prepare(prefix: Path, title: str = "1/3 corpus") -> Path:
     """Make the corpus unless it is there whole; its index is written last."""
     if Path(f"{prefix}.idx").exists():
-        console.print(f"1/3 corpus: {prefix} is there")
+        console.print(f"{title}: {prefix} is there")
         return prefix
-    console.print("1/3 corpus: the Python standard library's sources and texts")
+    console.print(f"{title}: the Python standard library's sources and texts")
     subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tools/prepare_corpus.py"), "--output", str(prefix), "--force"], check=True
     )

@@ -126,20 +126,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("loss.png"), help="ends in .png or .svg")
     parser.add_argument("--title", default="")
     parser.add_argument("--axes", action="store_true", help="validation loss against steps, FLOPs, raw tokens and seconds")
-    parser.add_argument("--parameters", type=int, help="of the model, for FLOPs where the source does not say (TensorBoard)")
+    parser.add_argument(
+        "--parameters", type=int, help="of the whole model, for FLOPs: TensorBoard does not say, a log of one rank says its own"
+    )
     parser.add_argument("runs", nargs="+", metavar="NAME=LOG[,LOG ...]")
     args = parser.parse_args(argv)
     if args.output.suffix not in (".png", ".svg"):
         return _error(f"expected --output to end in .png or .svg, got {args.output}. Rename it.")
     groups = {}
     for item in args.runs:
-        name, _, paths = item.rpartition("=")
+        name, paths = _named(item)
         groups[name] = []
-        for path in map(Path, paths.split(",")):
+        for path in paths:
             if not name or not path.exists():
                 return _error(f"expected NAME=LOG with an existing log, got {item!r}. Check the path.")
             groups[name].append(run := read(path))
-            run.parameters = run.parameters or args.parameters
+            run.parameters = args.parameters or run.parameters
             if not run.train:
                 return _error(f"expected training lines of Megatron in {path}, found none. Give the last rank's log.")
     if args.axes or any(len(runs) > 1 for runs in groups.values()):
@@ -152,6 +154,17 @@ def main(argv: list[str] | None = None) -> int:
         plot({name: runs[0] for name, runs in groups.items()}, args.output, args.title)
     print(args.output)
     return 0
+
+
+def _named(item: str) -> tuple[str, list[Path]]:
+    """NAME=PATH,PATH at the "=" after which the paths are there: names and folders may have one of their own."""
+    for i in (i for i, letter in enumerate(item) if letter == "="):
+        name, paths = item[:i], [Path(path) for path in item[i + 1 :].split(",")]
+        if all(path.exists() for path in paths):
+            break
+    else:
+        return "", [Path(item)]
+    return name, paths
 
 
 def _error(text):

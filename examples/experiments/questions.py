@@ -37,7 +37,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        return "".join(c if c.isalnum() or c in ".-=" else "_" for c in self.name)
+        return "".join(c if c.isalnum() or c in ".-" else "_" for c in self.name.replace("=", ""))
 
 
 @dataclass(frozen=True)

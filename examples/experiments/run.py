@@ -69,7 +69,7 @@ class Driver:
     def run(self, asked: list[Question]) -> int:
         """Everything that has no row yet; a failed run does not stop the others. -> exit code"""
         if not self.options.corpus:
-            cpu_demo.prepare(self.corpus)
+            cpu_demo.prepare(self.corpus, "corpus")
         jobs = [(q, arm, seed) for q in asked for seed in self.options.seeds or q.seeds for arm in self._arms(q)]
         todo = [job for job in jobs if not self.table.has(**self._key(*job))]
         print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them in {self.table.path}", flush=True)

@@ -135,7 +135,8 @@ def test_plots_of_groups(tmp_path, capsys, suffix, begins):
     for name, text in (("a1", LOG + REST), ("a2", LOG), ("b", REST)):
         (tmp_path / name).write_text(text)
     out, paths = tmp_path / f"x{suffix}", [str(tmp_path / name) for name in ("a1", "a2", "b")]
-    assert plot_runs.main(["--output", str(out), f"b={paths[2]}", f"r=.5={paths[0]},{paths[1]}"]) == 0
+    (tmp_path / "with=sign").write_text(LOG)
+    assert plot_runs.main(["--output", str(out), f"b={paths[2]}", f"r=.5={paths[0]},{tmp_path / 'with=sign'}"]) == 0
     assert out.read_bytes().startswith(begins) and "r=.5 against b" in capsys.readouterr().out
     assert plot_runs.main(["--output", str(tmp_path / "x.pdf"), f"b={paths[2]}"]) == 2
 
