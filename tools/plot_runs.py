@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from training_curves import AXES, Run, interpolated, read, read_log, speed_up, spread
+from training_curves import AXES, Run, read, read_log, speed_up, spread
 
 __all__ = ["Run", "main", "plot", "plot_axes", "read_log", "speed_ups"]
 
@@ -62,9 +62,9 @@ def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> No
             panel.plot(where, [sum(at) / len(at) for at in losses], color=colour, marker=".", label=f"{name} (n = {len(runs)})")
             if len(runs) > 1:
                 panel.fill_between(where, [min(at) for at in losses], [max(at) for at in losses], color=colour, alpha=0.25)
-            for boundary in {run.boundary for run in runs if run.boundary and steps}:
-                at = interpolated(dict(zip([0, *steps], [0, *where])), boundary)
-                _mark_boundary(panel, at, colour, "boundary")
+            boundaries = [run.curve(axis, {run.boundary: 0.0})[0][0] for run in runs if run.boundary]
+            if boundaries:
+                _mark_boundary(panel, sum(boundaries) / len(boundaries), colour, "boundary")
         _finish_losses(panel, [run for runs in groups.values() for run in runs])
         panel.set(xlabel=AXES[axis], ylabel="next-token validation loss, nats", title=axis)
         panel.legend(fontsize=8)
@@ -87,7 +87,7 @@ def speed_ups(groups: dict[str, list[Run]]) -> list[str]:
                 how = (
                     f"{lowest:.3f} to {highest:.3f}, standard error {error:.3f}, n = {len(pairs)}" if len(pairs) > 1 else "one pair"
                 )
-                lines.append(f"{name} against {first}, equal validation loss: {mean:.3f} times fewer {axis} ({how})")
+                lines.append(f"{name} against {first}, equal validation loss: speed-up in {axis} {mean:.3f} ({how})")
     return lines
 
 

@@ -110,7 +110,7 @@ def equal_loss(rows: list[dict], reference: str, axis: str) -> list[str]:
             at = reached(*zip(*points), loss) if len(points) > 1 and points[0][1] > loss else None
             beyond += at is None
             factors += [at / float(row[axis])] if at else []
-        found = f"{_said(factors)} times more {axis}" if factors else "not found"
+        found = f"{axis} times {_said(factors)}" if factors else "not found"
         outside = f"; {beyond} seeds outside the stock runs' range" if beyond else ""
         lines.append(f"stock runs to the loss of {arm}: {found}{outside}")
     return lines
@@ -152,7 +152,8 @@ def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, 
         axis.grid(alpha=0.3)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(
-        f"{options.question}: {rows[0]['base_iterations']} iterations, {seeds} seeds, bars: standard error", fontsize=10
+        f"{options.question}: {rows[0]['base_iterations']} iterations, {seeds} seed{'s' * (seeds > 1)}; bars: standard error",
+        fontsize=10,
     )
     temporary = options.output.with_name(f".{options.output.name}.part{options.output.suffix}")
     figure.savefig(temporary, dpi=130)

@@ -48,9 +48,9 @@ def test_speed_up_has_the_known_answer():
 def test_speed_up_over_seeds(tmp_path, capsys):
     groups = {"a": [line(0.5), line(0.5)], "b": [line(1.0), line(0.5)]}
     text = plot_runs.speed_ups(groups)
-    assert text[0] == "b against a, equal validation loss: 1.500 times fewer steps (1.000 to 2.000, standard error 0.500, n = 2)"
-    assert [t.split("times fewer ")[1].split(" (")[0] for t in text] == ["steps", "FLOPs"]  # no raw tokens, no times there
-    assert plot_runs.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})[0].endswith("2.000 times fewer steps (one pair)")
+    assert text[0] == "b against a, equal validation loss: speed-up in steps 1.500 (1.000 to 2.000, standard error 0.500, n = 2)"
+    assert [t.split("speed-up in ")[1].split(" ")[0] for t in text] == ["steps", "FLOPs"]  # no raw tokens, no times there
+    assert plot_runs.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})[0].endswith("speed-up in steps 2.000 (one pair)")
 
 
 def test_spread():
@@ -160,7 +160,7 @@ def test_the_experiments_figure(tmp_path, capsys):
     said = capsys.readouterr().out
     assert out.read_bytes().startswith(b"<?xml")
     assert "minus base: -0.5500 standard error 0.0500 (-0.6000 to -0.5000, 2 seeds)" in said
-    assert "stock runs to the loss of TST: 1.5500 standard error 0.0500 (1.5000 to 1.6000, 2 seeds) times more flops" in said
+    assert "stock runs to the loss of TST: flops times 1.5500 standard error 0.0500 (1.5000 to 1.6000, 2 seeds)" in said
     assert experiments_plot.main(call) == 0
     for wrong in (["--question", "none"], ["--reference", "none"], ["--output", "x.pdf"], ["--iterations", "7"]):
         assert experiments_plot.main([*call, *wrong]) == 2 and "plot: error:" in capsys.readouterr().err
