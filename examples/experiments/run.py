@@ -161,6 +161,8 @@ class Driver:
             raise RunFailed("interrupted")
         process = demo_run.start(arguments, log, self.options.gpu)
         self.processes.add(process)
+        if self.stopping:  # since this process was asked for
+            process.terminate()
         try:
             code = process.wait()
         finally:
