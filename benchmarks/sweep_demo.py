@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [(arm, seed) for seed in options.seeds for arm in options.arms]
     rows = []
     with ThreadPoolExecutor(options.parallel) as pool:
-        futures = [pool.submit(run, options, arm, seed, 29900 + number) for number, (arm, seed) in enumerate(jobs)]
+        futures = [pool.submit(run, options, arm, seed) for arm, seed in jobs]
         for future in as_completed(futures):
             rows.append(future.result())
             _append(options.csv, rows[-1])
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(options, arm: str, seed: int, port: int) -> dict:
+def run(options, arm: str, seed: int) -> dict:
     """One training run; its final next-token validation loss and what it took."""
     bag_size, ratio = int(arm.split(":")[0]), float(arm.split(":")[1])
     vocab_size = json.loads(Path(f"{options.corpus}.json").read_text())["vocab_size"]
@@ -58,7 +58,7 @@ def run(options, arm: str, seed: int, port: int) -> dict:
         arguments += ["--tst-bag-size", str(bag_size), "--tst-step-ratio", str(ratio)]
     log = options.logs / f"{'moe_' if options.moe else ''}{options.iterations}_s{bag_size}_r{ratio}_seed{seed}.log"
     start = time.time()
-    code = demo_run.start(arguments, log, port).wait()
+    code = demo_run.start(arguments, log).wait()
     result = plot_runs.read_log(log)
     if code or result.final_validation is None:
         raise SystemExit(f"{log}: training ended with exit code {code}")

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -71,12 +70,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def prepare(prefix: Path) -> Path:
+def prepare(prefix: Path, title: str = "1/3 corpus") -> Path:
     """Make the corpus unless it is there whole; its index is written last."""
     if Path(f"{prefix}.idx").exists():
-        console.print(f"1/3 corpus: {prefix} is there")
+        console.print(f"{title}: {prefix} is there")
         return prefix
-    console.print("1/3 corpus: the Python standard library's sources and texts")
+    console.print(f"{title}: the Python standard library's sources and texts")
     subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tools/prepare_corpus.py"), "--output", str(prefix), "--force"], check=True
     )
@@ -100,7 +99,7 @@ def train(options, corpus: Path, here: Path) -> dict[str, Path]:
             "--ckpt-format",
             "torch_dist",
         ]
-        processes[name] = demo_run.start([*common, *flags, *save], logs[name], _free_port(), options.device)
+        processes[name] = demo_run.start([*common, *flags, *save], logs[name], options.device)
     try:
         watch(processes, logs, options.iterations)
     finally:
@@ -172,12 +171,6 @@ def last_screen(options, corpus: Path, here: Path, runs: dict[str, plot_runs.Run
     if not options.architecture.startswith("gpt"):
         given = f"{here / 'checkpoints_tst'} {here / 'hf'} --tokenizer {corpus}.tokenizer.json"
         console.print(f"    export       python tools/export_checkpoint.py hf {given}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -60,9 +60,10 @@ def flags(
     ).split()
 
 
-def start(arguments: list[str], log: Path, port: int, device: str = "cpu") -> subprocess.Popen:
-    """Start one process of training, on one CPU thread or one GPU, its output in `log`."""
-    environment = dict(os.environ, MEGATRON_TST_CPU="1" if device == "cpu" else "0", OMP_NUM_THREADS="1", RANK="0", LOCAL_RANK="0",
-                       WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port), CUDA_DEVICE_MAX_CONNECTIONS="1")  # fmt: skip
+def start(arguments: list[str], log: Path, device: str = "cpu") -> subprocess.Popen:
+    """Start one process of training, its output in `log`: on one CPU thread, or on the first GPU that CUDA_VISIBLE_DEVICES shows."""
+    # port 0: one that is free when the process comes to listen, seconds from now
+    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    environment |= dict(OMP_NUM_THREADS="1", MEGATRON_TST_CPU="1" if device == "cpu" else "0", CUDA_DEVICE_MAX_CONNECTIONS="1")
     with open(log, "w") as out:
         return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)

@@ -17,17 +17,18 @@ WATCHED = 5  # iterations on either side
 
 
 class ExpertLoad:
-    """Counts the tokens that each expert is given, while it is attached."""
+    """Counts the tokens that each expert is given, and how undecided the routers are, while it is attached."""
 
     def __init__(self):
-        self.handles, self.counts = [], {}  # layer number -> int64 [experts] of this rank's tokens
+        # layer number -> int64 [experts] of this rank's tokens; fp64 [2]: sum of the tokens' router entropies, and their number
+        self.handles, self.counts, self.entropies = [], {}, {}
 
     def attach(self, model: list[torch.nn.Module]) -> None:
         """Start counting anew in the routers of Megatron's model chunks."""
         from megatron.core.transformer.moe.router import TopKRouter
 
         self.detach()
-        self.counts = {}
+        self.counts, self.entropies = {}, {}
         routers = [module for chunk in model for module in chunk.modules() if isinstance(module, TopKRouter)]
         self.handles = [router.register_forward_hook(self._count) for router in routers]
 
@@ -36,12 +37,20 @@ class ExpertLoad:
             handle.remove()
         self.handles = []
 
-    def _count(self, router, _, output):
+    def _count(self, router, inputs, output):
         if not torch.is_grad_enabled() or not router.training:  # evaluation; the first pass of recomputed activations
             return
         per_expert = output[1].detach().sum(0)
         layer = router.layer_number
         self.counts[layer] = self.counts[layer] + per_expert if layer in self.counts else per_expert
+        with torch.no_grad():
+            scores = router.gating(inputs[0].detach()).double().flatten(0, -2)
+        if router.config.moe_router_score_function == "sigmoid":
+            scores = scores.sigmoid().log()
+        log_p = scores.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
+        noted = torch.stack([entropy.sum(), entropy.new_tensor(float(len(entropy)))])
+        self.entropies[layer] = self.entropies[layer] + noted if layer in self.entropies else noted
 
     def imbalance(self, layers: int, experts: int) -> list[float]:
         """The busiest expert's tokens over the mean, for each layer that has experts; called by all ranks."""
@@ -51,6 +60,15 @@ class ExpertLoad:
         torch.distributed.all_reduce(counts)
         counts = counts[counts.sum(1) > 0].double()
         return (counts.max(1).values / counts.mean(1)).tolist()
+
+    def entropy(self, layers: int) -> list[float]:
+        """Mean entropy of the routers' probabilities over log(experts), 1 undecided, for each layer that has experts; called by all ranks."""
+        sums = torch.zeros(layers + 1, 2, dtype=torch.float64, device=torch.cuda.current_device())
+        for layer, noted in self.entropies.items():
+            sums[min(layer, layers)] += noted
+        torch.distributed.all_reduce(sums)
+        sums = sums[sums[:, 1] > 0]
+        return (sums[:, 0] / sums[:, 1]).tolist()
 
 
 class BoundaryLog:
@@ -99,19 +117,22 @@ class BoundaryLog:
             self.load.detach() if wanted is None else self.load.attach(model)
             self.attached_for = wanted
 
-    def _imbalance(self):
+    def _experts(self):
+        """-> (imbalance, router entropy) of each layer with experts."""
         if not getattr(self.args, "num_experts", None):
-            return []
+            return [], []
         layers = self.args.num_layers + (getattr(self.args, "mtp_num_layers", None) or 0)
-        return self.load.imbalance(layers, self.args.num_experts)
+        return self.load.imbalance(layers, self.args.num_experts), self.load.entropy(layers)
 
     def _facts(self, phase, optimizer):
+        imbalance, entropy = self._experts()
         return {
             "sample": phase.end,
             "bag size": phase.bag_size,
             "learning rate": self.rate,
             "optimizer step": _steps(optimizer),
-            "imbalance": self._imbalance(),
+            "imbalance": imbalance,
+            "router entropy": entropy,
             "validation": getattr(self.args, "tst_validation", None),
         }
 
@@ -119,7 +140,7 @@ class BoundaryLog:
         batch, done = schedule.global_batch_size, self.args.consumed_train_samples
         first, now = facts["sample"] // batch, done // batch
         losses = [self.losses.get(i) for i in range(first + 1, now + 1) if i in self.losses]
-        losses, load = _from_last(losses), self._imbalance()
+        losses, (load, entropy) = _from_last(losses), self._experts()
         if self.args.rank:
             return
         phase = schedule.phase_at(facts["sample"])
@@ -136,6 +157,8 @@ class BoundaryLog:
             rows["expert load"] = (
                 f"busiest expert over the mean, median of the layers: {_spread(facts['imbalance'])} before, {_spread(load)} since"
             )
+            before = facts.get("router entropy")  # not in checkpoints of earlier versions
+            rows["router entropy"] = f"over log(experts), median of the layers: {_median(before)} before, {_median(entropy)} since"
         validation = facts["validation"]
         beside = f"{validation[1]:.6E} (next-token, iteration {validation[0]})" if validation else "none yet"
         rows["losses since"] = f"{' '.join(f'{loss:.6E}' for loss in losses) or 'not seen'} | last validation loss: {beside}"
@@ -176,6 +199,10 @@ def _spread(imbalance) -> str:
     if not imbalance:
         return "not measured"
     return f"{statistics.median(imbalance):.2f} (worst layer {max(imbalance):.2f})"
+
+
+def _median(values) -> str:
+    return f"{statistics.median(values):.3f}" if values else "not measured"
 
 
 def _figure(value, kind) -> str:

@@ -14,6 +14,7 @@ from megatron_tst.schedule import Schedule
 TARGET_WEIGHTINGS = ("uniform", "power-law", "exponential", "first-token", "fitted-power-law")
 SUPERPOSE = ("both", "input", "output")
 LOSSES = ("mce", "mce-alt")
+ABLATIONS = ("bce", "hinge")  # the paper found them worse than no TST at all (bag_ablations.py)
 SWITCHES = ("fixed", "auto")
 
 
@@ -41,7 +42,7 @@ class TSTConfig:
         iters: T1, superposed iterations; one for each bag size.
         target_weighting: weight of the places in the target bag, from its first token (paper, section 5).
         superpose: "both"; "input" (bags in, the next single token out); "output" (single tokens in, the next s tokens out).
-        loss: "mce" or "mce-alt".
+        loss: "mce" or "mce-alt"; for ablations alone "bce" or "hinge" (bag_ablations.py).
         exit_at_boundary: save and exit after the last superposed iteration.
         switch: "fixed", or "auto": a superposition phase ends as soon as its loss hardly falls any more, at the latest after `iters` (switch.py).
         switch_slope: with "auto": nats by which the loss must fall over a hundredth of the run's iterations for superposition to go on.
@@ -95,7 +96,7 @@ class TSTConfig:
         for flag, value, allowed in (
             ("--tst-target-weighting", self.target_weighting, TARGET_WEIGHTINGS),
             ("--tst-superpose", self.superpose, SUPERPOSE),
-            ("--tst-loss", self.loss, LOSSES),
+            ("--tst-loss", self.loss, LOSSES + ABLATIONS),
             ("--tst-switch", self.switch, SWITCHES),
             ("--tst-kernel", self.kernel, KERNELS),
         ):
@@ -165,7 +166,7 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     group.add_argument("--tst-iters", type=_numbers, help="superposed iterations, instead of --tst-step-ratio")
     group.add_argument("--tst-target-weighting", default="uniform", help=f"one of {', '.join(TARGET_WEIGHTINGS)}")
     group.add_argument("--tst-superpose", default="both", help=f"one of {', '.join(SUPERPOSE)}")
-    group.add_argument("--tst-loss", default="mce", help=f"one of {', '.join(LOSSES)}")
+    group.add_argument("--tst-loss", default="mce", help=f"one of {', '.join(LOSSES)}; ablations, worse than no TST in the paper: {', '.join(ABLATIONS)}")  # fmt: skip
     group.add_argument("--tst-exit-at-boundary", action="store_true", help="save and exit after the last superposed iteration")
     group.add_argument("--tst-switch", default="fixed", help="fixed, or auto: as soon as the loss hardly falls, at the latest after --tst-iters")  # fmt: skip
     group.add_argument("--tst-switch-slope", type=_number, default=d["switch_slope"], help="auto: go on while the loss falls by so many nats over a hundredth of the run")  # fmt: skip

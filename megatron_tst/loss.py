@@ -4,6 +4,7 @@ For a position with logits z and labels y_1..y_S of weights w_k (renormalised ov
 
     mce      lse(z) - sum_k w_k z[y_k]            (paper, section 3: the mean of S single-label cross entropies)
     mce-alt  lse(z) - lse_{v in bag}(z[v])        (paper, appendix: the bag as a set; here with log-weights inside)
+    bce, hinge   ablations without a softmax, worse than no TST in the paper: bag_ablations.py
 
 The softmax statistics do not depend on the labels: one pass over the logits whatever S is. The kernels are in csrc/ (C++, CUDA)
 and multi_hot_ce.py (torch).
@@ -19,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_tst import extension, multi_hot_ce
-from megatron_tst.config import LOSSES, TARGET_WEIGHTINGS
+from megatron_tst.bag_ablations import BagAblation
+from megatron_tst.config import ABLATIONS, LOSSES, TARGET_WEIGHTINGS
 
 _PLACE_WEIGHT = {  # g(i), i = 1..S from the bag's first token (paper, section 5); only ratios matter
     "uniform": lambda i: torch.ones_like(i),
@@ -52,10 +54,10 @@ def multi_hot_cross_entropy(
     Args:
         logits: [..., V/tp], bf16, fp16 or fp32. Rank r holds columns r*V/tp to (r+1)*V/tp. Padded columns may be -inf.
         labels: int64 [..., S], global ids, the same on every rank of `tp_group`; -100 is ignored. Duplicates add up
-            (mce) or count once (mce-alt).
+            (mce) or count once (the others).
         weights: [S], non-negative, any scale; None means equal.
         tp_group: the ranks that share the vocabulary; None means that `logits` are whole.
-        loss: "mce" or "mce-alt".
+        loss: "mce" or "mce-alt"; "bce" or "hinge" for ablations, in torch alone.
         inplace_backward: let backward write the gradient over `logits`. Only where nothing else reads them; allows
             one backward.
         kernel: "extension" (C++ on CPU, CUDA on CUDA tensors), "torch", or "auto": the extension where it is there.
@@ -64,7 +66,7 @@ def multi_hot_cross_entropy(
         [...] fp32, nats per position; 0, with zero gradient, where no label of positive weight is valid.
         A NaN in a row of logits makes that row's loss NaN and no other.
 
-    Collectives: one all-gather of 4 floats a row in forward if tp > 1, none in backward.
+    Collectives: one all-gather of 4 floats a row in forward if tp > 1 (ablations: an all-reduce of one), none in backward.
     Saved for backward: the logits and the labels (not copies) and 3 floats a row.
 
     Raises:
@@ -72,7 +74,7 @@ def multi_hot_cross_entropy(
             outside the vocabulary (on CUDA that is a device-side assertion, without synchronising).
     """
     _check(logits, labels, weights, loss)
-    kernel = extension.choose(kernel, logits.device.type)
+    kernel = extension.choose(_kernel_for(loss, kernel), logits.device.type)
     ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
     columns = logits.shape[-1]
     rows_NV = logits.reshape(-1, columns)
@@ -82,17 +84,28 @@ def multi_hot_cross_entropy(
     if weights is None:
         weights = torch.ones(labels.shape[-1], device=logits.device)  # not copied there: that would wait for the GPU
     weights = weights.to(device=logits.device, dtype=torch.float32).contiguous()
-    loss_N = _MultiHotCrossEntropy.apply(
-        rows_NV, labels_NS, weights, tp_group if ranks > 1 else None, rank * columns, ranks * columns, loss == "mce-alt",
-        inplace_backward, kernel,
-    )  # fmt: skip
+    where = tp_group if ranks > 1 else None, rank * columns, ranks * columns
+    if loss in ABLATIONS:
+        loss_N = BagAblation.apply(rows_NV, labels_NS, weights, *where, loss, inplace_backward)
+    else:
+        loss_N = _MultiHotCrossEntropy.apply(rows_NV, labels_NS, weights, *where, loss == "mce-alt", inplace_backward, kernel)
     return loss_N.reshape(labels.shape[:-1])
+
+
+def _kernel_for(loss, kernel):
+    if loss not in ABLATIONS:
+        return kernel
+    if kernel == "extension":
+        raise ValueError(
+            f"multi_hot_cross_entropy: expected kernel 'auto' or 'torch' with loss {loss!r}, got 'extension'. It is an ablation, in torch alone."
+        )
+    return "torch"
 
 
 def _check(logits, labels, weights, loss):
     name = "multi_hot_cross_entropy"
-    if loss not in LOSSES:
-        raise ValueError(f"{name}: expected loss to be one of {LOSSES}, got {loss!r}.")
+    if loss not in LOSSES + ABLATIONS:
+        raise ValueError(f"{name}: expected loss to be one of {LOSSES + ABLATIONS}, got {loss!r}.")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16) or logits.dim() < 1 or not logits.shape[-1]:
         raise ValueError(
             f"{name}: expected logits [..., V/tp >= 1] in fp32, bf16 or fp16, got {logits.dtype} {tuple(logits.shape)}."

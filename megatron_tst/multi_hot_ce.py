@@ -23,10 +23,10 @@ _LOWEST = torch.finfo(torch.float32).min
 def statistics(logits, labels, weights, vocab_start, vocab_size, alt):
     """Of each row: maximum, sum of exponentials, target, and the weight of the labels that this rank holds."""
     check_label_range(labels, vocab_size)
-    index_NS, owned_NS = _own_labels(labels, vocab_start, logits.shape[1])
+    index_NS, owned_NS = own_labels(labels, vocab_start, logits.shape[1])
     peak_N, sum_exp_N = torch.empty(2, logits.shape[0], dtype=torch.float32, device=logits.device)
     picked_NS = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
-    for chunk in _chunks(logits):  # the only pass over the logits, whatever S is
+    for chunk in row_chunks(logits):  # the only pass over the logits, whatever S is
         z = logits[chunk].float()
         peak = z.amax(-1).clamp_min_(_LOWEST)  # a shard of padding alone is all -inf
         peak_N[chunk] = peak
@@ -55,7 +55,7 @@ def loss(statistics, labels, weights, alt):
         target_N = (target_RN + shift_RN).logsumexp(0)
     else:
         target_N = (target_RN + torch.where(held_RN > 0, held_RN * shift_RN, 0.0)).sum(0)
-    loss_N = torch.where(_carries_loss(labels, weights), sum_exp_N.log() - target_N, 0.0)
+    loss_N = torch.where(carries_loss(labels, weights), sum_exp_N.log() - target_N, 0.0)
     return loss_N, torch.stack([peak_N, sum_exp_N, target_N])
 
 
@@ -71,7 +71,7 @@ def gradient_(logits, labels, weights, saved, upstream, vocab_start, alt):
 
 def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_start, alt):
     peak_N, sum_exp_N, target_N = saved
-    index_NS, owned_NS = _own_labels(labels, vocab_start, logits.shape[1])
+    index_NS, owned_NS = own_labels(labels, vocab_start, logits.shape[1])
     # Columns are written, not accumulated, so every place that names a column must hold all that the bag takes off it: no
     # order of additions, hence deterministic. A place without an owned label points at column 0 and holds column 0's.
     shared_NSS = index_NS.unsqueeze(-1) == index_NS.unsqueeze(-2)
@@ -82,9 +82,9 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
     else:
         weight_NS = _normalised_weight(labels, weights) * owned_NS
         off_NS = torch.where(shared_NSS, weight_NS.unsqueeze(-2), 0.0).sum(-1)
-    scale_N = torch.where(_carries_loss(labels, weights), upstream, 0.0)
+    scale_N = torch.where(carries_loss(labels, weights), upstream, 0.0)
     may_overwrite_z = out_NV is logits or logits.dtype != torch.float32  # else .float() below is the caller's memory
-    for chunk in _chunks(logits):
+    for chunk in row_chunks(logits):
         z = logits[chunk].float()
         p = torch.sub(z, peak_N[chunk].unsqueeze(-1), out=z if may_overwrite_z else None)
         index = index_NS[chunk]
@@ -109,12 +109,12 @@ def check_label_range(labels, vocab_size):
         )
 
 
-def _chunks(rows_NV: torch.Tensor):
+def row_chunks(rows_NV: torch.Tensor):
     size = max(1, _CHUNK_BYTES.get(rows_NV.device.type, 4 << 20) // (4 * max(1, rows_NV.shape[1])))
     return (slice(i, i + size) for i in range(0, rows_NV.shape[0], size))
 
 
-def _own_labels(labels, vocab_start, vocab_size):
+def own_labels(labels, vocab_start, vocab_size):
     """-> index [N, S] into the local columns (0 where not owned), owned [N, S]."""
     local = labels - vocab_start
     owned = (local >= 0) & (local < vocab_size) & (labels != IGNORE)
@@ -126,7 +126,7 @@ def _same(index, owned):
     return (index.unsqueeze(-1) == index.unsqueeze(-2)) & owned.unsqueeze(-1) & owned.unsqueeze(-2)
 
 
-def _carries_loss(labels, weights):
+def carries_loss(labels, weights):
     return ((labels != IGNORE) & (weights > 0)).any(-1)
 
 
@@ -138,6 +138,11 @@ def _normalised_weight(labels, weights):
 
 def _log_weight_of_token(index, owned, labels, weights):
     """mce-alt: log of each token's weight, the largest of its occurrences, over the largest in the bag. [N, S]"""
-    weight = weights * (labels != IGNORE)
-    relative = (weight / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).log()
+    relative = weight_of_token(labels, weights).log()
     return torch.where(_same(index, owned), relative.unsqueeze(-2), -torch.inf).amax(-1)
+
+
+def weight_of_token(labels, weights):
+    """Each place's weight over the largest in its bag, 0 where the label is ignored. [N, S]"""
+    weight = weights * (labels != IGNORE)
+    return weight / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_tst import compat
-from megatron_tst.config import TSTConfig
+from megatron_tst.config import ABLATIONS, TSTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ def _loss(stock):
         config, deferred = _state.config, isinstance(logits, DeferredLogits)
         if labels.dim() == 3:
             _state.losses += 1
-            if labels.shape[-1] == 1 and config.kernel == "auto" and not deferred:  # as in the embedding
+            one_label = labels.shape[-1] == 1 and config.loss not in ABLATIONS  # of which the softmax losses make the same
+            if one_label and config.kernel == "auto" and not deferred:  # as in the embedding
                 label = labels.squeeze(-1)
                 return stock(self, label.clamp_min(0), logits).masked_fill(label == IGNORE, 0.0)
             labels, loss, kernel = labels.transpose(0, 1), config.loss, config.kernel

@@ -38,6 +38,8 @@ def multi_hot_cross_entropy(
     mce: weighted mean over the valid labels, with multiplicity, of the single-label cross entropy.
     mce-alt: -log of the probability of the bag as a set; with weights, each member's probability is scaled by its
     weight over the largest weight in the bag (our generalisation: uniform weights give the paper's formula).
+    bce, hinge: sum over the vocabulary of t f(-z) + (1 - t) f(z), where t is that relative weight, 0 outside the bag, and f is softplus or
+    max(0, 1 + z). The paper says of both that they were worse, and prints no formula that we know: these are our choice.
     A position without a valid label of positive weight has loss 0.
     """
     log_p = logits.double().log_softmax(-1)
@@ -52,8 +54,14 @@ def multi_hot_cross_entropy(
         member = torch.zeros_like(log_p).scatter(-1, labels[..., i : i + 1].clamp_min(0), w[..., i : i + 1])
         members = torch.maximum(members, member)
     largest = members.amax(-1, keepdim=True)
-    log_bag = (log_p + (members / largest.clamp_min(1e-300)).log()).logsumexp(-1)
-    return torch.where(largest.squeeze(-1) > 0, -log_bag, 0.0)
+    t = members / largest.clamp_min(1e-300)
+    if loss == "mce-alt":
+        value = -(log_p + t.log()).logsumexp(-1)
+    else:
+        f = {"bce": torch.nn.functional.softplus, "hinge": lambda z: torch.relu(1 + z)}[loss]
+        z = logits.double()
+        value = torch.where(t > 0, t * f(-z) + (1 - t) * f(z), f(z)).sum(-1)
+    return torch.where(largest.squeeze(-1) > 0, value, 0.0)
 
 
 def paper_loss(logits_BLV: torch.Tensor, labels_BLS: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:

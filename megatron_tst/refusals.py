@@ -9,7 +9,7 @@ import argparse
 import math
 
 from megatron_tst import cpu, extension
-from megatron_tst.config import TSTConfig, refuse, warn
+from megatron_tst.config import ABLATIONS, TSTConfig, refuse, warn
 from megatron_tst.precision import check_precision, recipe_of
 
 ROBUST_BAG_SIZES, LARGEST_BAG_SIZE, ROBUST_RATIOS = (4, 8), 16, (0.2, 0.4)  # paper, section 4 and tables 4 to 7
@@ -48,6 +48,7 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
                 "set",
                 "It needs the output layer's own forward. Drop one of the two.",
             )
+    _check_ablation(config)
     _check_kernel(config)
     if recipe_of(args):
         check_precision(config, args, _gpu())
@@ -141,6 +142,17 @@ def _gpu():
     import torch
 
     return torch.cuda.get_device_capability(), torch.version.cuda
+
+
+def _check_ablation(config):
+    """The ablations' losses are in torch alone, and not in the op with the output layer."""
+    for flag, asked in (
+        ("--tst-kernel extension", config.kernel == "extension"),
+        ("--tst-fused-linear-loss", config.fused_linear_loss),
+    ):
+        if config.loss in ABLATIONS and asked:
+            do = "It is an ablation, in torch alone. Drop one of the two."
+            refuse(f"{flag} with --tst-loss {config.loss}", "--tst-loss mce or mce-alt", config.loss, do)
 
 
 def _check_kernel(config):

@@ -13,7 +13,7 @@ import torch
 from megatron_tst import bags, compat, extension, patch, stock_index
 from megatron_tst.batches import broadcast_bags
 from megatron_tst.boundary_log import WATCHED, BoundaryLog
-from megatron_tst.config import TSTConfig
+from megatron_tst.config import ABLATIONS, TSTConfig
 from megatron_tst.loss import target_weights
 from megatron_tst.resume import check_resume, described, store, stored
 from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
@@ -261,7 +261,8 @@ class Run:
         )
 
     def _kernels(self) -> str:
-        kernel = extension.choose(self.config.kernel, "cuda" if torch.cuda.is_available() else "cpu")
+        asked = "torch" if self.config.loss in ABLATIONS else self.config.kernel
+        kernel = extension.choose(asked, "cuda" if torch.cuda.is_available() else "cpu")
         recovery = "extension" if self.config.kernel_in_recovery else "Megatron's"
         return f"{kernel} (extension: {extension.load().description}), in recovery {recovery}"
 

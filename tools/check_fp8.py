@@ -124,7 +124,7 @@ def why_not(recipes: list[str]) -> str | None:
 def train(recipe: str, corpus: Path, vocab_size: int, options) -> dict[str, list[float]] | None:
     """Losses of a run by phase; None: it failed."""
     log, device = options.out / f"{recipe}.log", "cuda" if torch.cuda.is_available() else "cpu"
-    code = demo_run.start(flags(recipe, corpus, vocab_size, options, device), log, 29870, device).wait()
+    code = demo_run.start(flags(recipe, corpus, vocab_size, options, device), log, device).wait()
     found = losses(log.read_text(errors="replace"))
     whole = code == 0 and [len(found.get(phase, [])) for phase in ("superposition", "recovery")] == [options.iterations] * 2
     if not whole:

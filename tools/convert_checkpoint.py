@@ -42,7 +42,10 @@ def _parser():
     verb.add_argument("checkpoint", type=Path)
     verb.add_argument("target", type=Path, help="a new folder")
     verb.add_argument("--drop-optimizer", action="store_true", help="weights alone; continue with --no-load-optim")
-    verb.add_argument("--reinit-embedding-and-head", action="store_true", help="the ablation of the paper's table 2")
+    verb.add_argument("--reset-optimizer", action="store_true", help="zero its state and its step, keep the learning-rate schedule")
+    verb.add_argument(
+        "--reinit", default="", metavar="embedding,head", help="new values in one or both (the paper's table 2: both)"
+    )
     verb.add_argument("--seed", type=int, default=0, help="of the new embedding and head")
     verb.add_argument(
         "--layer-spec", choices=("local", "transformer_engine"), help="of the run that is to load it (names of expert layers)"
@@ -81,8 +84,8 @@ def _boundary(options):
     source = Checkpoint(options.checkpoint)
     with progress_bar("writing") as progress:
         folder = convert(
-            source, options.target, drop_optimizer=options.drop_optimizer, reinit_embedding_and_head=options.reinit_embedding_and_head,
-            layer_spec=options.layer_spec, legacy=None if options.format is None else options.format == "0.18",
+            source, options.target, drop_optimizer=options.drop_optimizer, reset_optimizer=options.reset_optimizer,
+            reinit=tuple(filter(None, options.reinit.split(","))), layer_spec=options.layer_spec, legacy=None if options.format is None else options.format == "0.18",
             drop_fp8_state=options.drop_fp8_state, seed=options.seed, force=options.force, progress=progress,
         )  # fmt: skip
     about = describe(source)

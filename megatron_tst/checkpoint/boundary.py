@@ -18,7 +18,7 @@ from megatron_tst.resume import stored
 
 # Where Megatron's layer specs name the norm before the experts differently (gpt_layer_specs.py): local, Transformer Engine.
 EXPERT_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "transformer_engine": "pre_mlp_layernorm.weight"}
-_ENDS = ("embedding.word_embeddings.weight", "output_layer.weight")
+ENDS = {"embedding": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
 
 
 def convert(
@@ -26,7 +26,8 @@ def convert(
     target: Path,
     *,
     drop_optimizer: bool = False,
-    reinit_embedding_and_head: bool = False,
+    reset_optimizer: bool = False,
+    reinit: tuple[str, ...] = (),
     layer_spec: str | None = None,
     legacy: bool | None = None,
     drop_fp8_state: bool = False,
@@ -40,7 +41,9 @@ def convert(
         source: of a superposition or recovery phase; its tensors are copied byte by byte.
         target: a new folder, for --load.
         drop_optimizer: without its state (load it with --no-load-optim); others measured that this loses TST's gain.
-        reinit_embedding_and_head: new normal values of the run's --init-method-std in both, their optimizer state zeroed (paper, table 2).
+        reset_optimizer: its averages zeroed and its step 0, as at the start of a run; schedule, iteration and data position stay.
+        reinit: of "embedding" and "head" (the output layer): new normal values as the run drew them (--embedding-init-method-std,
+            --init-method-std), their optimizer state zeroed (paper, table 2: both).
         layer_spec: "local" or "transformer_engine", to rename the norm before experts; None: as it is.
         legacy: common.pt as Megatron-Core <= 0.18 reads it; None: as the source has it.
         drop_fp8_state: leave out modules' `_extra_state` (delayed-scaling FP8), which newer Transformer Engines refuse to unpickle.
@@ -63,15 +66,22 @@ def convert(
     common = copy.copy(source.common)
     common["args"] = stock_arguments(source.args)
     dropped = drop_optimizer_state(source, common) if drop_optimizer else set()
-    edited = _ends_of(source, drop_optimizer) if reinit_embedding_and_head else frozenset()
-    std = source.args.init_method_std
+    new_ends = _of_ends(source, reinit)
+    edited = frozenset(name for name in source.tensors if name.endswith(new_ends) and name not in dropped)
+    if edited or reset_optimizer:
+        _check_editable(source, drop_optimizer, reset_optimizer)
+    if reset_optimizer:
+        edited |= {name for name in source.tensors if _is_average(name)}
+        _first_step(common)
+    std = {ENDS["head"]: source.args.init_method_std, ENDS["embedding"]: _embedding_std(source.args)}
     dropped |= {name for name in source.objects if drop_fp8_state and "._extra_state" in name}
 
     def fresh(name, offset, shard):
-        if "exp_avg" in name:
+        if _is_average(name):
             return torch.zeros_like(shard)
         # the same values in the weight and in the optimizer's fp32 copy of it
-        return _normal_rows(next(end for end in _ENDS if name.endswith(end)), offset, shard, std, seed)
+        end = next(end for end in new_ends if name.endswith(end))
+        return _normal_rows(end, offset, shard, std[end], seed)
 
     changes = Changes(
         common=common,
@@ -110,18 +120,49 @@ def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]
     return lambda name: names.get(name, name)
 
 
-def _ends_of(source, drop_optimizer):
-    """Names of embedding and head, and of their optimizer state."""
+def _of_ends(source, reinit):
+    """Endings of the names of what gets new values."""
+    unknown = [name for name in reinit if name not in ENDS]
+    if unknown:
+        refuse("--reinit", "embedding, head or embedding,head", ",".join(reinit), "Name the tables that get new values.")
+    ends = tuple(ENDS[name] for name in reinit)
+    absent = [name for name, end in zip(reinit, ends) if not any(tensor.endswith(end) for tensor in source.tensors)]
+    if absent:
+        refuse(f"--reinit {absent[0]}", f"a tensor {ENDS[absent[0]]}", "none", "A tied head is the embedding: name that alone.")
+    return ends
+
+
+def _check_editable(source, drop_optimizer, reset_optimizer):
+    if reset_optimizer and drop_optimizer:
+        refuse("--reset-optimizer and --drop-optimizer", "one of the two", "both", "Leave one out.")
     if not drop_optimizer and any(name.startswith("optimizer.distributed.") for name in source.tensors):
         refuse(
-            "new embedding and head",
+            "new values",
             "optimizer state by parameter",
             "the distributed optimizer's flat buffers",
-            "Add --drop-optimizer, or save with --dist-ckpt-optim-fully-reshardable.",
+            "Save with --dist-ckpt-optim-fully-reshardable; for --reinit alone --drop-optimizer will do.",
         )
-    return frozenset(
-        name for name in source.tensors if name.endswith(_ENDS) and not (drop_optimizer and name.startswith(OPTIMIZER))
-    )
+
+
+def _is_average(name):
+    return name.startswith(OPTIMIZER) and ".exp_avg" in name
+
+
+def _first_step(common):
+    """Adam's step, in a copy of the common state: with another one its bias correction would take the zeroed averages for settled ones."""
+    common["optimizer"] = copy.deepcopy(common["optimizer"])
+    for part in (common["optimizer"], *(v for v in common["optimizer"].values() if isinstance(v, dict))):
+        state = part.get("state", {})
+        if "common_step" in state:
+            state["common_step"] = state["common_step"] * 0
+        for group in part.get("param_groups", ()):
+            if "step" in group:
+                group["step"] = group["step"] * 0
+
+
+def _embedding_std(args):
+    std = getattr(args, "embedding_init_method_std", None)
+    return args.init_method_std if std is None else std
 
 
 def _normal_rows(end, offset, shard, std, seed):

@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_dropping_the_optimizer(dense, tmp_path):
 
 def test_new_embedding_and_head(dense, tmp_path):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
-        assert tool("boundary", at(dense, 6), tmp_path / name, "--reinit-embedding-and-head", "--seed", seed) == 0
+        assert tool("boundary", at(dense, 6), tmp_path / name, "--reinit", "embedding,head", "--seed", seed) == 0
     source, one = Checkpoint(at(dense, 6)), Checkpoint(tmp_path / "one")
     found = differences(source, one)
     ends = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -112,6 +113,45 @@ def test_new_embedding_and_head(dense, tmp_path):
                 assert not new.any()
             else:
                 assert new.std().item() == pytest.approx(source.args.init_method_std, rel=0.05) and abs(new.mean()) < 1e-3
+
+
+def test_one_end_has_new_values_as_the_run_drew_them(zygote, corpus, tmp_path):
+    given = ["--embedding-init-method-std", "0.5", "--tst-exit-at-boundary", "--save", tmp_path / "ck", "--save-interval", "99"]
+    assert zygote.train(*TINY, *TST, *data(corpus), *given).ok
+    ends = {"embedding": ("embedding.word_embeddings.weight", 0.5), "head": ("output_layer.weight", 0.02)}
+    for which, (end, std) in ends.items():
+        assert tool("boundary", tmp_path / "ck", tmp_path / which, "--reinit", which) == 0
+        new = Checkpoint(tmp_path / which)
+        found = differences(Checkpoint(tmp_path / "ck"), new)
+        assert set(found) == {prefix + end for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")}
+        (weight,) = [new.tensor(item) for item in new.items if item.name == end]
+        assert weight.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_resetting_the_optimizer_keeps_the_schedule(dense, zygote, corpus, tmp_path):
+    assert tool("boundary", at(dense, 6), tmp_path / "plain") == 0
+    assert tool("boundary", at(dense, 6), tmp_path / "out", "--reset-optimizer") == 0
+    source, after = Checkpoint(at(dense, 6)), Checkpoint(tmp_path / "out")
+    averages = {name for name in source.tensors if name.startswith("optimizer.state.exp_avg")}
+    assert averages and set(differences(source, after)) == averages
+    assert all(not after.tensor(item).any() for item in after.items if item.name in averages)
+    assert after.common["opt_param_scheduler"] == source.common["opt_param_scheduler"]
+    assert [int(c.common["optimizer"]["state"]["common_step"]) for c in (source, after)] == [6, 0]
+    runs = [zygote.train(*TINY, *data(corpus), "--load", tmp_path / name) for name in ("plain", "out")]
+    rates, losses = zip(*((re.findall(r"learning rate: ([\d.E+-]+)", run.log), run.stock_losses) for run in runs))
+    assert len(rates[0]) == 4 and rates[0] == rates[1] and losses[0][7] == losses[1][7] and losses[0][10] != losses[1][10]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--reinit", "body"), "--reinit: expected embedding, head or embedding,head, got body"),
+        (("--reset-optimizer", "--drop-optimizer"), "--reset-optimizer and --drop-optimizer: expected one of the two"),
+    ],
+)
+def test_refusals_of_new_values(dense, tmp_path, capsys, options, message):
+    assert tool("boundary", at(dense, 6), tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format, there", [("0.18", True), ("0.19", False)])

@@ -93,6 +93,10 @@ def test_expert_load(experts):
     )
     before, worst_before, since, worst_since = map(float, figures.groups())
     assert 1 < before <= worst_before < 2 and 1 < since <= worst_since < 2 and before != since  # 2: top 2 of 4
+    undecided = re.fullmatch(
+        r"over log\(experts\), median of the layers: ([\d.]+) before, ([\d.]+) since", blocks(experts[0])[0][1]["router entropy"]
+    )
+    assert all(0.8 < float(x) <= 1 for x in undecided.groups())  # nearly untrained routers
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

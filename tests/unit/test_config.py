@@ -45,7 +45,7 @@ FINE = TSTConfig(bag_size=6, step_ratio=0.3)
         ),
         (dict(target_weighting="linear"), "--tst-target-weighting: expected one of uniform, .*fitted-power-law, got 'linear'"),
         (dict(superpose="all"), "--tst-superpose: expected one of both, input, output, got 'all'"),
-        (dict(loss="bce"), "--tst-loss: expected one of mce, mce-alt, got 'bce'"),
+        (dict(loss="mse"), "--tst-loss: expected one of mce, mce-alt, bce, hinge, got 'mse'"),
         (dict(kernel="triton"), "--tst-kernel: expected one of auto, extension, torch, got 'triton'"),
         (
             dict(bag_size=(16, 8, 1)),
@@ -124,6 +124,19 @@ def test_what_tst_does_not_work_with(changes, message):
     with pytest.raises(TSTError, match=message):
         check_arguments(FINE, arguments(**changes))
     check_arguments(TSTConfig(), arguments(**changes))  # without TST it is Megatron's business
+
+
+@pytest.mark.parametrize("loss", ["bce", "hinge"])
+def test_ablations_are_in_torch_alone(loss):
+    for kernel in ("auto", "torch"):
+        check_arguments(TSTConfig(6, 0.3, loss=loss, kernel=kernel), arguments())
+    for changes, flag in (
+        (dict(kernel="extension"), "--tst-kernel extension"),
+        (dict(fused_linear_loss=True), "--tst-fused-linear-loss"),
+    ):
+        message = f"{flag} with --tst-loss {loss}: expected --tst-loss mce or mce-alt, got {loss}. It is an ablation"
+        with pytest.raises(TSTError, match=message):
+            check_arguments(TSTConfig(6, 0.3, loss=loss, **changes), arguments())
 
 
 def test_layouts_that_divide_are_let_through():

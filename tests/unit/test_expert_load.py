@@ -35,9 +35,11 @@ def test_counts_training_tokens_alone(router):
     per_expert = sum(m.sum(0) for m in chosen)
     assert torch.equal(load.counts[2], per_expert) and int(per_expert.sum()) == 2 * 6 * 2
     assert load.imbalance(3, 4) == pytest.approx([float(per_expert.max()) / 6])
+    log_p = torch.stack([router.gating(x).double().log_softmax(-1) for x in (torch_input, torch_input * -1)]).detach()
+    assert load.entropy(3) == pytest.approx([(-(log_p.exp() * log_p).sum(-1) / torch.tensor(4.0).log()).mean().item()], rel=1e-6)
     load.detach()
     router.train()
     router(torch_input)
     assert torch.equal(load.counts[2], per_expert)
     load.attach([router])
-    assert load.counts == {} and load.imbalance(3, 4) == []
+    assert load.counts == {} and load.imbalance(3, 4) == [] == load.entropy(3)

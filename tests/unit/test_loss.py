@@ -332,7 +332,7 @@ def test_strided_rows_and_leading_dimensions():
         (dict(weights=torch.ones(3)), r"expected weights \[2\]"),
         (dict(weights=torch.tensor([1.0, -1.0])), "weights >= 0"),
         (dict(weights=torch.zeros(2)), "one of them positive"),
-        (dict(loss="bce"), "one of .*mce.*got 'bce'"),
+        (dict(loss="mse"), "one of .*mce.*got 'mse'"),
         (dict(kernel="fast"), "got 'fast'"),
     ],
 )
