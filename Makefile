@@ -32,7 +32,7 @@ demo: setup
 	$(RUN) examples/demo.py --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
 
 test: setup
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-bridge: .venv-bridge/.ready
 	PYTHONPATH=$(CURDIR) .venv-bridge/bin/python -m pytest tests/peers/test_bridge.py

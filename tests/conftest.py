@@ -41,6 +41,17 @@ NEEDS_GPU = (
 )
 
 
+# Files that take minutes: they start first, so that no process is left with one of them at the end (make test hands out whole files).
+LONG = (
+    "test_layouts", "test_killed", "test_export_hf", "test_gpu_check", "test_tools", "test_two_nodes", "test_experiments", "test_resume",
+    "test_stock", "test_batches", "test_raw_tokens", "test_loss_scale", "test_topic_language", "test_stops",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_terminal_summary(terminalreporter):
     from megatron_tst import extension
 
