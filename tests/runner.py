@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -41,21 +42,53 @@ def data(corpus: Path) -> list[str]:
     return ["--data-path", str(corpus), "--split", "90,10,0", "--vocab-size", "512"]
 
 
-def in_a_fork(call, killed_after: float | None = None) -> float:
-    """Call something that gives an exit code in a process of its own, killed after so many seconds. -> seconds that it ran"""
-    start, process = time.time(), os.fork()
+_FILES = (
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "os.listdir",
+    "os.scandir",
+    "os.chmod",
+    "os.utime",
+)
+
+
+def in_a_fork(call, killed_at: int | None = None, delay: float = 0) -> tuple[int, float]:
+    """Call something that gives an exit code in a process of its own, killed `delay` seconds after it touched its killed_at-th file.
+
+    Files, not seconds: a machine that is slower than a moment ago is killed at the same place.
+
+    Returns: how many files it touched (sys.audit's events), and the seconds it ran.
+    """
+    (reading, writing), start, process = os.pipe(), time.time(), os.fork()
     if process == 0:
         code = 3
         try:
+            os.close(reading)
+            sys.addaudithook(lambda event, _: event in _FILES and os.write(writing, b"."))
             code = call()
         finally:
             os._exit(code)
-    if killed_after is not None:
-        time.sleep(killed_after)
-        os.kill(process, signal.SIGKILL)
+    os.close(writing)
+    touched = 0
+    while more := len(os.read(reading, 1)):
+        touched += more
+        if touched == killed_at:
+            time.sleep(delay)
+            os.kill(process, signal.SIGKILL)
+    os.close(reading)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    assert code == 0 or (killed_after is not None and code == -signal.SIGKILL), code
-    return time.time() - start
+    assert code == 0 or (killed_at is not None and code == -signal.SIGKILL), code
+    return touched, time.time() - start
+
+
+def all_over(touched: int, took: float, times: int) -> list[tuple[int, float]]:
+    """Where to kill something that touches so many files: (killed_at, delay) from its first file to its last."""
+    random_ = random.Random(0)
+    return [(1 + i * touched // times, random_.uniform(0, 2 * took / touched)) for i in range(times)]
 
 
 @dataclass
@@ -139,7 +172,7 @@ class Zygote:
         assert run.ok, run.log[-3000:]
         return run
 
-    def _run(self, seconds: int = 300, env: dict | None = None, **job) -> Run:
+    def _run(self, seconds: float = 300, env: dict | None = None, **job) -> Run:
         self.count += 1
         log = self.folder / f"job{self.count}.log"
         alone = self.nodes == 1 or job["nproc"] == 1

@@ -1,10 +1,11 @@
 """A process that imports torch and Megatron once and then forks: one JSON job a line on stdin, one JSON answer a line on stdout.
 
-A job: {"nproc": 2, "ranks": [first, number], "master": HOST, "port": 1234, "log": PATH, "env": {...}, "seconds": 300} and one of
+A job: {"nproc": 2, "ranks": [first, number], "master": HOST, "port": 1234, "log": PATH, "env": {...}, "seconds": 300, "after": TEXT} and one of
     "script": [PATH, ARGS...]   run as __main__, as torchrun would
     "module": [NAME, ARGS...]   python -m NAME ARGS
     "call":   ["module:function", ARGS...]   called in each rank with a gloo process group
-The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a failed one by 5 s, or the job's seconds, are killed (-9).
+The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a failed one by 5 s, or the job's seconds, are killed (-9);
+with "after", the seconds count from when the log shows that text.
 
 A process that has touched CUDA cannot be forked, so on a GPU each rank is a fresh process: zygote.py JOB RANK.
 """
@@ -53,8 +54,11 @@ def run(job: dict) -> list[int]:
                 os.execv(sys.executable, [sys.executable, __file__, json.dumps(job), str(rank)])
             child(job, rank)
         alive[pid] = rank
-    deadline = time.time() + job["seconds"]
+    awaited = job.get("after")
+    deadline = time.time() + (300 if awaited else job["seconds"])
     while alive:
+        if awaited and os.path.exists(job["log"]) and awaited in open(job["log"], errors="replace").read():
+            awaited, deadline = None, time.time() + job["seconds"]
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             code = os.waitstatus_to_exitcode(status)

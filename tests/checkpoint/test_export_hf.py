@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import export_checkpoint
 import pytest
 import torch
-from runner import TINY, in_a_fork
+from runner import TINY, all_over, in_a_fork
 from trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
 from megatron_tst.checkpoint.export_hf import export
@@ -191,11 +190,11 @@ def test_killed_at_any_moment(runs, models, tmp_path, verb):
     def content():
         return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
 
-    took = min(in_a_fork(call), (shutil.rmtree(target), in_a_fork(call))[1])
-    whole, wholes, moments = content(), 0, random.Random(0)
-    for _ in range(20):
+    touched = in_a_fork(call)
+    whole, wholes = content(), 0
+    for killed in all_over(*touched, times=20):
         shutil.rmtree(target, ignore_errors=True)
-        in_a_fork(call, moments.uniform(0, 1.2 * took))
+        in_a_fork(call, *killed)
         if target.exists():
             wholes += 1
             assert content() == whole

@@ -1,7 +1,6 @@
 """Runs killed at random moments around the boundary and started again end as the undisturbed run: the same loss, the same bits."""
 
 import random
-import time
 
 from runner import TINY, TST, data
 
@@ -16,20 +15,19 @@ def test_thirty_killed_runs(zygote, corpus, tmp_path):
             *TINY, *TST, *data(corpus), "--eval-iters", "0", "--save", folder, "--load", folder, "--save-interval", "1", **job
         )
 
-    train("warm-up")
-    start = time.time()
     whole = train("whole")
-    took = time.time() - start
     assert whole.ok, whole.log[-3000:]
+    written = [(tmp_path / "whole" / f"iter_{i:07}" / "metadata.json").stat().st_mtime for i in (2, 10)]
+    step = (written[1] - written[0]) / 8
     end = Checkpoint(tmp_path / "whole" / "iter_0000010")
     moments, killed_after = random.Random(0), []
-    for i in range(90):
-        start = time.time()
-        killed = train(str(i), seconds=moments.uniform(0.5, 0.95) * took)
-        if killed.ok:  # the machine is faster now
-            took = time.time() - start
+    for i in range(60):
+        # after the start, or after an iteration's line: then comes its checkpoint, then the next iteration
+        after = f"[tst] iteration {i % 9:>8} |" if i % 9 else "[tst] on: bag size"
+        killed = train(str(i), after=after, seconds=moments.uniform(0, step))
+        if killed.ok:  # it was faster than the one who kills
             continue
-        assert killed.codes == [-9], killed.log[-3000:]
+        assert killed.codes == [-9] and after in killed.log, killed.log[-3000:]
         killed_after.append(max(killed.losses, default=0))
         again = train(str(i))
         assert again.ok, again.log[-3000:]
