@@ -1,7 +1,12 @@
 """python -m megatron_tst.launch: scripts that know nothing of TST, and Megatron-LM's own."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
-from runner import CHECKOUTS, NO_CHECKOUT, SCRIPT, TINY, TST, data, from_checkout
+from runner import CHECKOUTS, NO_CHECKOUT, ROOT, SCRIPT, TINY, TST, Run, data, from_checkout
 
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 
@@ -57,6 +62,29 @@ def test_hybrid_model_gives_the_digits_of_the_gpt_model(zygote, corpus, plain, t
     got = zygote.launch(hybrid, *flags[:at], *flags[at + 2 :], *layers)
     assert got.ok and len(got.losses) == 10, got.log[-3000:]
     assert got.losses == want.losses and got.validation == want.validation
+
+
+def test_a_launch_line_after_the_readmes_change(corpus, plain, tmp_path):
+    """README's diff, applied to the launch line of a user whose script knows nothing of TST: torchrun, two processes."""
+    before, after = re.search(r"^```diff\n- (.*)\n\+ (.*)\n```", (ROOT / "README.md").read_text(), re.M).groups()
+    assert re.sub(" +", " ", before) == "torchrun ... pretrain_gpt.py $ARGS" and after.startswith(
+        "torchrun ... -m megatron_tst.launch pretrain_gpt.py "
+    )
+    (tmp_path / "pretrain_gpt.py").write_text(plain.read_text())
+    line = after.replace("...", "--nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0")
+    environment = dict(os.environ, ARGS=" ".join([*TINY, *data(corpus)]), OMP_NUM_THREADS="1",
+                       PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))  # fmt: skip
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    run = Run([done.returncode], done.stdout + done.stderr)
+    assert run.ok and "[tst] on: bag size 6" in run.log, run.log[-3000:]
+    assert [run.phases[i][:2] for i in (1, 3, 4, 10)] == [("superposition", 6)] * 2 + [("recovery", 1)] * 2
+
+
+def test_a_script_with_the_readmes_two_lines(zygote, corpus, plain, tmp_path):
+    lines = re.search(r"^```python\n(from megatron_tst import training\n.*?)```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    (tmp_path / "mine.py").write_text(lines + plain.read_text())
+    run = zygote.train(*TINY, *TST, *data(corpus), script=str(tmp_path / "mine.py"))
+    assert run.ok and run.phases[6][0] == "superposition" and run.phases[7][0] == "recovery", run.log[-3000:]
 
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)

@@ -1,6 +1,8 @@
 """What the pages say against the code: flags and their defaults, flags that commands use, files and links, messages that troubleshooting quotes."""
 
 import argparse
+import json
+import os
 import re
 import subprocess
 import sys
@@ -96,16 +98,86 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code():
             )
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "-m megatron_tst.extension",
-        "tools/plan.py --preset moe-10b-a1b",
-        "tools/plan.py --preset 3b --tokens 80B",
-        "tools/plan.py --preset 3b --tokens 80B --gpu h100 --gpus 64 --mfu 0.4",
-    ],
+PROGRAM = re.compile(
+    r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) +)*(?:python|make|pip|torchrun|bash|sbatch|pytest|examples/\w+\.sh|tools/\w+\.sh)\b"
 )
-def test_commands_of_the_pages_run(command):
-    assert any(f"python {command}" in page.read_text() for page in PAGES)
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and done.stdout, done.stderr
+RUN_HERE = [
+    "python -m megatron_tst.extension",
+    "python tools/doctor.py",
+    "python tools/plan.py --preset moe-10b-a1b",
+    "python tools/plan.py --preset 3b --tokens 80B",
+    "python tools/plan.py --preset 3b --tokens 80B --gpu h100 --gpus 64 --mfu 0.4",
+    "python tools/plan.py --hf-config Qwen3-8B/config.json --seq-length 4096 --global-batch-size 1024 --train-iters 40000 "
+    "--data-path data/text_document --gpus 128 --tflops 420",
+    "python tools/plan.py ... --sweep",
+]
+RUN_ELSEWHERE = {  # how the command begins: the test that runs it (with sizes of its own), or what calls it
+    "make demo": "tests/training/test_tools.py::test_demo",
+    "make test": ".ci/run",
+    "pip install": "Makefile",
+    "torchrun ... -m megatron_tst.launch pretrain_gpt.py $ARGS --save ck": "tests/checkpoint/test_stock.py::test_three_ways_over_the_boundary",
+    "python tools/convert_checkpoint.py boundary ck ck_stock": "tests/checkpoint/test_stock.py::test_three_ways_over_the_boundary",
+    "torchrun ... pretrain_gpt.py $ARGS --load ck_stock": "tests/checkpoint/test_stock.py::test_three_ways_over_the_boundary",
+    "python tools/export_checkpoint.py hf": "tests/checkpoint/test_export_hf.py::test_killed_at_any_moment",
+    "python tools/export_checkpoint.py nemo": "tests/checkpoint/test_export_hf.py::test_killed_at_any_moment",
+    "python tools/export_checkpoint.py import-hf": "tests/checkpoint/test_export_hf.py::test_killed_at_any_moment",
+    "python tools/export_checkpoint.py quantize": "tests/peers/quantize_jobs.py::kill",
+    "python -m megatron_tst.launch pretrain_gpt.py": "tests/training/test_launch.py::test_megatron_lms_own_script",
+    "DRY_RUN=1 examples/3b.sh": "tests/training/test_recipes.py::test_dry_run_from_the_shell",
+    "MEGATRON_LM=/path/to/Megatron-LM examples/prepare_data.sh": "tests/training/test_recipes.py::test_prepare_data",
+    "python $E/run.py": "tests/training/test_experiments.py::test_rows_say_what_was_run",
+    "python $E/plot.py": "tests/unit/test_training_curves.py::test_the_experiments_figure",
+    "python tools/plot_runs.py": "tests/unit/test_training_curves.py::test_plots_of_groups",
+}  # fmt: skip
+
+
+def commands():
+    """(page, command, marked): the command lines in the pages' blocks; marked: a comment on the line or above it in the block says "on GPUs"."""
+    for page in USER_PAGES:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S):
+            marked = False
+            for line in block.replace("\\\n", " ").splitlines():
+                command, _, comment = re.sub(" +", " ", line).partition(" #" if not line.startswith("#") else "#")
+                marked |= line.startswith("#") and "on GPUs" in comment
+                if PROGRAM.match(command) and not language:
+                    yield page, command.strip(), marked or "on GPUs" in comment
+
+
+def test_every_command_of_the_pages_is_run_or_says_that_it_needs_gpus():
+    found = list(commands())
+    assert len(found) > 25
+    homeless = [
+        (page.name, command)
+        for page, command, marked in found
+        if command not in RUN_HERE and not marked and not any(command.startswith(begin) for begin in RUN_ELSEWHERE)
+    ]
+    assert not homeless, homeless
+    for begin, place in RUN_ELSEWHERE.items():
+        assert any(command.startswith(begin) for _, command, _ in found), f"on no page any more: {begin}"
+        path, _, function = place.partition("::")
+        text = (ROOT / path).read_text()
+        assert f"def {function}(" in text if function else begin.split(" ... ")[0].removeprefix("make ") in text, place
+
+
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_commands_of_the_pages_run(command, corpus, tmp_path):
+    assert command in [found for _, found, _ in commands()]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    for name in ("tools", "examples", "megatron_tst"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    if "Qwen3-8B" in command:
+        (tmp_path / "Qwen3-8B").mkdir()
+        (tmp_path / "Qwen3-8B" / "config.json").write_text(json.dumps(QWEN3_8B))
+        (tmp_path / "data").mkdir()
+        for suffix in (".bin", ".idx"):
+            (tmp_path / "data" / f"text_document{suffix}").symlink_to(f"{corpus}{suffix}")
+    command = command.replace("...", "--preset 600m")
+    done = subprocess.run([sys.executable, *command.split()[1:]], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stdout, done.stdout + done.stderr
+
+
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+    "max_position_embeddings": 40960, "rope_theta": 1000000, "rms_norm_eps": 1e-6, "hidden_act": "silu", "attention_bias": False,
+}  # fmt: skip
