@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "examples" / "experiments"), str(ROOT / "tools")]
 
-from questions import ConfigError, refuse
+from questions import ConfigError, load, refuse
 from results import Table
 from training_curves import reached, spread
 
@@ -30,13 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("csv", type=Path)
     parser.add_argument("--question", required=True, help="the config file's name without .toml")
     parser.add_argument("--iterations", type=int, help="of an arm of length 1; default: the most that the CSV has")
-    parser.add_argument("--reference", help="an arm; default: the question's first row's")
+    parser.add_argument("--reference", help="an arm; default: the first of the question's config, or of the CSV")
     parser.add_argument("--against", choices=AGAINST)
     parser.add_argument("--output", type=Path, default=Path("experiment.png"), help="ends in .png or .svg")
     options = parser.parse_args(argv)
     try:
         rows = select(Table(options.csv).rows(), options)
-        arms = list(dict.fromkeys(row["arm"] for row in rows))
+        arms = in_order(options.question, dict.fromkeys(row["arm"] for row in rows))
         reference = options.reference or arms[0]
         if reference not in arms:
             refuse("--reference", f"one of {', '.join(arms)}", reference, "Name an arm of the question.")
@@ -66,6 +66,13 @@ def select(rows: list[dict], options) -> list[dict]:
     if options.output.suffix not in (".png", ".svg"):
         refuse("--output", "a name that ends in .png or .svg", options.output, "Rename it.")
     return rows
+
+
+def in_order(question: str, arms) -> list[str]:
+    """The arms as the question's config has them (rows come in the order in which runs ended), then those that it has not."""
+    config = Path(__file__).with_name(f"{question}.toml")
+    first = [arm.name for arm in load(config).arms] if config.exists() else []
+    return sorted(arms, key=lambda arm: first.index(arm) if arm in first else len(first))
 
 
 def differences(losses: dict[str, dict[str, float]], reference: str) -> dict[str, list[float]]:

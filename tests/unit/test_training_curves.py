@@ -166,6 +166,16 @@ def test_the_experiments_figure(tmp_path, capsys):
         assert experiments_plot.main([*call, *wrong]) == 2 and "plot: error:" in capsys.readouterr().err
 
 
+def test_arms_stand_as_in_the_config_whichever_ended_first(tmp_path, capsys):
+    table = results.Table(tmp_path / "results.csv")
+    found = [("mine", 2.0), ("s=2 r=0.2", 3.0), ("baseline", 4.0)]
+    for row in rows(**{name: (100, "gpt", (loss,)) for name, loss in found}):
+        table.append(row | {"question": "equal_flops"})
+    assert experiments_plot.main([str(table.path), "--question", "equal_flops", "--output", str(tmp_path / "x.png")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in said[:3]] == ["baseline", "s=2 r=0.2", "mine"] and "minus baseline: -1.0000" in said[1]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
