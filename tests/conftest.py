@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", "tools", "examples", "benchmarks")]
+sys.path[:0] = [
+    str(ROOT / name)
+    for name in ("tests", "tests/unit", "tests/distributed", "tools", "examples", "examples/experiments", "benchmarks")
+]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

@@ -57,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_files(roots: list[Path]) -> list[Path]:
-    """Text files below `roots`, sorted, installed third-party packages left out."""
+    """Text files below `roots`, sorted; installed third-party packages are left out of a folder that holds them, unless it is named itself."""
     found = []
     for root in roots:
         candidates = [root] if root.is_file() else sorted(root.rglob("*"))
-        found += [p for p in candidates if p.suffix in TEXT and p.is_file() and "site-packages" not in p.parts]
+        found += [p for p in candidates if p.suffix in TEXT and p.is_file() and "site-packages" not in p.relative_to(root).parts]
     return found
 
 

@@ -7,7 +7,10 @@ import subprocess
 import sys
 import time
 
+import demo_run
+import dry_run
 import pytest
+import questions
 import training_curves
 from runner import ROOT
 
@@ -114,3 +117,15 @@ def test_a_run_that_another_question_has_made_is_not_made_again(ran, corpus):
 def test_a_config_that_is_not_there(ran, corpus):
     done = drive(ran[0], corpus, "absent.toml")
     assert done.returncode == 2 and done.stderr.startswith("experiments: error:") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "experiments").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_arm_asks_for_what_megatron_and_tst_take(path, device, corpus):
+    question = questions.load(path)
+    for arm in question.arms:
+        flags = demo_run.flags(corpus, 512, question.iterations, 1, question.architecture, device)
+        args = dry_run.validate([*flags, *question.flags.split(), *arm.flags.split(), *arm.tst.split()], 1, "h100")
+        assert args.train_iters == question.iterations and (args.tst_bag_size == 1) == ("--tst-bag-size" not in arm.tst)
+    if path.stem == "at_100m":
+        assert dry_run.parameters(args) > 100e6

@@ -81,6 +81,14 @@ def test_prepare_corpus_round_trip(corpus):
     assert source in texts
 
 
+def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    for name in ("a.py", "site-packages/b.py", "c.bin"):
+        (tmp_path / name).write_text("x")
+    assert [path.name for path in prepare_corpus.find_files([tmp_path])] == ["a.py"]
+    assert [path.name for path in prepare_corpus.find_files([tmp_path / "site-packages"])] == ["b.py"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

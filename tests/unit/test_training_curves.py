@@ -1,19 +1,15 @@
 """What is read off training curves: on curves whose answer is known, on Megatron's log lines, and on real TensorBoard files."""
 
 import math
-import sys
 
+import plot as experiments_plot
 import plot_runs
 import pytest
+import questions
+import results
 import training_curves
 from runner import ROOT
 from training_curves import Run, reached, speed_up, spread
-
-sys.path.insert(0, str(ROOT / "examples" / "experiments"))
-
-import plot as experiments_plot
-import questions
-import results
 
 ARGUMENTS = {"global_batch_size": "4", "seq_length": "8", "hidden_size": "16", "vocab_size": "100", "untie_embeddings_and_output_weights": "True",
              "make_vocab_size_divisible_by": "64", "tensor_model_parallel_size": "1", "num_layers": "2"}  # fmt: skip
