@@ -156,6 +156,7 @@ def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, 
     else:
         left.set(xlabel="next-token validation loss, nats", title="final loss")
     for axis in (left, right):
+        axis.locator_params(axis="x", nbins=6)
         axis.grid(alpha=0.3)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(

@@ -110,6 +110,10 @@ RUN_HERE = [
     "python tools/plan.py --hf-config Qwen3-8B/config.json --seq-length 4096 --global-batch-size 1024 --train-iters 40000 "
     "--data-path data/text_document --gpus 128 --tflops 420",
     "python tools/plan.py ... --sweep",
+    *(
+        f"python examples/experiments/plot.py benchmarks/data/experiments.csv --question {question} --output docs/images/{question}.png"
+        for question in ("equal_flops", "superpose", "boundary_state")
+    ),
 ]
 RUN_ELSEWHERE = {  # how the command begins: the test that runs it (with sizes of its own), or what calls it
     "make demo": "tests/training/test_tools.py::test_demo",
@@ -163,8 +167,9 @@ def test_every_command_of_the_pages_is_run_or_says_that_it_needs_gpus():
 def test_commands_of_the_pages_run(command, corpus, tmp_path):
     assert command in [found for _, found, _ in commands()]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    for name in ("tools", "examples", "megatron_tst"):
+    for name in ("tools", "examples", "megatron_tst", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
     if "Qwen3-8B" in command:
         (tmp_path / "Qwen3-8B").mkdir()
         (tmp_path / "Qwen3-8B" / "config.json").write_text(json.dumps(QWEN3_8B))
@@ -174,6 +179,9 @@ def test_commands_of_the_pages_run(command, corpus, tmp_path):
     command = command.replace("...", "--preset 600m")
     done = subprocess.run([sys.executable, *command.split()[1:]], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0 and done.stdout, done.stdout + done.stderr
+    if "plot.py" in command:  # what it prints is what the page shows, but for the figure's name
+        page = (ROOT / "docs/results.md").read_text()
+        assert done.stdout.rpartition("docs/images")[0] in page and (tmp_path / done.stdout.split()[-1]).stat().st_size > 10_000
 
 
 QWEN3_8B = {
