@@ -2,12 +2,14 @@
 
 import random
 
+import pytest
 from runner import TINY, TST, data
 
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 
 
+@pytest.mark.timeout(1800)  # sixty runs
 def test_thirty_killed_runs(zygote, corpus, tmp_path):
     def train(name, **job):
         folder = tmp_path / name
