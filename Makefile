@@ -3,7 +3,7 @@
 # make test-modelopt  set up .venv-modelopt, then compare the export with ModelOpt's and test `quantize`
 # make bench  set up, then measure the superposition step against the ordinary one
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
-# make style  ruff
+# make style  ruff, and the import contracts of pyproject.toml
 # make test-bridge    set up .venv-bridge, then let Megatron-Bridge load, resume and export what is exported to NeMo
 # make test-te        set up .venv-te, then test beside the real Transformer Engine, without a GPU; WHEELS=FOLDER with a wheel of
 #                     transformer-engine-torch, else it is compiled: a CUDA 13 toolkit, a C++ compiler and about 20 minutes of a core
@@ -73,6 +73,7 @@ matrix: setup
 style: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 clean:
 	rm -rf $(VENV) .venv-bridge .venv-modelopt .venv-te build *.egg-info megatron_tst/_C*.so

@@ -1,7 +1,10 @@
-"""Packaging of megatron_tst: the C++/CUDA extension megatron_tst._C. Everything else is in pyproject.toml.
+"""Packaging of megatron_tst: the C++/CUDA extension megatron_tst._C. Everything else is in
+pyproject.toml.
 
-The CPU kernels are built where torch and a C++ compiler are found, the CUDA kernels where a CUDA toolkit of torch's CUDA version is
-found: the toolkit decides, not a visible GPU. What is missing is left out and named, and the package works without it (torch kernels).
+The CPU kernels are built where torch and a C++ compiler are found, the CUDA kernels where a CUDA
+toolkit of torch's CUDA version is
+found: the toolkit decides, not a visible GPU. What is missing is left out and named, and the
+package works without it (torch kernels).
 
     MEGATRON_TST_SKIP_CUDA=1        CPU kernels alone
     MEGATRON_TST_SKIP_EXTENSION=1   no extension
@@ -22,7 +25,15 @@ from pathlib import Path
 from setuptools import setup
 
 ARCHITECTURES = ("8.0", "9.0", "10.0")
-CPU_FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
+CPU_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fopenmp",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wall",
+]
 
 
 def main() -> None:
@@ -33,7 +44,12 @@ def main() -> None:
         return
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)})
+    setup(
+        ext_modules=extensions,
+        cmdclass={
+            "build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+        },
+    )
 
 
 def find_extension() -> tuple[list, str]:
@@ -42,16 +58,23 @@ def find_extension() -> tuple[list, str]:
         return [], "no extension: MEGATRON_TST_SKIP_EXTENSION=1."
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler.split()[0]):
-        return [], f"no extension, torch kernels alone: no C++ compiler ({compiler}). Install g++ or set CXX, and install again."
+        return (
+            [],
+            f"no extension, torch kernels alone: no C++ compiler ({compiler}). Install g++ or set "
+            f"CXX, and install again.",
+        )
     home = cuda_home()
     if home:
-        os.environ["CUDA_HOME"] = str(home)  # torch takes the folder above nvcc's, wrong where that is a link or a wrapper
+        os.environ["CUDA_HOME"] = str(
+            home
+        )  # torch takes the folder above nvcc's, wrong where that is a link or a wrapper
     try:
         import torch
         from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError as error:
         return [], (
-            f"no extension, torch kernels alone: {error} in the building environment. Install torch first, then "
+            f"no extension, torch kernels alone: {error} in the building environment. Install "
+            f"torch first, then "
             "`pip install --no-build-isolation` this package."
         )
     cpu = ["csrc/ops.cpp", "csrc/multi_hot_ce_cpu.cpp"]
@@ -59,7 +82,11 @@ def find_extension() -> tuple[list, str]:
     without = why_no_cuda(torch, home)
     if without:
         extension = CppExtension(
-            "megatron_tst._C", cpu, depends=headers, extra_compile_args=CPU_FLAGS, extra_link_args=["-fopenmp"]
+            "megatron_tst._C",
+            cpu,
+            depends=headers,
+            extra_compile_args=CPU_FLAGS,
+            extra_link_args=["-fopenmp"],
         )
         return [extension], f"building the CPU kernels; no CUDA kernels: {without}"
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(home))
@@ -68,10 +95,15 @@ def find_extension() -> tuple[list, str]:
         [*cpu, "csrc/multi_hot_ce.cu"],
         depends=headers,
         define_macros=[("MHCE_WITH_CUDA", None), ("MHCE_CUDA_ARCHITECTURES", f'"{architectures}"')],
-        extra_compile_args={"cxx": CPU_FLAGS, "nvcc": ["-O3", "-std=c++17", "--extended-lambda", "-Xptxas", "-v"]},
+        extra_compile_args={
+            "cxx": CPU_FLAGS,
+            "nvcc": ["-O3", "-std=c++17", "--extended-lambda", "-Xptxas", "-v"],
+        },
         extra_link_args=["-fopenmp"],
     )
-    return [extension], f"building the CPU kernels and the CUDA kernels for {architectures} with {home}."
+    return [
+        extension
+    ], f"building the CPU kernels and the CUDA kernels for {architectures} with {home}."
 
 
 def cuda_home() -> Path | None:
@@ -95,7 +127,10 @@ def why_no_cuda(torch, home: Path | None) -> str | None:
         return "no CUDA toolkit (nvcc and headers) in CUDA_HOME, PATH or /usr/local/cuda."
     version = toolkit_version(home)
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
-        return f"the toolkit in {home} is CUDA {version}, torch's is {torch.version.cuda}. Set CUDA_HOME to one of the same major version."
+        return (
+            f"the toolkit in {home} is CUDA {version}, torch's is {torch.version.cuda}. Set "
+            f"CUDA_HOME to one of the same major version."
+        )
     return None
 
 
@@ -110,7 +145,9 @@ def default_architectures(home: Path) -> str:
 
 
 def _nvcc(home: Path, *arguments: str) -> str:
-    return subprocess.run([home / "bin/nvcc", *arguments], check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [home / "bin/nvcc", *arguments], check=True, capture_output=True, text=True
+    ).stdout
 
 
 main()

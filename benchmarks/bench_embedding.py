@@ -1,8 +1,11 @@
-"""The superposed embedding, forward and backward to the table's gradient: ours against its peers, in one process, interleaved.
+"""The superposed embedding, forward and backward to the table's gradient: ours against its peers,
+in one process, interleaved.
 
-    python benchmarks/bench_embedding.py [-V 32000] [-H 1024] [-b 2] [-L 1024] [-s 4 16] [--dtype fp32 bf16] [--json] [--csv FILE]
+    python benchmarks/bench_embedding.py [-V 32000] [-H 1024] [-b 2] [-L 1024] [-s 4 16] [--dtype
+    fp32 bf16] [--json] [--csv FILE]
 
-error: relative error of the gradient against fp64, ids Zipf-distributed (a frequent token is hit thousands of times).
+error: relative error of the gradient against fp64, ids Zipf-distributed (a frequent token is hit
+thousands of times).
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
     parser.add_argument("--help", action="help")
     parser.add_argument("-V", "--vocab-size", type=int, default=32000)
     parser.add_argument("-H", "--hidden-size", type=int, default=1024)
@@ -35,7 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args(argv)
     out, _ = os.fdopen(os.dup(1), "w"), os.dup2(2, 1)
-    rows = [row for dtype in options.dtype for s in options.bag_size for row in measure(options, dtype, s)]
+    rows = [
+        row
+        for dtype in options.dtype
+        for s in options.bag_size
+        for row in measure(options, dtype, s)
+    ]
     if options.csv:
         append_rows(options.csv, rows)
     keys = ("variant", "V", "H", "b", "L", "s", "dtype", "ms", "extra_mb", "error")
@@ -54,9 +64,15 @@ def measure(options, short, bag_size) -> list[dict]:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
-    v, h, shape = options.vocab_size, options.hidden_size, (options.micro_batch_size, options.seq_length, bag_size)
+    v, h, shape = (
+        options.vocab_size,
+        options.hidden_size,
+        (options.micro_batch_size, options.seq_length, bag_size),
+    )
     ids = (
-        torch.multinomial(1 / torch.arange(1, v + 1).double(), shape[0] * shape[1] * bag_size, replacement=True)
+        torch.multinomial(
+            1 / torch.arange(1, v + 1).double(), shape[0] * shape[1] * bag_size, replacement=True
+        )
         .view(shape)
         .to(device)
     )
@@ -70,7 +86,10 @@ def measure(options, short, bag_size) -> list[dict]:
         (grad,) = torch.autograd.grad(embed(table, ids), table, upstream)
         return table.main_grad if hasattr(table, "main_grad") else grad
 
-    calls = {name: functools.partial(forward_backward, embed) for name, embed in variants(dist.group.WORLD).items()}
+    calls = {
+        name: functools.partial(forward_backward, embed)
+        for name, embed in variants(dist.group.WORLD).items()
+    }
     error = {}
     for name, call in calls.items():
         error[name] = ((call().double() - exact).norm() / exact.norm()).item()
@@ -88,12 +107,21 @@ def measure(options, short, bag_size) -> list[dict]:
             vars(table).pop("main_grad", None)
     return [
         {
-            "variant": name, "V": v, "H": h, "b": shape[0], "L": shape[1], "s": bag_size, "dtype": short, "threads": options.threads,
-            "ms": round(1e3 * statistics.median(times[name]), 2), "extra_mb": round(extra[name] / 1e6, 1),
-            "error": f"{error[name]:.1e}", **where(),
+            "variant": name,
+            "V": v,
+            "H": h,
+            "b": shape[0],
+            "L": shape[1],
+            "s": bag_size,
+            "dtype": short,
+            "threads": options.threads,
+            "ms": round(1e3 * statistics.median(times[name]), 2),
+            "extra_mb": round(extra[name] / 1e6, 1),
+            "error": f"{error[name]:.1e}",
+            **where(),
         }
         for name in calls
-    ]  # fmt: skip
+    ]
 
 
 def variants(group) -> dict:
@@ -101,10 +129,13 @@ def variants(group) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from megatron_tst.embedding import _PoolBags
+    from megatron_tst.ops.embedding import _PoolBags
 
     def listing_2(table, ids):
-        return sum(F.embedding(ids[..., place], table) for place in range(ids.shape[-1])) / ids.shape[-1]
+        return (
+            sum(F.embedding(ids[..., place], table) for place in range(ids.shape[-1]))
+            / ids.shape[-1]
+        )
 
     def ours_main_grad(table, ids):
         if not hasattr(table, "main_grad"):
@@ -116,7 +147,9 @@ def variants(group) -> dict:
         "ours": lambda table, ids: _PoolBags.apply(table, ids, 0, group, False),
         "ours, main_grad": ours_main_grad,
         "gather + mean": lambda table, ids: F.embedding(ids, table).mean(2),
-        "embedding_bag": lambda table, ids: F.embedding_bag(ids.flatten(0, 1), table, mode="mean").view(*ids.shape[:2], -1),
+        "embedding_bag": lambda table, ids: F.embedding_bag(
+            ids.flatten(0, 1), table, mode="mean"
+        ).view(*ids.shape[:2], -1),
         "paper's loop": listing_2,
     }
 

@@ -1,6 +1,8 @@
-"""Output layer and loss, forward and backward: separate against --tst-fused-linear-loss, time for memory, in one process, interleaved.
+"""Output layer and loss, forward and backward: separate against --tst-fused-linear-loss, time for
+memory, in one process, interleaved.
 
-python benchmarks/bench_linear_loss.py [-N 1024] [-V 32000] [-H 512] [-s 4] [--dtype fp32] [--json] [--csv FILE]
+python benchmarks/bench_linear_loss.py [-N 1024] [-V 32000] [-H 512] [-s 4] [--dtype fp32] [--json]
+[--csv FILE]
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
     parser.add_argument("--help", action="help")
     parser.add_argument("-N", "--rows", type=int, default=8192 if has_gpu() else 1024)
     parser.add_argument("-V", "--vocab-size", type=int, default=151936 if has_gpu() else 32000)
@@ -47,8 +51,8 @@ def measure(options) -> list[dict]:
     from megatron_tst import compat, extension
 
     compat.hide_broken_transformer_engine()
-    from megatron_tst.linear_loss import _LinearMultiHotCrossEntropy
-    from megatron_tst.loss import KERNELS, multi_hot_cross_entropy
+    from megatron_tst.ops.linear_loss import _LinearMultiHotCrossEntropy
+    from megatron_tst.ops.loss import KERNELS, multi_hot_cross_entropy
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -67,7 +71,9 @@ def measure(options) -> list[dict]:
         weight.main_grad += grads[1]
 
     def fused():
-        loss = _LinearMultiHotCrossEntropy.apply(hidden, weight, labels, weights, None, 0, v, False, run, False)
+        loss = _LinearMultiHotCrossEntropy.apply(
+            hidden, weight, labels, weights, None, 0, v, False, run, False
+        )
         torch.autograd.grad(loss.mean(), (hidden, weight))
 
     calls = {"separate": separate, "fused": fused}
@@ -80,10 +86,20 @@ def measure(options) -> list[dict]:
             call()
             times[name].append(seconds(call))
     return [
-        {"variant": name, "N": n, "V": v, "H": h, "s": s, "dtype": options.dtype, "threads": options.threads,
-         "ms": round(1e3 * statistics.median(times[name]), 2), "extra_mb": round(extra[name] / 1e6, 1), **where()}
+        {
+            "variant": name,
+            "N": n,
+            "V": v,
+            "H": h,
+            "s": s,
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "ms": round(1e3 * statistics.median(times[name]), 2),
+            "extra_mb": round(extra[name] / 1e6, 1),
+            **where(),
+        }
         for name in calls
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Multi-hot cross entropy, forward and backward to the logits' gradient: ours against its peers, in one process, interleaved.
+"""Multi-hot cross entropy, forward and backward to the logits' gradient: ours against its peers, in
+one process, interleaved.
 
-    python benchmarks/bench_multi_hot_ce.py [-N 64] [-V 128256] [-s 1 4 16] [--dtype bf16] [--tp 1] [--threads 1 2]
+    python benchmarks/bench_multi_hot_ce.py [-N 64] [-V 128256] [-s 1 4 16] [--dtype bf16] [--tp 1]
+    [--threads 1 2]
                                             [--json] [--csv FILE] [--plot FILE]
 
-Time: medians over rounds in which every variant runs once. share_of_copy: bandwidth over the three passes that are needed (read,
-read, write), as a share of what a copy of the logits (read, write) reaches. extra_mb: peak memory beyond the logits, the gradient
-included. With --tp N, N processes hold V / N columns each (gloo on CPU); the figures are rank 0's.
+Time: medians over rounds in which every variant runs once. share_of_copy: bandwidth over the three
+passes that are needed (read, read, write), as a share of what a copy of the logits (read, write)
+reaches. extra_mb: peak memory beyond the logits, the gradient included. With --tp N, N processes
+hold V / N columns each (gloo on CPU); the figures are rank 0's.
 """
 
 from __future__ import annotations
@@ -24,21 +27,29 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-N", "--rows", type=int, default=64, help="positions")
     parser.add_argument("-V", "--vocab-size", type=int, default=128256, help="the whole vocabulary")
     parser.add_argument("-s", "--bag-size", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of each process, on CPU")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="of each process, on CPU"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--variants", nargs="+", help="some of them alone, by name")
-    parser.add_argument("--json", action="store_true", help="print a list of rows and nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print a list of rows and nothing else on stdout"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows")
     parser.add_argument("--plot", type=Path, help="draw time over bag size")
     options = parser.parse_args(argv)
     if options.vocab_size % options.tp:
-        parser.error(f"--vocab-size: expected a multiple of --tp {options.tp}, got {options.vocab_size}.")
+        parser.error(
+            f"--vocab-size: expected a multiple of --tp {options.tp}, got {options.vocab_size}."
+        )
 
     out, _ = os.fdopen(os.dup(1), "w"), os.dup2(2, 1)  # stdout is for the result alone
     rows = run_ranks(options)
@@ -86,13 +97,17 @@ def measure(rank: int, options) -> list[dict]:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=options.tp)
     rows = []
     for dtype in options.dtype:
-        rows += measure_dtype(options, dtype, device, parallel_state.get_tensor_model_parallel_group())
+        rows += measure_dtype(
+            options, dtype, device, parallel_state.get_tensor_model_parallel_group()
+        )
     dist.destroy_process_group()
     return rows
 
 
 def measure_dtype(options, dtype, device, group) -> list[dict]:
-    """All bag sizes, numbers of threads and variants in the same rounds: a machine's slow minute meets them all."""
+    """All bag sizes, numbers of threads and variants in the same rounds: a machine's slow minute
+    meets them all.
+    """
     import torch
     import torch.distributed as dist
 
@@ -126,7 +141,10 @@ def measure_dtype(options, dtype, device, group) -> list[dict]:
             fresh(key[2])
             extra[key] = peak_bytes(call)
         except Exception as error:  # a peer that does not run here is named, not hidden
-            print(f"{key}: does not run here: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(
+                f"{key}: does not run here: {type(error).__name__}: {str(error).splitlines()[0]}",
+                file=sys.stderr,
+            )
             del calls[key]
             torch.cuda.empty_cache()  # out of memory, most likely: s copies of the logits
     for _ in range(options.rounds):
@@ -162,13 +180,15 @@ def forward_backward(loss, leaf, labels):
 
 
 def variants(group) -> dict:
-    """name -> loss(logits [N, V/tp], labels [N, s]) -> [N]. "single" takes the first label alone, "x s" is called once a label."""
+    """name -> loss(logits [N, V/tp], labels [N, s]) -> [N]. "single" takes the first label alone,
+    "x s" is called once a label.
+    """
     import torch
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     from megatron_tst import extension
-    from megatron_tst.loss import multi_hot_cross_entropy
+    from megatron_tst.ops.loss import multi_hot_cross_entropy
 
     def ours(**options):
         return lambda z, y: multi_hot_cross_entropy(z, y, tp_group=group, **options)
@@ -180,9 +200,9 @@ def variants(group) -> dict:
         return lambda z, y: single(z, y[:, 0])
 
     def megatron(z, y):  # it writes over fp32 logits
-        return vocab_parallel_cross_entropy(z.unsqueeze(0).clone() if z.dtype == torch.float32 else z.unsqueeze(0), y.unsqueeze(0))[
-            0
-        ]
+        return vocab_parallel_cross_entropy(
+            z.unsqueeze(0).clone() if z.dtype == torch.float32 else z.unsqueeze(0), y.unsqueeze(0)
+        )[0]
 
     def megatron_fused(z, y):
         z = z.clone() if z.dtype == torch.float32 else z
@@ -225,9 +245,13 @@ def optional_peers(group, each_label, first_label) -> dict:
         from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy
 
         def te(z, y):
-            return parallel_cross_entropy(z.unsqueeze(0).clone(), y.unsqueeze(0), 0.0, False, group if group.size() > 1 else None)[
-                0
-            ]
+            return parallel_cross_entropy(
+                z.unsqueeze(0).clone(),
+                y.unsqueeze(0),
+                0.0,
+                False,
+                group if group.size() > 1 else None,
+            )[0]
 
         found["te, single"], found["te x s"] = first_label(te), each_label(te)
     except Exception as error:
@@ -250,7 +274,12 @@ def table(rows: list[dict]) -> str:
     lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
     first = rows[0]
     return "\n".join(
-        [*lines, "", f"{first['device']}, torch {first['torch']}, megatron-core {first['megatron_core']}, {first['commit']}"]
+        [
+            *lines,
+            "",
+            f"{first['device']}, torch {first['torch']}, megatron-core {first['megatron_core']}, "
+            f"{first['commit']}",
+        ]
     )
 
 
@@ -263,13 +292,29 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     first = rows[0]
     for name in dict.fromkeys(row["variant"] for row in rows):
-        mine = [row for row in rows if row["variant"] == name and all(row[k] == first[k] for k in ("dtype", "threads"))]
-        axes.plot([row["s"] for row in mine], [row["ms"] for row in mine], marker="o", label=name, lw=2.5 if "ours" in name else 1)
+        mine = [
+            row
+            for row in rows
+            if row["variant"] == name and all(row[k] == first[k] for k in ("dtype", "threads"))
+        ]
+        axes.plot(
+            [row["s"] for row in mine],
+            [row["ms"] for row in mine],
+            marker="o",
+            label=name,
+            lw=2.5 if "ours" in name else 1,
+        )
     axes.set(
-        xscale="log", yscale="log", xlabel="bag size s", ylabel="forward + backward, ms",
-        title=f"N = {first['N']}, V = {first['V']}, {first['dtype']}, tp = {first['tp']}\n{first['device']}",
-    )  # fmt: skip
-    axes.set_xticks(sorted({row["s"] for row in rows}), [str(s) for s in sorted({row["s"] for row in rows})])
+        xscale="log",
+        yscale="log",
+        xlabel="bag size s",
+        ylabel="forward + backward, ms",
+        title=f"N = {first['N']}, V = {first['V']}, {first['dtype']}, tp = "
+        f"{first['tp']}\n{first['device']}",
+    )
+    axes.set_xticks(
+        sorted({row["s"] for row in rows}), [str(s) for s in sorted({row["s"] for row in rows})]
+    )
     axes.minorticks_off()
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)

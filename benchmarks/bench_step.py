@@ -1,13 +1,16 @@
-"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same model, same L, one process, interleaved.
+"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same model,
+same L, one process, interleaved.
 
-    python benchmarks/bench_step.py [--model demo] [--bag-size 2] [--steps 15] [--json] [--csv benchmarks/data/step.csv]
+    python benchmarks/bench_step.py [--model demo] [--bag-size 2] [--steps 15] [--json] [--csv
+    benchmarks/data/step.csv]
     python benchmarks/bench_step.py --model 270m --bag-size 6 --micro-batch 4 --micro-batches 4       a recipe of examples/, on a GPU
     python benchmarks/bench_step.py --model 270m ... -- --num-layers 2 --seq-length 64                 its flags overruled
 
-Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model or a recipe's; the data are random ids, so
-data loading is left out. Time: medians of alternating steps. Memory: the peak of what tensors take beyond the start of a step (on CPU
-from the profiler's allocation events, on a GPU from the caching allocator). MFU: Megatron's own count of FLOPs over the GPU's dense bf16
-peak, in FP8 too.
+Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model or a
+recipe's; the data are random ids, so data loading is left out. Time: medians of alternating steps.
+Memory: the peak of what tensors take beyond the start of a step (on CPU from the profiler's
+allocation events, on a GPU from the caching allocator). MFU: Megatron's own count of FLOPs over the
+GPU's dense bf16 peak, in FP8 too.
 """
 
 from __future__ import annotations
@@ -32,21 +35,36 @@ RECIPES = {"270m": "270m", "600m": "600m", "3b": "3b", "10b-a1b": "moe_10b_a1b"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=(*DEMOS, *RECIPES), default="demo", help="the demo's, or a launch recipe's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--precision", default="bf16", help="of a recipe: bf16, fp8 or fp8-blockwise (the demo's: fp32 on CPU, bf16 on a GPU)"
+        "--model",
+        choices=(*DEMOS, *RECIPES),
+        default="demo",
+        help="the demo's, or a launch recipe's",
+    )
+    parser.add_argument(
+        "--precision",
+        default="bf16",
+        help="of a recipe: bf16, fp8 or fp8-blockwise (the demo's: fp32 on CPU, bf16 on a GPU)",
     )
     parser.add_argument("--bag-size", type=int, default=2)
     parser.add_argument("--micro-batch", type=int, default=1, help="of a recipe: samples")
-    parser.add_argument("--micro-batches", type=int, default=1, help="of a recipe: gradient accumulation")
+    parser.add_argument(
+        "--micro-batches", type=int, default=1, help="of a recipe: gradient accumulation"
+    )
     parser.add_argument("--vocab-size", type=int, default=2048, help="of the demo's model")
     parser.add_argument("--steps", type=int, default=15, help="timed steps of each kind")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--superpose", default="both", choices=("both", "input", "output"))
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
     parser.add_argument("--csv", type=Path, help="append a row")
-    parser.add_argument("flags", nargs="*", help="after --: Megatron's flags, which overrule the model's")
+    parser.add_argument(
+        "flags", nargs="*", help="after --: Megatron's flags, which overrule the model's"
+    )
     options = parser.parse_args(argv)
     os.environ.update(OMP_NUM_THREADS=str(options.threads))
 
@@ -61,7 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.csv:
         append_rows(options.csv, [row])
     print(
-        json.dumps(row) if options.json else "\n".join(f"{key:24} {value}" for key, value in row.items()), file=result, flush=True
+        json.dumps(row)
+        if options.json
+        else "\n".join(f"{key:24} {value}" for key, value in row.items()),
+        file=result,
+        flush=True,
     )
     return 0
 
@@ -84,15 +106,21 @@ def measure(options) -> dict:
         for kind, batch in kinds.items():
             times[kind].append(seconds(lambda batch=batch: step(batch)))
     memory = {
-        kind: statistics.median(peak_bytes(lambda batch=batch: step(batch)) for _ in range(3)) for kind, batch in kinds.items()
+        kind: statistics.median(peak_bytes(lambda batch=batch: step(batch)) for _ in range(3))
+        for kind, batch in kinds.items()
     }
     median = {kind: statistics.median(values) for kind, values in times.items()}
     positions = args.global_batch_size * args.seq_length
-    raw = {kind: positions * (options.bag_size if kind == "superposed" else 1) / median[kind] for kind in kinds}
+    raw = {
+        kind: positions * (options.bag_size if kind == "superposed" else 1) / median[kind]
+        for kind in kinds
+    }
     flops, peak = num_floating_point_operations(args, args.global_batch_size), peak_tflops()
     return {
         "model": options.model,
-        "precision": (args.fp8_recipe if args.fp8 else str(args.params_dtype).removeprefix("torch.")),
+        "precision": (
+            args.fp8_recipe if args.fp8 else str(args.params_dtype).removeprefix("torch.")
+        ),
         "transformer_impl": args.transformer_impl,
         "bag_size": options.bag_size,
         "superpose": options.superpose,
@@ -116,10 +144,17 @@ def measure(options) -> dict:
 
 
 def flags_of(options) -> list[str]:
-    """Megatron's flags: the demo's, or a recipe's model, optimizer and precision in one process that saves nothing."""
+    """Megatron's flags: the demo's, or a recipe's model, optimizer and precision in one process
+    that saves nothing.
+    """
     device = "cuda" if has_gpu() else "cpu"
     if options.model in DEMOS:
-        return [*demo_run.flags(None, options.vocab_size, 1000, architecture=DEMOS[options.model], device=device), *options.flags]
+        return [
+            *demo_run.flags(
+                None, options.vocab_size, 1000, architecture=DEMOS[options.model], device=device
+            ),
+            *options.flags,
+        ]
     ask = {
         "DRY_RUN": "print",
         "MOCK_DATA": "1",
@@ -132,9 +167,16 @@ def flags_of(options) -> list[str]:
     said = subprocess.run([script], env={**os.environ, **ask}, capture_output=True, text=True)
     if said.returncode:
         raise SystemExit(f"bench_step: error: {said.stderr.strip()}")
-    _, model, training, _, _, precision, _ = (shlex.split(line.removesuffix("\\")) for line in said.stdout.splitlines())
-    size = f"--micro-batch-size {options.micro_batch} --global-batch-size {options.micro_batch * options.micro_batches}".split()
-    data = f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo_run.machine(device)}".split()
+    _, model, training, _, _, precision, _ = (
+        shlex.split(line.removesuffix("\\")) for line in said.stdout.splitlines()
+    )
+    size = (
+        f"--micro-batch-size {options.micro_batch} --global-batch-size "
+        f"{options.micro_batch * options.micro_batches}"
+    ).split()
+    data = (
+        f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo_run.machine(device)}"
+    ).split()
     return [*model, *training, *size, *data, *(precision if has_gpu() else []), *options.flags]
 
 
@@ -146,26 +188,36 @@ def _set_up(options):
     from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.core.utils import get_model_config
     from megatron.training import training as loop
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
     from megatron.training.arguments import parse_and_validate_args
 
-    from megatron_tst import compat, patch, training
-    from megatron_tst.bags import superposed_sample
-    from megatron_tst.loss import target_weights
+    from megatron_tst.data.bags import superposed_sample
+    from megatron_tst.loop import entry, patch, seams
+    from megatron_tst.ops.loss import target_weights
 
     os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=os.environ.get("MASTER_PORT", "29881"),
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="localhost",
+        MASTER_PORT=os.environ.get("MASTER_PORT", "29881"),
         CUDA_DEVICE_MAX_CONNECTIONS="1",
-    )  # fmt: skip
+    )
     argv, sys.argv = sys.argv, ["bench_step", *flags_of(options)]
     try:
         args = parse_and_validate_args()
         config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
-        patch.install({compat.BUILD_HELPERS: training.build_dataset_helpers})
+        patch.install({seams.BUILD_HELPERS: entry.build_dataset_helpers})
         loop.initialize_megatron()
         groups = ProcessGroupCollection.use_mpu_process_groups()
         model, optimizer, scheduler = loop.setup_model_and_optimizer(
-            script.ModelType.encoder_or_decoder, checkpointing_context={}, cfg_container=config, pg_collection=groups
+            script.ModelType.encoder_or_decoder,
+            checkpointing_context={},
+            cfg_container=config,
+            pg_collection=groups,
         )
     finally:
         sys.argv = argv
@@ -180,7 +232,11 @@ def _set_up(options):
     def batch(superposed):
         rows, length, size = [], args.seq_length, options.bag_size
         for _ in range(args.micro_batch_size):
-            raw = torch.randint(0, args.vocab_size, (length * (size if superposed and options.superpose != "output" else 1) + 1,))
+            raw = torch.randint(
+                0,
+                args.vocab_size,
+                (length * (size if superposed and options.superpose != "output" else 1) + 1,),
+            )
             row = {
                 "tokens": raw[:-1],
                 "labels": raw[1:],
@@ -188,11 +244,16 @@ def _set_up(options):
                 "position_ids": torch.arange(length),
             }
             rows.append(
-                superposed_sample(row, length, size, options.superpose, target_weights("uniform", size)) if superposed else row
+                superposed_sample(
+                    row, length, size, options.superpose, target_weights("uniform", size)
+                )
+                if superposed
+                else row
             )
         return {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
 
-    # one process, so the batch is whole where it is: what crosses between ranks is not part of this figure
+    # one process, so the batch is whole where it is: what crosses between ranks is not part of this
+    # figure
     script.get_batch_on_this_tp_rank = lambda batch, **named: batch
 
     def step(batch):

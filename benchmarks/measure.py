@@ -1,4 +1,6 @@
-"""What the benchmarks share: time and peak memory of a call, and what a row says about where it was measured."""
+"""What the benchmarks share: time and peak memory of a call, and what a row says about where it was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - start
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call()
     alive = peak = 0
     allocations = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -52,14 +56,18 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def peak_tflops() -> float | None:
-    """Dense bf16 peak of this machine's GPU (SXM, data sheet); None on CPU and where it is not known."""
+    """Dense bf16 peak of this machine's GPU (SXM, data sheet); None on CPU and where it is not
+    known.
+    """
     import torch
 
-    from megatron_tst.plan import GPUS
+    from megatron_tst.planning.arithmetic import GPUS
 
     name = torch.cuda.get_device_name().lower() if has_gpu() else ""
     slower = "pcie" in name or "nvl" in name
-    return None if slower else next((peak for part, (peak, _) in GPUS.items() if part in name), None)
+    return (
+        None if slower else next((peak for part, (peak, _) in GPUS.items() if part in name), None)
+    )
 
 
 def where() -> dict:
@@ -85,7 +93,11 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 
 def _processor() -> str:
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in open("/proc/cpuinfo")
+        if line.startswith("model name")
+    ]
     return f"{names[0] if names else 'CPU'} ({os.cpu_count()} cores)"
 
 

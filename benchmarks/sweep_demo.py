@@ -1,8 +1,11 @@
-"""The sweep behind the demo's setting: baseline and TST arms over seeds at equal FLOPs, on the demo's corpus and model.
+"""The sweep behind the demo's setting: baseline and TST arms over seeds at equal FLOPs, on the
+demo's corpus and model.
 
-    python benchmarks/sweep_demo.py --corpus demo_out/corpus --iterations 1000 --arms 1:0 2:0.2 --seeds 1 2 3
+    python benchmarks/sweep_demo.py --corpus demo_out/corpus --iterations 1000 --arms 1:0 2:0.2
+    --seeds 1 2 3
 
-An arm is BAG_SIZE:STEP_RATIO, 1:0 the baseline. Rows go to benchmarks/data/demo_sweep.csv as runs end; a summary is printed.
+An arm is BAG_SIZE:STEP_RATIO, 1:0 the baseline. Rows go to benchmarks/data/demo_sweep.csv as runs
+end; a summary is printed.
 """
 
 from __future__ import annotations
@@ -24,8 +27,12 @@ import plot_runs
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, required=True, help="prefix made by tools/prepare_corpus.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, required=True, help="prefix made by tools/prepare_corpus.py"
+    )
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--arms", nargs="+", default=["1:0", "2:0.2"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -44,8 +51,15 @@ def main(argv: list[str] | None = None) -> int:
             _append(options.csv, rows[-1])
             print(rows[-1], flush=True)
     for arm in options.arms:
-        losses = [row["validation_loss"] for row in rows if f"{row['bag_size']}:{row['step_ratio']:g}" == arm]
-        print(f"{arm:>8}  mean {statistics.mean(losses):.4f}  spread {max(losses) - min(losses):.4f}  n {len(losses)}")
+        losses = [
+            row["validation_loss"]
+            for row in rows
+            if f"{row['bag_size']}:{row['step_ratio']:g}" == arm
+        ]
+        print(
+            f"{arm:>8}  mean {statistics.mean(losses):.4f}  spread "
+            f"{max(losses) - min(losses):.4f}  n {len(losses)}"
+        )
     return 0
 
 
@@ -53,10 +67,15 @@ def run(options, arm: str, seed: int) -> dict:
     """One training run; its final next-token validation loss and what it took."""
     bag_size, ratio = int(arm.split(":")[0]), float(arm.split(":")[1])
     vocab_size = json.loads(Path(f"{options.corpus}.json").read_text())["vocab_size"]
-    arguments = demo_run.flags(options.corpus, vocab_size, options.iterations, seed, "gpt-moe" if options.moe else "gpt")
+    arguments = demo_run.flags(
+        options.corpus, vocab_size, options.iterations, seed, "gpt-moe" if options.moe else "gpt"
+    )
     if bag_size > 1:
         arguments += ["--tst-bag-size", str(bag_size), "--tst-step-ratio", str(ratio)]
-    log = options.logs / f"{'moe_' if options.moe else ''}{options.iterations}_s{bag_size}_r{ratio}_seed{seed}.log"
+    log = (
+        options.logs
+        / f"{'moe_' if options.moe else ''}{options.iterations}_s{bag_size}_r{ratio}_seed{seed}.log"
+    )
     start = time.time()
     code = demo_run.start(arguments, log).wait()
     result = plot_runs.read_log(log)

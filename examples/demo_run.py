@@ -1,4 +1,6 @@
-"""The small run of the demo, the sweep and the benchmarks: Megatron's flags for a 1.1M-parameter GPT on CPU or a GPU, and how to start it."""
+"""The small run of the demo, the sweep and the benchmarks: Megatron's flags for a 1.1M-parameter
+GPT on CPU or a GPU, and how to start it.
+"""
 
 from __future__ import annotations
 
@@ -13,57 +15,117 @@ SEQ_LENGTH, BATCH = 128, 16
 NAME = "3x128 lr 4e-3"  # in the tables of sweeps
 
 # Where Transformer Engine and apex are not: layers of torch alone.
-_TORCH_LAYERS = "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion"
+_TORCH_LAYERS = (
+    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion"
+)
 _DATA = "--no-create-attention-mask-in-dataloader --num-workers 0"
 # What Megatron needs to be told on CPU: no fused CUDA kernels, gloo.
 CPU = (
-    f"--distributed-backend gloo {_TORCH_LAYERS} --no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
+    f"--distributed-backend gloo {_TORCH_LAYERS} --no-gradient-accumulation-fusion "
+    f"--no-bias-swiglu-fusion --no-bias-dropout-fusion "
     f"--use-cpu-initialization {_DATA}"
 )
 MODEL = (
-    f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
+    f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} "
+    f"--max-position-embeddings {SEQ_LENGTH} "
     "--position-embedding-type rope --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --init-method-std 0.05 "
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
+    "--init-method-std 0.05 "
     "--embedding-init-method-std 1.0"
 )
 _GPT = "--normalization LayerNorm --ffn-hidden-size 512"
 _LLAMA = "--normalization RMSNorm --swiglu --ffn-hidden-size 344"
 _QWEN3 = _LLAMA + " --qk-layernorm --group-query-attention --num-query-groups 2"
-_MOE = " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 --moe-router-load-balancing-type aux_loss"
-# The first is the demo's, whose settings were tuned (docs/LOG.md); the last three can be exported to Hugging Face and NeMo.
-ARCHITECTURES = {"gpt": _GPT, "gpt-moe": _GPT + _MOE, "llama": _LLAMA, "qwen3": _QWEN3, "qwen3-moe": _QWEN3 + _MOE}
+_MOE = (
+    " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 "
+    "--moe-router-load-balancing-type aux_loss"
+)
+# The first is the demo's, whose settings were tuned (docs/LOG.md); the last three can be exported
+# to Hugging Face and NeMo.
+ARCHITECTURES = {
+    "gpt": _GPT,
+    "gpt-moe": _GPT + _MOE,
+    "llama": _LLAMA,
+    "qwen3": _QWEN3,
+    "qwen3-moe": _QWEN3 + _MOE,
+}
 
 
 def machine(device: str) -> str:
-    """Flags for "cpu", or for "cuda" with Transformer Engine's layers and apex's gradient accumulation where they are installed."""
+    """Flags for "cpu", or for "cuda" with Transformer Engine's layers and apex's gradient
+    accumulation where they are installed.
+    """
     if device == "cpu":
         return CPU
-    layers = "--transformer-impl transformer_engine" if importlib.util.find_spec("transformer_engine") else _TORCH_LAYERS
-    fused = "" if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") else "--no-gradient-accumulation-fusion"
+    layers = (
+        "--transformer-impl transformer_engine"
+        if importlib.util.find_spec("transformer_engine")
+        else _TORCH_LAYERS
+    )
+    fused = (
+        ""
+        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
+        else "--no-gradient-accumulation-fusion"
+    )
     return f"{layers} {fused} {_DATA}"
 
 
 def flags(
-    corpus: Path | None, vocab_size: int, iterations: int, seed: int = 1234, architecture: str = "gpt", device: str = "cpu"
+    corpus: Path | None,
+    vocab_size: int,
+    iterations: int,
+    seed: int = 1234,
+    architecture: str = "gpt",
+    device: str = "cpu",
 ) -> list[str]:
-    """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay, both arms alike; fp32 on CPU, else bf16."""
+    """Everything but the --tst flags and where to save: AdamW, warmup-stable-decay with 20 % decay,
+    both arms alike; fp32 on CPU, else bf16.
+    """
     optimizer = (
-        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr 4e-3 --min-lr 0 --lr-decay-style WSD "
-        f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {iterations // 5} --lr-warmup-iters {min(100, iterations // 10)} "
+        f"--micro-batch-size {BATCH} --global-batch-size {BATCH} --train-iters {iterations} --lr "
+        f"4e-3 --min-lr 0 --lr-decay-style WSD "
+        f"--lr-wsd-decay-style linear --lr-wsd-decay-iters {iterations // 5} --lr-warmup-iters "
+        f"{min(100, iterations // 10)} "
         f"--adam-beta1 0.9 --adam-beta2 0.999 --weight-decay 0.01 --clip-grad 1.0 --seed {seed}"
     )
     data = f"--data-path {corpus} --split 95,5,0" if corpus else "--mock-data"
     data += f" --tokenizer-type NullTokenizer --vocab-size {vocab_size}"
     logs = f"--log-interval 10 --eval-interval {max(10, iterations // 10)} --eval-iters 20"
     return " ".join(
-        [machine(device), "--bf16" if device == "cuda" else "", MODEL, ARCHITECTURES[architecture], optimizer, data, logs]
+        [
+            machine(device),
+            "--bf16" if device == "cuda" else "",
+            MODEL,
+            ARCHITECTURES[architecture],
+            optimizer,
+            data,
+            logs,
+        ]
     ).split()
 
 
 def start(arguments: list[str], log: Path, device: str = "cpu") -> subprocess.Popen:
-    """Start one process of training, its output in `log`: on one CPU thread, or on the first GPU that CUDA_VISIBLE_DEVICES shows."""
+    """Start one process of training, its output in `log`: on one CPU thread, or on the first GPU
+    that CUDA_VISIBLE_DEVICES shows.
+    """
     # port 0: one that is free when the process comes to listen, seconds from now
-    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
-    environment |= dict(OMP_NUM_THREADS="1", MEGATRON_TST_CPU="1" if device == "cpu" else "0", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    environment = dict(
+        os.environ,
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="localhost",
+        MASTER_PORT="0",
+    )
+    environment |= dict(
+        OMP_NUM_THREADS="1",
+        MEGATRON_TST_CPU="1" if device == "cpu" else "0",
+        CUDA_DEVICE_MAX_CONNECTIONS="1",
+    )
     with open(log, "w") as out:
-        return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdout=out, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )

@@ -1,13 +1,15 @@
-"""Validate a training command on a machine without GPUs: nothing is trained, started, opened or written.
+"""Validate a training command on a machine without GPUs: nothing is trained, started, opened or
+written.
 
     python examples/dry_run.py --world-size 8 --gpu h100 -- <the flags of pretrain_gpt.py>
 
-The flags go through Megatron's own parser, validate_args and configurations (transformer, optimizer, data parallelism) and through TST's
-refusals, for the real number of processes, with the megatron-core that is installed or the one in --megatron-lm. The recipes call it under
-DRY_RUN=1. Exit code 0: accepted. 2: refused, with the message of whoever refused it.
+The flags go through Megatron's own parser, validate_args and configurations (transformer,
+optimizer, data parallelism) and through TST's refusals, for the real number of processes, with the
+megatron-core that is installed or the one in --megatron-lm. The recipes call it under DRY_RUN=1.
+Exit code 0: accepted. 2: refused, with the message of whoever refused it.
 
-Two questions that Megatron asks the machine are answered by assumption, and named in the output: the GPU's compute capability and, where
-there is no Transformer Engine, its version.
+Two questions that Megatron asks the machine are answered by assumption, and named in the output:
+the GPU's compute capability and, where there is no Transformer Engine, its version.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ import types
 import warnings
 from unittest import mock
 
-from megatron_tst import refusals
-from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments
+from megatron_tst.checks import refusals
+from megatron_tst.config import TSTConfig, add_tst_arguments
+from megatron_tst.errors import TSTError
 
 CAPABILITY = {"h100": (9, 0), "b200": (10, 0)}
 CUDA = "13.0"  # assumed
-TRANSFORMER_ENGINE = "2.14.0"  # assumed where there is none; its own floors: tensorwise 2.2, mxfp8 2.1, blockwise 2.3
+# assumed where there is none; its own floors: tensorwise 2.2, mxfp8 2.1, blockwise 2.3
+TRANSFORMER_ENGINE = "2.14.0"
 
 
 class Refused(Exception):
@@ -62,15 +66,26 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
                 raise Refused(printed.getvalue().strip().splitlines()[-1]) from None
             except TSTError as error:
                 raise Refused(f"megatron_tst: {error}") from error
-            except (AssertionError, ValueError, RuntimeError, NotImplementedError, TypeError) as error:
+            except (
+                AssertionError,
+                ValueError,
+                RuntimeError,
+                NotImplementedError,
+                TypeError,
+            ) as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                raise Refused(f"{os.path.basename(where.filename)}:{where.lineno}: {str(error).strip() or where.line}") from error
+                raise Refused(
+                    f"{os.path.basename(where.filename)}:{where.lineno}: "
+                    f"{str(error).strip() or where.line}"
+                ) from error
     return args
 
 
 @contextlib.contextmanager
 def _machine(world_size: int, gpu: str):
-    """Answer Megatron's questions about the machine: how many processes, which GPU, which Transformer Engine where there is none."""
+    """Answer Megatron's questions about the machine: how many processes, which GPU, which
+    Transformer Engine where there is none.
+    """
     import torch
     from megatron.core import utils
     from megatron.core.models.common.embeddings import rope_utils
@@ -79,12 +94,19 @@ def _machine(world_size: int, gpu: str):
     major, minor = CAPABILITY[gpu]
     version, rope = utils.get_te_version(), rope_utils.fused_apply_rotary_pos_emb
     if not _installed():
-        version, rope = Version(TRANSFORMER_ENGINE), "Transformer Engine's"  # asked for: is it there
+        version, rope = (
+            Version(TRANSFORMER_ENGINE),
+            "Transformer Engine's",
+        )  # asked for: is it there
     environment = {"WORLD_SIZE": str(world_size), "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch.cuda, "get_device_capability", lambda *device: (major, minor)),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda *device: types.SimpleNamespace(major=major, minor=minor)),
+        mock.patch.object(
+            torch.cuda,
+            "get_device_properties",
+            lambda *device: types.SimpleNamespace(major=major, minor=minor),
+        ),
         mock.patch.object(refusals, "_gpu", lambda: ((major, minor), CUDA)),
         mock.patch.object(utils, "_te_version", version),
         mock.patch.object(rope_utils, "fused_apply_rotary_pos_emb", rope),
@@ -111,7 +133,8 @@ def _check_batches(args) -> None:
     share = args.micro_batch_size * args.data_parallel_size
     if args.global_batch_size % share:
         raise Refused(
-            f"--global-batch-size: expected a multiple of --micro-batch-size x data-parallel size = {args.micro_batch_size} x "
+            f"--global-batch-size: expected a multiple of --micro-batch-size x data-parallel size "
+            f"= {args.micro_batch_size} x "
             f"{args.data_parallel_size}, got {args.global_batch_size}"
         )
 
@@ -123,8 +146,14 @@ def parameters(args) -> int:
     norms = 2 * args.hidden_size + (2 * args.kv_channels if args.qk_layernorm else 0)
     ffn = 3 * args.hidden_size * args.ffn_hidden_size
     if args.num_experts:
-        ffn = args.num_experts * (3 * args.hidden_size * args.moe_ffn_hidden_size + args.hidden_size)
-    return args.num_layers * (attention + norms + ffn) + args.hidden_size + 2 * args.hidden_size * args.padded_vocab_size
+        ffn = args.num_experts * (
+            3 * args.hidden_size * args.moe_ffn_hidden_size + args.hidden_size
+        )
+    return (
+        args.num_layers * (attention + norms + ffn)
+        + args.hidden_size
+        + 2 * args.hidden_size * args.padded_vocab_size
+    )
 
 
 def report(args, gpu: str) -> str:
@@ -136,12 +165,16 @@ def report(args, gpu: str) -> str:
     if config.enabled:
         schedule = config.schedule(args)
         superposed = schedule.superposition_samples // args.global_batch_size
-        steps = f"{superposed:,} with bags of {config.bag_size}, then {args.train_iters - superposed:,} plain"
+        steps = (
+            f"{superposed:,} with bags of {config.bag_size}, then "
+            f"{args.train_iters - superposed:,} plain"
+        )
         text = schedule.raw_tokens(samples)
     micro = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     precision = f"{args.fp8_recipe} FP8 over bf16" if args.fp8 else "bf16"
     layout = (
-        f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP {args.context_parallel_size} x "
+        f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} x CP "
+        f"{args.context_parallel_size} x "
         f"DP {args.data_parallel_size}, EP {args.expert_model_parallel_size}"
     )
     return f"""\
@@ -159,10 +192,14 @@ dry run: accepted
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 accepted, 2 refused."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--world-size", type=int, required=True, help="processes, one for each GPU")
     parser.add_argument("--gpu", choices=CAPABILITY, required=True)
-    parser.add_argument("--megatron-lm", metavar="CHECKOUT", help="take Megatron from there, as its own scripts do")
+    parser.add_argument(
+        "--megatron-lm", metavar="CHECKOUT", help="take Megatron from there, as its own scripts do"
+    )
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: the flags to validate")
     options = parser.parse_args(argv)
     if options.megatron_lm:
@@ -170,7 +207,9 @@ def main(argv: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not installed here
         try:
-            args = validate([flag for flag in options.flags if flag != "--"], options.world_size, options.gpu)
+            args = validate(
+                [flag for flag in options.flags if flag != "--"], options.world_size, options.gpu
+            )
         except Refused as refused:
             print(f"dry run: REFUSED: {refused}", file=sys.stderr)
             return 2

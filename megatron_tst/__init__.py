@@ -1,6 +1,7 @@
 """Token-Superposition Training (TST, arXiv 2605.06546) for Megatron-Core.
 
-Importing this package imports neither torch nor Megatron and patches nothing; each public name is loaded on first use.
+Importing this package imports neither torch nor Megatron and patches nothing; each public name is
+loaded on first use.
 """
 
 from importlib import import_module
@@ -8,13 +9,16 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
-    "apply": "patch",
-    "remove": "patch",
-    "status": "patch",
+    "apply": "loop.patch",
+    "remove": "loop.patch",
+    "status": "loop.patch",
     "TSTConfig": "config",
-    "TSTError": "config",
-    "bag_view": "bags",
-    "multi_hot_cross_entropy": "loss",
+    "TSTError": "errors",
+    "Schedule": "schedule",
+    "PhasedDataset": "data.dataset",
+    "bag_view": "data.bags",
+    "target_weights": "ops.loss",
+    "multi_hot_cross_entropy": "ops.loss",
 }
 __all__ = [*_HOME, "__version__"]
 

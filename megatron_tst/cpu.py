@@ -1,7 +1,9 @@
-"""Megatron on CPU with gloo, for the demo and the tests. Never active unless MEGATRON_TST_CPU=1 asks for it.
+"""Megatron on CPU with gloo, for the demo and the tests. Never active unless MEGATRON_TST_CPU=1
+asks for it.
 
-Megatron's training loop assumes CUDA in some forty places. Each shim below says which assumption it answers; line numbers are
-megatron-core 0.19.2's. Nothing of TST is in here, and nothing here changes a number: only where it is computed.
+Megatron's training loop assumes CUDA in some forty places. Each shim below says which assumption it
+answers; line numbers are megatron-core 0.19.2's. Nothing of TST is in here, and nothing here
+changes a number: only where it is computed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def enable_if_asked() -> None:
 
     if torch.cuda.is_available():
         print(
-            f"megatron_tst: error: {SWITCH}: expected a machine without a GPU, got one. Unset it to train on the GPU.",
+            f"megatron_tst: error: {SWITCH}: expected a machine without a GPU, got one. Unset it "
+            f"to train on the GPU.",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -43,11 +46,22 @@ def enable_if_asked() -> None:
 
 
 def _before_megatron(torch) -> None:
-    # Their modules need a GPU, and with Transformer Engine importable Megatron picks its optimizer kernels.
-    for name in ("transformer_engine", "transformer_engine_torch", "apex", "flash_attn", "nvidia_resiliency_ext"):
+    # Their modules need a GPU, and with Transformer Engine importable Megatron picks its optimizer
+    # kernels.
+    for name in (
+        "transformer_engine",
+        "transformer_engine_torch",
+        "apex",
+        "flash_attn",
+        "nvidia_resiliency_ext",
+    ):
         sys.modules[name] = None
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # arguments.py demands it for tensor parallelism
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling the fused elementwise functions takes 20 s and gains nothing here
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "1"
+    )  # arguments.py demands it for tensor parallelism
+    os.environ.setdefault(
+        "TORCHDYNAMO_DISABLE", "1"
+    )  # compiling the fused elementwise functions takes 20 s and gains nothing here
     _devices(torch)
     _streams(torch)
     _random_state(torch)
@@ -59,7 +73,9 @@ def _devices(torch) -> None:
     cpu = torch.device("cpu")
 
     def is_cuda(device):
-        return (isinstance(device, int) and not isinstance(device, bool)) or str(device).startswith("cuda")
+        return (isinstance(device, int) and not isinstance(device, bool)) or str(device).startswith(
+            "cuda"
+        )
 
     def on_cpu(function):
         @functools.wraps(function)
@@ -74,19 +90,30 @@ def _devices(torch) -> None:
 
     # torch.zeros(..., device="cuda") and the like, all over the loop
     for name in (
-        "tensor as_tensor zeros ones empty full rand randn randint arange linspace eye zeros_like ones_like empty_like full_like "
+        "tensor as_tensor zeros ones empty full rand randn randint arange linspace eye zeros_like "
+        "ones_like empty_like full_like "
         "rand_like randn_like"
     ).split():
         setattr(torch, name, on_cpu(getattr(torch, name)))
     to = torch.Tensor.to
-    torch.Tensor.to = on_cpu(lambda self, *a, **k: to(self, *((cpu, *a[1:]) if a and is_cuda(a[0]) else a), **k))
-    for name in ("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"):  # mappings.py:444, MoE
+    torch.Tensor.to = on_cpu(
+        lambda self, *a, **k: to(self, *((cpu, *a[1:]) if a and is_cuda(a[0]) else a), **k)
+    )
+    for name in (
+        "new_zeros",
+        "new_ones",
+        "new_empty",
+        "new_full",
+        "new_tensor",
+    ):  # mappings.py:444, MoE
         setattr(torch.Tensor, name, on_cpu(getattr(torch.Tensor, name)))
     # batches, rotary caches, embedding masks: x.cuda()
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *a, **k: self
     torch.Tensor.pin_memory = lambda self, *a, **k: self
     torch.Tensor.record_stream = lambda self, stream: None
-    torch.cuda.device_count = lambda: 1  # initialize.py:270 skips model parallelism without a device
+    torch.cuda.device_count = lambda: (
+        1
+    )  # initialize.py:270 skips model parallelism without a device
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda *a: None
     torch.cuda.get_device_capability = lambda *a: (8, 0)
@@ -98,7 +125,10 @@ def _devices(torch) -> None:
     def type_as_on_cuda(self, *args, **kwargs):
         answer = type_(self, *args, **kwargs)
         # clip_grads.py:174 and the mixed-precision optimizers compare with "torch.cuda.FloatTensor"
-        if isinstance(answer, str) and f"megatron{os.sep}core{os.sep}optimizer" in sys._getframe(1).f_code.co_filename:
+        if (
+            isinstance(answer, str)
+            and f"megatron{os.sep}core{os.sep}optimizer" in sys._getframe(1).f_code.co_filename
+        ):
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
@@ -141,23 +171,42 @@ def _streams(torch) -> None:
 
 
 def _random_state(torch) -> None:
-    # The CUDA generator is the CPU's: Megatron's tracker of tensor-parallel generators then works as it is.
+    # The CUDA generator is the CPU's: Megatron's tracker of tensor-parallel generators then works
+    # as it is.
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *a, **k: (
+        torch.get_rng_state()
+    )
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, *a, **k: (
+        torch.set_rng_state(state)
+    )
 
 
 def _memory_queries(torch) -> None:
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "device_memory_used"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+        "device_memory_used",
+    ):
         setattr(torch.cuda, name, lambda *a, **k: 0)
     torch.cuda.memory_stats = lambda *a, **k: dict.fromkeys(
-        ("reserved_bytes.all.current", "allocated_bytes.all.current", "allocated_bytes.all.peak", "allocation.all.current"), 0
+        (
+            "reserved_bytes.all.current",
+            "allocated_bytes.all.current",
+            "allocated_bytes.all.peak",
+            "allocation.all.current",
+        ),
+        0,
     )
     torch.cuda.reset_peak_memory_stats = lambda *a, **k: None
 
 
 def _uneven_collectives(torch) -> None:
-    """gloo has no all_gather or reduce_scatter of unequal parts (core/tensor_parallel/mappings.py:154 and :197, MoE)."""
+    """gloo has no all_gather or reduce_scatter of unequal parts
+    (core/tensor_parallel/mappings.py:154 and :197, MoE).
+    """
     dist = torch.distributed
     gather, scatter = dist.all_gather, dist.reduce_scatter
 
@@ -194,11 +243,14 @@ def _saves_asynchronously() -> bool:
 
 
 def _preload_tensors(write_buckets, non_blocking=True):
-    """FileSystemWriterAsync's, for tensors that are on the host already: a process that writes while training goes on needs copies."""
+    """FileSystemWriterAsync's, for tensors that are on the host already: a process that writes
+    while training goes on needs copies.
+    """
     if multiprocessing.parent_process() is None:
         return write_buckets
     return [
-        (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors])) for name, key, (data, tensors) in write_buckets
+        (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+        for name, key, (data, tensors) in write_buckets
     ]
 
 
@@ -213,15 +265,23 @@ def _after_megatron(torch) -> None:
     import megatron.training.training as loop
 
     # random.py sets the CUDA generator through torch._C
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
     # pretrain() does not hand allow_no_cuda on (training.py:1091)
     loop.initialize_megatron = functools.partial(loop.initialize_megatron, allow_no_cuda=True)
-    # a save would spawn a manager process that imports the main script again, 5 s each: needless where it is synchronous
+    # a save would spawn a manager process that imports the main script again, 5 s each: needless
+    # where it is synchronous
     here, manager_queue = queue.Queue(), filesystem_async.get_write_results_queue
-    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": manager_queue(mp_mode) if _saves_asynchronously() else here
+    filesystem_async.get_write_results_queue = lambda mp_mode="spawn": (
+        manager_queue(mp_mode) if _saves_asynchronously() else here
+    )
     filesystem_async.FileSystemWriterAsync.preload_tensors = staticmethod(_preload_tensors)
-    # the all-to-all dispatcher waits for a copy to the host that never happens (token_dispatcher.py:946)
+    # the all-to-all dispatcher waits for a copy to the host that never happens
+    # (token_dispatcher.py:946)
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     wait = dispatcher._maybe_dtoh_and_synchronize
 
@@ -231,12 +291,14 @@ def _after_megatron(torch) -> None:
         return wait(self, *args, **kwargs)
 
     dispatcher._maybe_dtoh_and_synchronize = wait_for_nothing
-    # ... and moves split sizes to the host only from CUDA (token_dispatcher.py:927, moe_utils.py:1184)
+    # ... and moves split sizes to the host only from CUDA (token_dispatcher.py:927,
+    # moe_utils.py:1184)
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
-    # torch's norm refuses sequence parallelism (torch_norm.py:50): build it, and mark its weights as the other norms mark theirs,
-    # so that finalize_model_grads sums their gradients over the tensor-parallel ranks
+    # torch's norm refuses sequence parallelism (torch_norm.py:50): build it, and mark its weights
+    # as the other norms mark theirs, so that finalize_model_grads sums their gradients over the
+    # tensor-parallel ranks
     build = torch_norm.WrappedTorchNorm.__new__
 
     def build_marked(cls, config, *args, **kwargs):
@@ -250,34 +312,46 @@ def _after_megatron(torch) -> None:
         return norm
 
     torch_norm.WrappedTorchNorm.__new__ = build_marked
-    # HybridModel's last norm is Transformer Engine's whatever the layer spec says (hybrid_block.py:215)
+    # HybridModel's last norm is Transformer Engine's whatever the layer spec says
+    # (hybrid_block.py:215)
     hybrid_block.TENorm = torch_norm.WrappedTorchNorm
     _distributed_optimizer(torch)
 
 
 def _distributed_optimizer(torch) -> None:
-    """Megatron's distributed optimizer does not restore the state of torch's Adam, which it falls back to without Transformer Engine and
-    Apex (config.py refuses such a resume on a GPU). Three faults of distrib_optimizer.py, mended here:"""
+    """Megatron's distributed optimizer does not restore the state of torch's Adam, which it falls
+    back to without Transformer Engine and Apex (config.py refuses such a resume on a GPU). Three
+    faults of distrib_optimizer.py, mended here:
+    """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     state_dict, load, restore = (
-        getattr(DistributedOptimizer, name) for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
+        getattr(DistributedOptimizer, name)
+        for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states")
     )
 
-    def state_dict_of_a_fresh_optimizer_too(self):  # :837 reads the step of an Adam that has not stepped yet
+    def state_dict_of_a_fresh_optimizer_too(
+        self,
+    ):  # :837 reads the step of an Adam that has not stepped yet
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state.get(parameter):
                     self.optimizer.state[parameter] = {
-                        "step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)
-                    }  # fmt: skip
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
         return state_dict(self)
 
     @torch.no_grad()  # it writes into parameters
-    def restore_without_step(self, model_param, tensors):  # :1223 wants a step, which is stored elsewhere, or gets a wrong one
+    def restore_without_step(
+        self, model_param, tensors
+    ):  # :1223 wants a step, which is stored elsewhere, or gets a wrong one
         return restore(self, model_param, {**tensors, "step": None})
 
-    def load_and_unshare_steps(self, *args, **kwargs):  # :1032 gives all parameters one step tensor, which each of them increments
+    def load_and_unshare_steps(
+        self, *args, **kwargs
+    ):  # :1032 gives all parameters one step tensor, which each of them increments
         result = load(self, *args, **kwargs)
         for state in self.optimizer.state.values():
             if "step" in state:

@@ -31,13 +31,31 @@ def load() -> Extension:
     try:
         from megatron_tst import _C
     except ModuleNotFoundError:
-        return Extension(False, False, "not built. `pip install --no-build-isolation` this package and read what setup.py says")
+        return Extension(
+            False,
+            False,
+            "not built. `pip install --no-build-isolation` this package and read what setup.py "
+            "says",
+        )
     except Exception as error:  # built for another torch: undefined symbols, missing libraries
-        return Extension(False, False, f"built but not loadable with torch {torch.__version__} ({error}). Build it again")
+        return Extension(
+            False,
+            False,
+            f"built but not loadable with torch {torch.__version__} ({error}). Build it again",
+        )
     if _C.torch_version != torch.__version__.split("+")[0]:
-        return Extension(False, False, f"built with torch {_C.torch_version}, this is torch {torch.__version__}. Build it again")
+        return Extension(
+            False,
+            False,
+            f"built with torch {_C.torch_version}, this is torch {torch.__version__}. Build it "
+            f"again",
+        )
     cuda = _C.cuda_architectures
-    return Extension(True, bool(cuda), f"CPU kernels{f', CUDA kernels for {cuda}' if cuda else ', no CUDA kernels'}")
+    return Extension(
+        True,
+        bool(cuda),
+        f"CPU kernels{f', CUDA kernels for {cuda}' if cuda else ', no CUDA kernels'}",
+    )
 
 
 def choose(kernel: str, device: str) -> str:
@@ -47,7 +65,10 @@ def choose(kernel: str, device: str) -> str:
         ValueError: the extension is asked for and cannot run there.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"multi_hot_cross_entropy: expected kernel to be one of {', '.join(KERNELS)}, got {kernel!r}.")
+        raise ValueError(
+            f"multi_hot_cross_entropy: expected kernel to be one of {', '.join(KERNELS)}, got "
+            f"{kernel!r}."
+        )
     if kernel == "torch":
         return "torch"
     extension = load()
@@ -56,7 +77,8 @@ def choose(kernel: str, device: str) -> str:
         return "extension"
     if kernel == "extension":
         raise ValueError(
-            f"multi_hot_cross_entropy: expected the extension's {device} kernels, got an extension that is {extension.description}. "
+            f"multi_hot_cross_entropy: expected the extension's {device} kernels, got an "
+            f"extension that is {extension.description}. "
             "Or ask for kernel 'auto' or 'torch'."
         )
     return "torch"

@@ -1,9 +1,11 @@
 """Run an unmodified Megatron-LM script with TST.
 
-    torchrun ... -m megatron_tst.launch path/to/pretrain_gpt.py <its flags> --tst-bag-size 6 --tst-step-ratio 0.3
+    torchrun ... -m megatron_tst.launch path/to/pretrain_gpt.py <its flags> --tst-bag-size 6
+    --tst-step-ratio 0.3
 
-instead of `torchrun ... path/to/pretrain_gpt.py <its flags>`. Works for pretrain_gpt.py and pretrain_hybrid.py of 0.18 and 0.19, and for
-any script that calls megatron.training.pretrain. Without --tst- flags the script runs as it is.
+instead of `torchrun ... path/to/pretrain_gpt.py <its flags>`. Works for pretrain_gpt.py and
+pretrain_hybrid.py of 0.18 and 0.19, and for any script that calls megatron.training.pretrain.
+Without --tst- flags the script runs as it is.
 """
 
 from __future__ import annotations
@@ -23,11 +25,14 @@ def main(argv: list[str]) -> None:
     script = argv[0]
     if not os.path.isfile(script):
         print(
-            f"megatron_tst: error: launch: expected the path of a Megatron script, got {script!r}, which is no file.",
+            f"megatron_tst: error: launch: expected the path of a Megatron script, got "
+            f"{script!r}, which is no file.",
             file=sys.stderr,
         )
         sys.exit(2)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as `python script` does: its checkout's megatron comes first
+    sys.path.insert(
+        0, os.path.dirname(os.path.abspath(script))
+    )  # as `python script` does: its checkout's megatron comes first
     sys.argv = argv
     training.prepare()
     runpy.run_path(script, run_name="__main__")

@@ -7,7 +7,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [
     str(ROOT / name)
-    for name in ("tests", "tests/unit", "tests/distributed", "tools", "examples", "examples/experiments", "benchmarks")
+    for name in (
+        "tests",
+        "tests/unit",
+        "tests/distributed",
+        "tools",
+        "examples",
+        "examples/experiments",
+        "benchmarks",
+    )
 ]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -30,25 +38,48 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     group = parser.getgroup("distributed", "tests/distributed (its README.md)")
-    group.addoption("--backend", default="nccl" if HAS_GPU else "gloo", help="gloo or nccl; gloo lets several ranks share a GPU")
-    group.addoption("--nodes", type=int, default=1, help="the same command runs on so many nodes at once")
+    group.addoption(
+        "--backend",
+        default="nccl" if HAS_GPU else "gloo",
+        help="gloo or nccl; gloo lets several ranks share a GPU",
+    )
+    group.addoption(
+        "--nodes", type=int, default=1, help="the same command runs on so many nodes at once"
+    )
     group.addoption("--node", type=int, default=0, help="which of them this is, from 0")
     group.addoption("--master", default="localhost", help="address of node 0")
     group.addoption("--shared-folder", help="a new folder that all nodes see; needed with --nodes")
-    group.addoption("--parallel-report", help="write what the layouts differed by to this file (tools/parallel_matrix.py)")
+    group.addoption(
+        "--parallel-report",
+        help="write what the layouts differed by to this file (tools/parallel_matrix.py)",
+    )
 
 
 NEEDS_GPU = (
-    "the CUDA kernels against the reference (tests/gpu), their memory, determinism and capture in CUDA graphs, tensor parallelism on a GPU, NCCL, "
+    "the CUDA kernels against the reference (tests/gpu), their memory, determinism and capture in "
+    "CUDA graphs, tensor parallelism on a GPU, NCCL, "
     "compute-sanitizer, Transformer Engine's layers, FP8 training, speed on a GPU"
 )
 
 
-# Files that take minutes: they start first, so that no process is left with one of them at the end (make test hands out whole files).
+# Files that take minutes: they start first, so that no process is left with one of them at the end
+# (make test hands out whole files).
 LONG = (
-    "test_layouts", "test_killed", "test_export_hf", "test_gpu_check", "test_tools", "test_two_nodes", "test_experiments", "test_resume",
-    "test_stock", "test_batches", "test_raw_tokens", "test_loss_scale", "test_topic_language", "test_stops",
-)  # fmt: skip
+    "test_layouts",
+    "test_killed",
+    "test_export_hf",
+    "test_gpu_check",
+    "test_tools",
+    "test_two_nodes",
+    "test_experiments",
+    "test_resume",
+    "test_stock",
+    "test_batches",
+    "test_raw_tokens",
+    "test_loss_scale",
+    "test_topic_language",
+    "test_stops",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -61,7 +92,10 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("megatron_tst")
     terminalreporter.line(f"extension: {extension.load().description}")
     if not HAS_GPU:
-        terminalreporter.line(f"GPU: no GPU here, so these did NOT run: {NEEDS_GPU}. On a GPU machine: tools/gpu_check.sh OUT")
+        terminalreporter.line(
+            f"GPU: no GPU here, so these did NOT run: {NEEDS_GPU}. On a GPU machine: "
+            f"tools/gpu_check.sh OUT"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +104,9 @@ def megatron():
     from megatron.core import parallel_state, tensor_parallel
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     return parallel_state
@@ -79,7 +115,7 @@ def megatron():
 @pytest.fixture
 def patched(megatron):
     """megatron_tst applied for one test and removed after it."""
-    from megatron_tst import patch
+    from megatron_tst.loop import patch
 
     patch.apply()
     yield patch
@@ -88,7 +124,9 @@ def patched(megatron):
 
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory, pytestconfig):
-    """Starts training runs and multi-rank functions in processes that need not import torch and Megatron again."""
+    """Starts training runs and multi-rank functions in processes that need not import torch and
+    Megatron again.
+    """
     where = (pytestconfig.getoption(name) for name in ("nodes", "node", "master"))
     with Zygote(tmp_path_factory.mktemp("zygote"), *where) as running:
         yield running
@@ -96,12 +134,20 @@ def zygote(tmp_path_factory, pytestconfig):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small real corpus in Megatron's format: part of the standard library, vocabulary 512. -> prefix"""
+    """A small real corpus in Megatron's format: part of the standard library, vocabulary 512. ->
+    prefix
+    """
     import sysconfig
 
     import prepare_corpus
 
     prefix = tmp_path_factory.mktemp("corpus") / "text"
-    folders = [str(Path(sysconfig.get_path("stdlib")) / name) for name in ("json", "email", "http", "asyncio")]
-    assert prepare_corpus.main(["--output", str(prefix), "--vocab-size", "512", "--input", *folders]) == 0
+    folders = [
+        str(Path(sysconfig.get_path("stdlib")) / name)
+        for name in ("json", "email", "http", "asyncio")
+    ]
+    assert (
+        prepare_corpus.main(["--output", str(prefix), "--vocab-size", "512", "--input", *folders])
+        == 0
+    )
     return prefix

@@ -19,19 +19,27 @@ SCRIPT = str(ROOT / "examples" / "pretrain_gpt_tst.py")
 
 # The smallest run that shows everything: 2 layers, 10 iterations of 4 samples of 32 positions.
 TINY = (
-    "--distributed-backend gloo --transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion "
-    "--no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization "
-    "--no-create-attention-mask-in-dataloader --num-workers 0 --ckpt-format torch_dist --num-layers 2 --hidden-size 32 "
-    "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 64 --position-embedding-type rope --normalization RMSNorm "
-    "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 "
-    "--micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --min-lr 1e-5 --lr-decay-style WSD "
-    "--lr-wsd-decay-style linear --lr-wsd-decay-iters 4 --lr-warmup-iters 2 --tokenizer-type NullTokenizer --log-interval 1 "
+    "--distributed-backend gloo --transformer-impl local --no-persist-layer-norm "
+    "--no-masked-softmax-fusion --no-rope-fusion "
+    "--no-gradient-accumulation-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
+    "--use-cpu-initialization "
+    "--no-create-attention-mask-in-dataloader --num-workers 0 --ckpt-format torch_dist "
+    "--num-layers 2 --hidden-size 32 "
+    "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 64 "
+    "--position-embedding-type rope --normalization RMSNorm "
+    "--swiglu --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 "
+    "--hidden-dropout 0 "
+    "--micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --min-lr 1e-5 "
+    "--lr-decay-style WSD "
+    "--lr-wsd-decay-style linear --lr-wsd-decay-iters 4 --lr-warmup-iters 2 --tokenizer-type "
+    "NullTokenizer --log-interval 1 "
     "--eval-interval 5 --eval-iters 2"
 ).split()
 TST = "--tst-bag-size 4 --tst-iters 6".split()
 
 _STEP = re.compile(
-    r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+) \| lm loss of this iteration: ([\d.E+-]+)"
+    r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+) \| lm loss "
+    r"of this iteration: ([\d.E+-]+)"
 )
 _TRAIN = re.compile(r"iteration +(\d+)/ *\d+ \|.*?\| lm loss: ([\d.E+-]+) .*?grad norm: ([\d.]+)")
 _VALID = re.compile(r"validation loss at iteration (\d+) \| lm loss value: ([\d.E+-]+)")
@@ -57,7 +65,8 @@ _FILES = (
 
 
 def in_a_fork(call, killed_at: int | None = None, delay: float = 0) -> tuple[int, float]:
-    """Call something that gives an exit code in a process of its own, killed `delay` seconds after it touched its killed_at-th file.
+    """Call something that gives an exit code in a process of its own, killed `delay` seconds after
+    it touched its killed_at-th file.
 
     Files, not seconds: a machine that is slower than a moment ago is killed at the same place.
 
@@ -86,9 +95,13 @@ def in_a_fork(call, killed_at: int | None = None, delay: float = 0) -> tuple[int
 
 
 def all_over(touched: int, took: float, times: int) -> list[tuple[int, float]]:
-    """Where to kill something that touches so many files: (killed_at, delay) from its first file to its last."""
+    """Where to kill something that touches so many files: (killed_at, delay) from its first file to
+    its last.
+    """
     random_ = random.Random(0)
-    return [(1 + i * touched // times, random_.uniform(0, 2 * took / touched)) for i in range(times)]
+    return [
+        (1 + i * touched // times, random_.uniform(0, 2 * took / touched)) for i in range(times)
+    ]
 
 
 @dataclass
@@ -104,7 +117,9 @@ class Run:
 
     @property
     def losses(self) -> dict[int, str]:
-        """Loss of each iteration, as printed (Megatron's own line averages the first two after a start)."""
+        """Loss of each iteration, as printed (Megatron's own line averages the first two after a
+        start).
+        """
         return {int(m[1]): m[5] for m in _STEP.finditer(self.log)}
 
     @property
@@ -138,19 +153,33 @@ class Zygote:
 
     Args:
         folder: for logs.
-        nodes, node, master: the same tests run on several nodes at once, each starting its share of every run's processes.
+        nodes, node, master: the same tests run on several nodes at once, each starting its share of
+            every run's processes.
     """
 
     def __init__(self, folder: Path, nodes: int = 1, node: int = 0, master: str = "localhost"):
-        self.folder, self.count, self.spread = folder, 0, 0  # runs, and those of them over all nodes
+        self.folder, self.count, self.spread = (
+            folder,
+            0,
+            0,
+        )  # runs, and those of them over all nodes
         self.nodes, self.node, self.master = nodes, node, master
 
     def __enter__(self) -> Zygote:
-        path = os.pathsep.join(str(ROOT / name) for name in ("tests", "tests/unit", "tests/distributed", "tests/gpu", ""))
+        path = os.pathsep.join(
+            str(ROOT / name)
+            for name in ("tests", "tests/unit", "tests/distributed", "tests/gpu", "")
+        )
         environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
         self.errors = open(self.folder / "zygote.log", "w")
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=self.errors, text=True, env=environment)  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "zygote.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment,
+        )
         return self
 
     def __exit__(self, *exc) -> None:
@@ -164,7 +193,9 @@ class Zygote:
 
     def launch(self, script: str, *arguments: str, nproc: int = 1, **job) -> Run:
         """python -m megatron_tst.launch script arguments"""
-        return self._run(nproc=nproc, module=["megatron_tst.launch", str(script), *map(str, arguments)], **job)
+        return self._run(
+            nproc=nproc, module=["megatron_tst.launch", str(script), *map(str, arguments)], **job
+        )
 
     def call(self, function: str, *arguments, nproc: int) -> Run:
         """Call "module:function" in `nproc` ranks of a gloo group; arguments go through JSON."""
@@ -179,28 +210,49 @@ class Zygote:
         self.spread += not alone
         share = job["nproc"] if alone else job["nproc"] // self.nodes
         job.update(
-            log=str(log), env=env or {}, seconds=seconds, ranks=[0 if alone else self.node * share, share],
-            master="localhost" if alone else self.master, port=_free_port() if alone else 29600 + self.spread % 2000,
-        )  # fmt: skip
+            log=str(log),
+            env=env or {},
+            seconds=seconds,
+            ranks=[0 if alone else self.node * share, share],
+            master="localhost" if alone else self.master,
+            port=_free_port() if alone else 29600 + self.spread % 2000,
+        )
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         assert answer, f"the zygote died, see {self.errors.name}"
-        return Run(json.loads(answer)["codes"], log.read_text(errors="replace") if log.exists() else "")
+        return Run(
+            json.loads(answer)["codes"], log.read_text(errors="replace") if log.exists() else ""
+        )
 
 
 CHECKOUTS = [Path(p) for p in os.environ.get("MEGATRON_LM", "").split(os.pathsep) if p]
 NO_CHECKOUT = (
-    "NOT RUN: Megatron-LM's unmodified scripts; set MEGATRON_LM=/path/to/Megatron-LM (tags core_v0.18.2, core_v0.19.0; ':' between)"
+    "NOT RUN: Megatron-LM's unmodified scripts; set MEGATRON_LM=/path/to/Megatron-LM "
+    "(tags core_v0.18.2, core_v0.19.0; ':' between)"
 )
 
 
 def from_checkout(script: Path, *flags, stock: bool = False) -> Run:
-    """One of Megatron-LM's own scripts in a fresh process that takes Megatron from the script's checkout; `stock`: without megatron_tst."""
+    """One of Megatron-LM's own scripts in a fresh process that takes Megatron from the script's
+    checkout; `stock`: without megatron_tst.
+    """
     how = [str(ROOT / "tests" / "stock_launch.py")] if stock else ["-m", "megatron_tst.launch"]
-    environment = dict(os.environ, RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(_free_port()),
-                       PYTHONPATH=str(ROOT / "tests" / "unit"))  # fmt: skip
-    done = subprocess.run([sys.executable, *how, *map(str, (script, *flags))], capture_output=True, text=True, env=environment)
+    environment = dict(
+        os.environ,
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE="1",
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(_free_port()),
+        PYTHONPATH=str(ROOT / "tests" / "unit"),
+    )
+    done = subprocess.run(
+        [sys.executable, *how, *map(str, (script, *flags))],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     return Run([done.returncode], done.stdout + done.stderr)
 
 

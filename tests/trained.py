@@ -10,19 +10,32 @@ from runner import ROOT, TINY, TST, data
 VOCAB = 500  # padded to 512, or 768 under TP2
 GQA = "--group-query-attention --num-query-groups 2 --kv-channels 12 --rotary-base 50000".split()
 NORM = ["--qk-layernorm"]
-MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-token-dispatcher-type alltoall".split()
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 48 --moe-token-dispatcher-type "
+    "alltoall"
+).split()
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 TIED = [flag for flag in TINY if flag != "--untie-embeddings-and-output-weights"]
 RUNS = {  # name: (processes, flags, class)
     "llama": (1, TINY, "LlamaForCausalLM"),
     "llama, tied, gqa, tp2": (2, [*TIED, *GQA, *TP2], "LlamaForCausalLM"),
-    "llama, rope scaling": (1, [*TINY, "--use-rope-scaling", "--rope-scaling-factor", "4"], "LlamaForCausalLM"),
-    "qwen3, gqa": (1, [*TINY, *GQA, *NORM], "Qwen3ForCausalLM"),
-    "qwen3 moe, tp2 ep2": (4, [*TINY, *GQA, *NORM, *MOE, *TP2, "--expert-model-parallel-size", "2"], "Qwen3MoeForCausalLM"),
-    "qwen3 moe, softmax first, a dense layer": (
-        1, [*TINY, *NORM, *MOE, "--moe-router-pre-softmax", "--moe-layer-freq", "[0,1]"], "Qwen3MoeForCausalLM",
+    "llama, rope scaling": (
+        1,
+        [*TINY, "--use-rope-scaling", "--rope-scaling-factor", "4"],
+        "LlamaForCausalLM",
     ),
-}  # fmt: skip
+    "qwen3, gqa": (1, [*TINY, *GQA, *NORM], "Qwen3ForCausalLM"),
+    "qwen3 moe, tp2 ep2": (
+        4,
+        [*TINY, *GQA, *NORM, *MOE, *TP2, "--expert-model-parallel-size", "2"],
+        "Qwen3MoeForCausalLM",
+    ),
+    "qwen3 moe, softmax first, a dense layer": (
+        1,
+        [*TINY, *NORM, *MOE, "--moe-router-pre-softmax", "--moe-layer-freq", "[0,1]"],
+        "Qwen3MoeForCausalLM",
+    ),
+}
 
 
 def corpus_below(folder: Path, first: int = 0, documents: int = 60, name: str = "text") -> Path:
@@ -44,7 +57,9 @@ def known(corpus: Path) -> list[str]:
 
 
 class Trained:
-    """name of RUNS -> a folder with the checkpoint `ck` and Megatron's answers.pt (ask_model.py), trained when first asked for."""
+    """name of RUNS -> a folder with the checkpoint `ck` and Megatron's answers.pt (ask_model.py),
+    trained when first asked for.
+    """
 
     def __init__(self, zygote, corpus: Path, new_folder):
         self._zygote, self._corpus, self._new_folder, self._made = zygote, corpus, new_folder, {}
@@ -53,8 +68,23 @@ class Trained:
         if name not in self._made:
             folder = self._new_folder("trained")
             nproc, flags, _ = RUNS[name]
-            flags = [*flags, *TST, *known(self._corpus), "--save", folder / "ck", "--save-interval", "5", "--lr", "1e-2"]
-            run = self._zygote.train(folder / "answers.pt", *flags, script=str(ROOT / "tests/checkpoint/ask_model.py"), nproc=nproc)
+            flags = [
+                *flags,
+                *TST,
+                *known(self._corpus),
+                "--save",
+                folder / "ck",
+                "--save-interval",
+                "5",
+                "--lr",
+                "1e-2",
+            ]
+            run = self._zygote.train(
+                folder / "answers.pt",
+                *flags,
+                script=str(ROOT / "tests/checkpoint/ask_model.py"),
+                nproc=nproc,
+            )
             assert run.ok, run.log[-3000:]
             self._made[name] = folder
         return self._made[name]

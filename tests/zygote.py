@@ -1,13 +1,16 @@
-"""A process that imports torch and Megatron once and then forks: one JSON job a line on stdin, one JSON answer a line on stdout.
+"""A process that imports torch and Megatron once and then forks: one JSON job a line on stdin, one
+JSON answer a line on stdout.
 
-A job: {"nproc": 2, "ranks": [first, number], "master": HOST, "port": 1234, "log": PATH, "env": {...}, "seconds": 300, "after": TEXT} and one of
+A job: {"nproc": 2, "ranks": [first, number], "master": HOST, "port": 1234, "log": PATH, "env":
+{...}, "seconds": 300, "after": TEXT} and one of
     "script": [PATH, ARGS...]   run as __main__, as torchrun would
     "module": [NAME, ARGS...]   python -m NAME ARGS
     "call":   ["module:function", ARGS...]   called in each rank with a gloo process group
-The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a failed one by 5 s, or the job's seconds, are killed (-9);
-with "after", the seconds count from when the log shows that text.
+The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a failed one by 5 s, or the
+job's seconds, are killed (-9); with "after", the seconds count from when the log shows that text.
 
-A process that has touched CUDA cannot be forked, so on a GPU each rank is a fresh process: zygote.py JOB RANK.
+A process that has touched CUDA cannot be forked, so on a GPU each rank is a fresh process:
+zygote.py JOB RANK.
 """
 
 import importlib
@@ -57,7 +60,11 @@ def run(job: dict) -> list[int]:
     awaited = job.get("after")
     deadline = time.time() + (300 if awaited else job["seconds"])
     while alive:
-        if awaited and os.path.exists(job["log"]) and awaited in open(job["log"], errors="replace").read():
+        if (
+            awaited
+            and os.path.exists(job["log"])
+            and awaited in open(job["log"], errors="replace").read()
+        ):
             awaited, deadline = None, time.time() + job["seconds"]
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -80,8 +87,14 @@ def child(job: dict, rank: int) -> None:
         log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        os.environ.update(job["env"], RANK=str(rank), LOCAL_RANK=str(local_rank(rank - job["ranks"][0])), WORLD_SIZE=str(job["nproc"]),
-                          MASTER_ADDR=job["master"], MASTER_PORT=str(job["port"]))  # fmt: skip
+        os.environ.update(
+            job["env"],
+            RANK=str(rank),
+            LOCAL_RANK=str(local_rank(rank - job["ranks"][0])),
+            WORLD_SIZE=str(job["nproc"]),
+            MASTER_ADDR=job["master"],
+            MASTER_PORT=str(job["port"]),
+        )
         code = start(job, rank) or 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -97,7 +110,11 @@ def local_rank(place: int) -> int:
     """Several ranks share a GPU where there are more of them (over gloo: NCCL refuses)."""
     import torch
 
-    return place if os.environ.get("MEGATRON_TST_CPU") == "1" else place % max(1, torch.cuda.device_count())
+    return (
+        place
+        if os.environ.get("MEGATRON_TST_CPU") == "1"
+        else place % max(1, torch.cuda.device_count())
+    )
 
 
 def start(job: dict, rank: int) -> None:

@@ -1,10 +1,12 @@
-"""Bandwidth of the collectives of a training step over all ranks, at the sizes that a model gives them: run before a long job.
+"""Bandwidth of the collectives of a training step over all ranks, at the sizes that a model gives
+them: run before a long job.
 
     torchrun --nproc-per-node 8 tools/check_fabric.py                                      one node
     srun torchrun --nnodes N --nproc-per-node 8 --rdzv-... tools/check_fabric.py           several (examples/slurm/nccl_tests.sbatch)
 
-Prints a table on rank 0 and ends with exit code 1 if a collective stays under --at-least GB/s. Bus bandwidth is what a link carries
-whatever the number of ranks: for an all-reduce of P bytes over R ranks in t seconds 2(R-1)/R P/t, for an all-to-all (R-1)/R P/t.
+Prints a table on rank 0 and ends with exit code 1 if a collective stays under --at-least GB/s. Bus
+bandwidth is what a link carries whatever the number of ranks: for an all-reduce of P bytes over R
+ranks in t seconds 2(R-1)/R P/t, for an all-to-all (R-1)/R P/t.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ import torch.distributed as dist
 
 
 def sizes(options) -> dict[str, tuple[str, int]]:
-    """What -> (collective, bytes a rank holds). TST changes none of them: positions are the same in both phases."""
+    """What -> (collective, bytes a rank holds). TST changes none of them: positions are the same in
+    both phases.
+    """
     positions = options.micro_batch_size * options.seq_length
     return {
         "pooled embedding [b, L, H], fp32": ("all-reduce", 4 * positions * options.hidden_size),
         "activations [b, L, H], bf16": ("all-reduce", 2 * positions * options.hidden_size),
         "gradients of one bucket, fp32": ("all-reduce", 4 * options.bucket),
-        "tokens to experts, bf16": ("all-to-all", 2 * positions * options.hidden_size * options.topk),
+        "tokens to experts, bf16": (
+            "all-to-all",
+            2 * positions * options.hidden_size * options.topk,
+        ),
     }
 
 
@@ -58,15 +65,30 @@ def _wait(device):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--seq-length", type=int, default=4096, help="positions, L")
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--topk", type=int, default=8, help="experts a token is sent to")
-    parser.add_argument("--bucket", type=int, default=40_000_000, help="parameters in a gradient bucket (Megatron's default)")
+    parser.add_argument(
+        "--bucket",
+        type=int,
+        default=40_000_000,
+        help="parameters in a gradient bucket (Megatron's default)",
+    )
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--at-least", type=float, default=0.0, metavar="GB/s", help="bus bandwidth below which the check fails")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too, one JSON object a line")
+    parser.add_argument(
+        "--at-least",
+        type=float,
+        default=0.0,
+        metavar="GB/s",
+        help="bus bandwidth below which the check fails",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the figures there too, one JSON object a line"
+    )
     options = parser.parse_args(argv)
 
     cuda = torch.cuda.is_available()
@@ -81,15 +103,23 @@ def main(argv: list[str] | None = None) -> int:
         seconds = measure(collective, size, device, options.rounds)
         factor = (2 if collective == "all-reduce" else 1) * (ranks - 1) / ranks
         rows.append(
-            {"what": what, "collective": collective, "bytes": size, "ranks": ranks, "device": name, "milliseconds": 1e3 * seconds,
-             "bus_GB_per_s": factor * size / seconds / 1e9}
-        )  # fmt: skip
+            {
+                "what": what,
+                "collective": collective,
+                "bytes": size,
+                "ranks": ranks,
+                "device": name,
+                "milliseconds": 1e3 * seconds,
+                "bus_GB_per_s": factor * size / seconds / 1e9,
+            }
+        )
     if dist.get_rank() == 0:
         print(f"{ranks} ranks, {name}")
         for row in rows:
             slow = "   TOO SLOW" if row["bus_GB_per_s"] < options.at_least else ""
             print(
-                f"  {row['what']:34s} {row['collective']:11s} {row['bytes'] / 2**20:9.1f} MiB {row['milliseconds']:9.3f} ms "
+                f"  {row['what']:34s} {row['collective']:11s} {row['bytes'] / 2**20:9.1f} MiB "
+                f"{row['milliseconds']:9.3f} ms "
                 f"{row['bus_GB_per_s']:8.2f} GB/s{slow}",
                 flush=True,
             )
@@ -99,7 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     dist.barrier()
     dist.destroy_process_group()
     if any(row["bus_GB_per_s"] < options.at_least for row in rows):
-        print(f"check_fabric: expected at least {options.at_least} GB/s of every collective, see TOO SLOW above.", file=sys.stderr)
+        print(
+            f"check_fabric: expected at least {options.at_least} GB/s of every collective, see "
+            f"TOO SLOW above.",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

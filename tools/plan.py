@@ -1,12 +1,16 @@
-"""Plan a TST run before it starts: text, FLOPs, GPU-hours, memory of the loss, loader rate, layout, and what the paper measured.
+"""Plan a TST run before it starts: text, FLOPs, GPU-hours, memory of the loss, loader rate, layout,
+and what the paper measured.
 
     python tools/plan.py --preset moe-10b-a1b                                   a run of the paper, as examples/ launches it
     python tools/plan.py --preset 3b --tokens 80B --tst-bag-size 4 --gpu h100 --mfu 0.4
-    python tools/plan.py --hf-config config.json --seq-length 4096 --train-iters 20000 --global-batch-size 512 --data-path data/text_document
+    python tools/plan.py --hf-config config.json --seq-length 4096 --train-iters 20000
+    --global-batch-size 512 --data-path data/text_document
     python tools/plan.py ... --sweep                                            text and the paper's loss over s and r
 
-Flags have Megatron's names and meaning; those of TST are the training's own. --json prints the plan as one object. Exit code 0: a plan. 2: the run is
-impossible or a value makes no sense; what is wrong is said, with what to do. Nothing is trained, and torch is imported for --hf-config and --data-path alone.
+Flags have Megatron's names and meaning; those of TST are the training's own. --json prints the
+plan as one object. Exit code 0: a plan. 2: the run is impossible or a value makes no
+sense; what is wrong is said, with what to do. Nothing is trained, and torch is imported for
+--hf-config and --data-path alone.
 """
 
 from __future__ import annotations
@@ -24,16 +28,20 @@ from dataclasses import asdict
 import plan_flags
 import plan_screen
 
-from megatron_tst import layout, plan
-from megatron_tst.config import TSTConfig, TSTError, refuse
+from megatron_tst.checks import layout
+from megatron_tst.config import TSTConfig
+from megatron_tst.errors import TSTError, refuse
+from megatron_tst.planning import arithmetic
 from megatron_tst.schedule import RECOVERY
 
 
 def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
-    """Count the tokens of a dataset and read it with Megatron's IndexedDataset for a while: one process, random documents, as int64.
+    """Count the tokens of a dataset and read it with Megatron's IndexedDataset for a while: one
+    process, random documents, as int64.
 
     Args:
-        paths: as --data-path: a prefix, prefixes, or weights and prefixes. With weights `tokens` is what lasts until the first corpus is used up.
+        paths: as --data-path: a prefix, prefixes, or weights and prefixes. With weights `tokens` is
+            what lasts until the first corpus is used up.
         length: tokens of a long sample; of longer documents so many are read.
     """
     with warnings.catch_warnings():
@@ -44,17 +52,26 @@ def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.datasets.utils import get_blend_from_list
 
-        from megatron_tst.data import check_data_files
+        from megatron_tst.checks.files import check_data_files
 
     prefixes, weights = get_blend_from_list(paths)
     if weights and not all(0 < weight < math.inf for weight in weights):
         refuse("--data-path", "weights above 0", " ".join(paths), "Leave out what is not read.")
     if remote := [prefix for prefix in prefixes if "://" in prefix]:
-        refuse("--data-path", "local files, to be counted and read", remote[0], "Give --tokens in place of it.")
+        refuse(
+            "--data-path",
+            "local files, to be counted and read",
+            remote[0],
+            "Give --tokens in place of it.",
+        )
     check_data_files(prefixes, None)
     datasets = [IndexedDataset(prefix, mmap=True) for prefix in prefixes]
     counts = [int(dataset.sequence_lengths.sum(dtype="int64")) for dataset in datasets]
-    lasts = min(count * sum(weights) / weight for count, weight in zip(counts, weights) if weight) if weights else sum(counts)
+    lasts = (
+        min(count * sum(weights) / weight for count, weight in zip(counts, weights) if weight)
+        if weights
+        else sum(counts)
+    )
     draw, read, start = random.Random(0), 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         dataset = draw.choices(datasets, weights or counts)[0]
@@ -81,24 +98,44 @@ def examine(argv: list[str]) -> tuple[dict, argparse.Namespace]:
     args, base = plan_flags.read(argv, __doc__)
     config = TSTConfig.from_args(args)
     if not config.enabled:
-        length = f"--tst-step-ratio {args.tst_step_ratio}" if args.tst_iters is None else f"--tst-iters {args.tst_iters}"
+        length = (
+            f"--tst-step-ratio {args.tst_step_ratio}"
+            if args.tst_iters is None
+            else f"--tst-iters {args.tst_iters}"
+        )
         got = f"--tst-bag-size {args.tst_bag_size} and {length}"
-        refuse("TST", "bags of 2 or more and a length above 0", got, "This run is stock Megatron: there is nothing to plan.")
-    capability = plan.GPUS[args.gpu][1]
-    checks, warned = layout.checks(args, config, capability, plan.CUDA)
+        refuse(
+            "TST",
+            "bags of 2 or more and a length above 0",
+            got,
+            "This run is stock Megatron: there is nothing to plan.",
+        )
+    capability = arithmetic.GPUS[args.gpu][1]
+    checks, warned = layout.checks(args, config, capability, arithmetic.CUDA)
     rows = [asdict(check) for check in checks]
     if faults := [check.fault for check in checks if check.fault]:
         return {"faults": faults, "checks": rows}, args
-    measured = measure(args.data_path, config.schedule(args).long_sample_length) if args.data_path else None
+    measured = (
+        measure(args.data_path, config.schedule(args).long_sample_length)
+        if args.data_path
+        else None
+    )
     args.tokens = args.tokens or (measured and measured["tokens"])
-    found = plan.make(args, config)
+    found = arithmetic.make(args, config)
     found["loader"]["measured"] = measured
-    found["against"], found["warnings"], found["checks"] = plan.against(found, config), warned, rows
+    found["against"], found["warnings"], found["checks"] = (
+        arithmetic.against(found, config),
+        warned,
+        rows,
+    )
     found["flags"] = plan_flags.paste(
-        args, config, [phase["steps"] for phase in found["phases"] if phase["name"] != RECOVERY], base
+        args,
+        config,
+        [phase["steps"] for phase in found["phases"] if phase["name"] != RECOVERY],
+        base,
     )
     if args.sweep:
-        found["sweep"] = plan.sweep(args, config)
+        found["sweep"] = arithmetic.sweep(args, config)
     return found, args
 
 

@@ -10,15 +10,38 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from megatron_tst import paper, plan
-from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments, refuse
+from megatron_tst.config import TSTConfig, add_tst_arguments
+from megatron_tst.errors import TSTError, refuse
+from megatron_tst.planning import arithmetic, paper
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LARGEST = 10**12
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_MODEL = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_query_groups", "num_experts", "moe_router_topk",
-          "moe_ffn_hidden_size", "vocab_size", "untie_embeddings_and_output_weights", "group_query_attention", "swiglu", "qk_layernorm")  # fmt: skip
-_SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "seq_length", "train_iters", "global_batch_size")
+_MODEL = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "num_query_groups",
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+    "group_query_attention",
+    "swiglu",
+    "qk_layernorm",
+)
+_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "seq_length",
+    "train_iters",
+    "global_batch_size",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,7 +55,9 @@ def whole(text: str) -> int:
     except ValueError:
         number = 0
     if not 1 <= number <= LARGEST:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to 10^12, got {text!r}. Correct it")
+        raise argparse.ArgumentTypeError(
+            f"expected a whole number from 1 to 10^12, got {text!r}. Correct it"
+        )
     return number
 
 
@@ -44,36 +69,74 @@ def positive(text: str) -> float:
     except ValueError:
         number = math.nan
     if not 0 < number <= 1e18:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, as 0.4 or 105B, got {text!r}. Correct it")
+        raise argparse.ArgumentTypeError(
+            f"expected a number above 0, as 0.4 or 105B, got {text!r}. Correct it"
+        )
     return number
 
 
 def parser(about: str = "") -> Parser:
-    p = Parser(prog="plan.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(
+        prog="plan.py",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     group = p.add_argument_group("what to plan")
     group.add_argument(
         "--preset",
         choices=paper.PARAMETERS,
-        help="a run of the paper, as its launch script in examples/ has it; further flags change it",
+        help="a run of the paper, as its launch script in examples/ has it; further flags change "
+        "it",
     )
-    group.add_argument("--hf-config", metavar="FILE", help="shape from a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE")
-    group.add_argument("--tokens", type=positive, help="raw tokens that you have, as 105B or 1.5T; with --data-path counted")
+    group.add_argument(
+        "--hf-config",
+        metavar="FILE",
+        help="shape from a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE",
+    )
+    group.add_argument(
+        "--tokens",
+        type=positive,
+        help="raw tokens that you have, as 105B or 1.5T; with --data-path counted",
+    )
     group.add_argument(
         "--data-path",
         nargs="+",
         metavar="PREFIX",
-        help="your Megatron dataset, as for training: counted, and its reading measured for a second",
+        help="your Megatron dataset, as for training: counted, and its reading measured for a "
+        "second",
     )
     group.add_argument("--gpus", type=whole, help="number of GPUs (default: the paper's, else 8)")
-    group.add_argument("--gpu", choices=plan.GPUS, help="kind (default: b200 with --preset, else h100)")
-    group.add_argument("--mfu", type=positive, help="share of the dense bf16 peak that your steps reach, in (0, 1]")
-    group.add_argument("--tflops", type=positive, help="instead: TFLOP/s a GPU, as Megatron's --log-throughput prints it")
-    group.add_argument("--sweep", action="store_true", help="text and the paper's loss for a grid over s and r")
+    group.add_argument(
+        "--gpu", choices=arithmetic.GPUS, help="kind (default: b200 with --preset, else h100)"
+    )
+    group.add_argument(
+        "--mfu", type=positive, help="share of the dense bf16 peak that your steps reach, in (0, 1]"
+    )
+    group.add_argument(
+        "--tflops",
+        type=positive,
+        help="instead: TFLOP/s a GPU, as Megatron's --log-throughput prints it",
+    )
+    group.add_argument(
+        "--sweep", action="store_true", help="text and the paper's loss for a grid over s and r"
+    )
     group.add_argument("--json", action="store_true", help="one JSON object in place of the screen")
     group = p.add_argument_group("Megatron's")
-    for name in (*_SHAPE, "ffn_hidden_size", "kv_channels", "num_query_groups", "num_experts", "moe_router_topk", "moe_ffn_hidden_size",
-                 "expert_tensor_parallel_size", "max_position_embeddings",
-        "micro_batch_size", "lr_decay_iters", "lr_wsd_decay_iters"):  # fmt: skip
+    for name in (
+        *_SHAPE,
+        "ffn_hidden_size",
+        "kv_channels",
+        "num_query_groups",
+        "num_experts",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "expert_tensor_parallel_size",
+        "max_position_embeddings",
+        "micro_batch_size",
+        "lr_decay_iters",
+        "lr_wsd_decay_iters",
+    ):
         group.add_argument(f"--{name.replace('_', '-')}", type=whole)
     for name in (
         "tensor_model_parallel_size",
@@ -83,10 +146,18 @@ def parser(about: str = "") -> Parser:
     ):
         group.add_argument(f"--{name.replace('_', '-')}", type=whole, default=1)
     group.add_argument("--make-vocab-size-divisible-by", type=whole, default=128)
-    for name in ("swiglu", "group_query_attention", "untie_embeddings_and_output_weights", "qk_layernorm", "sequence_parallel"):
+    for name in (
+        "swiglu",
+        "group_query_attention",
+        "untie_embeddings_and_output_weights",
+        "qk_layernorm",
+        "sequence_parallel",
+    ):
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     group.add_argument("--fp8-format", dest="fp8", choices=("e4m3", "hybrid"))
-    group.add_argument("--fp8-recipe", choices=("delayed", "tensorwise", "blockwise", "mxfp8"), default="delayed")
+    group.add_argument(
+        "--fp8-recipe", choices=("delayed", "tensorwise", "blockwise", "mxfp8"), default="delayed"
+    )
     group.add_argument("--fp4-format", dest="fp4", choices=("e2m1",))
     add_tst_arguments(p).set_defaults(tst_bag_size=None)
     return p
@@ -102,10 +173,16 @@ def recipe(name: str, gpu: str) -> tuple[list[str], list[str]]:
         "GPUS_PER_NODE": "8",
     }
     try:
-        done = subprocess.run(["bash", str(script)], capture_output=True, text=True, env=environment, check=True)
+        done = subprocess.run(
+            ["bash", str(script)], capture_output=True, text=True, env=environment, check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
-        refuse("--preset", f"bash to print the command of {script}", error, "Give the shape by flags.")
-    _, model, training, tst, _data, layout_, precision, _run = (shlex.split(group) for group in done.stdout.split("\\\n"))
+        refuse(
+            "--preset", f"bash to print the command of {script}", error, "Give the shape by flags."
+        )
+    _, model, training, tst, _data, layout_, precision, _run = (
+        shlex.split(group) for group in done.stdout.split("\\\n")
+    )
     return tst, [*model, *training, *layout_, *precision]
 
 
@@ -122,9 +199,17 @@ def read(argv: list[str], about: str = "") -> tuple[argparse.Namespace, list[str
     if given.preset:
         tst, base = recipe(given.preset, given.gpu or "b200")
         namespace, _ = p.parse_known_args([*tst, *base])
-        namespace.vocab_size, ratio = 128256, namespace.tst_iters / namespace.train_iters  # Llama 3's, as the recipe's tokenizer
-        namespace.tst_iters, namespace.tst_step_ratio = None, None if given.tst_iters is not None else ratio
-        namespace.lr_decay_iters = namespace.lr_wsd_decay_iters = namespace.max_position_embeddings = None
+        namespace.vocab_size, ratio = (
+            128256,
+            namespace.tst_iters / namespace.train_iters,
+        )  # Llama 3's, as the recipe's tokenizer
+        namespace.tst_iters, namespace.tst_step_ratio = (
+            None,
+            None if given.tst_iters is not None else ratio,
+        )
+        namespace.lr_decay_iters = namespace.lr_wsd_decay_iters = (
+            namespace.max_position_embeddings
+        ) = None
         namespace.gpu, namespace.gpus = "b200", paper.GPUS[given.preset]
     elif given.hf_config:
         base = _of_hugging_face(Path(given.hf_config))
@@ -152,10 +237,17 @@ def read(argv: list[str], about: str = "") -> tuple[argparse.Namespace, list[str
             "Or give --kv-channels.",
         )
     if args.num_experts and (args.moe_router_topk or 2) > args.num_experts:
-        refuse("--moe-router-topk", f"at most --num-experts = {args.num_experts}", args.moe_router_topk or 2, "Lower it.")
+        refuse(
+            "--moe-router-topk",
+            f"at most --num-experts = {args.num_experts}",
+            args.moe_router_topk or 2,
+            "Lower it.",
+        )
     args.moe_router_topk = args.moe_router_topk or 2  # Megatron's default
     if args.tokens:
-        args.tokens = int(args.tokens) or refuse("--tokens", "a token at least", f"{args.tokens:g}", "Give what you have, as 105B.")
+        args.tokens = int(args.tokens) or refuse(
+            "--tokens", "a token at least", f"{args.tokens:g}", "Give what you have, as 105B."
+        )
     if args.tst_bag_size is None:
         args.tst_bag_size = 6  # the paper's dense runs, and r = 0.3
     if args.tst_step_ratio is None and args.tst_iters is None:
@@ -168,7 +260,7 @@ def read(argv: list[str], about: str = "") -> tuple[argparse.Namespace, list[str
             args.seq_length,
             "Change one of them.",
         )
-    plan.complete(args)
+    arithmetic.complete(args)
     if given.preset:
         args.lr_decay_iters, args.lr_wsd_decay_iters = (
             args.lr_decay_iters or args.train_iters,
@@ -178,17 +270,27 @@ def read(argv: list[str], about: str = "") -> tuple[argparse.Namespace, list[str
 
 
 def _of_hugging_face(file: Path) -> list[str]:
-    from megatron_tst.checkpoint import import_hf
-    from megatron_tst.checkpoint.format import CheckpointError
+    from megatron_tst.errors import TSTError
+    from megatron_tst.export import import_hf
 
     try:
         args = import_hf.arguments(json.loads(file.read_text()))
     except OSError as error:
-        refuse("--hf-config", "a config.json that can be read", f"{file}: {error.strerror}", "Give its path.")
+        refuse(
+            "--hf-config",
+            "a config.json that can be read",
+            f"{file}: {error.strerror}",
+            "Give its path.",
+        )
     except (KeyError, TypeError, AttributeError) as error:
         got = f"{file}: {type(error).__name__}: {error}"
-        refuse("--hf-config", "the config.json of a model", got, "Give the one that lies beside its weights.")
-    except CheckpointError as error:
+        refuse(
+            "--hf-config",
+            "the config.json of a model",
+            got,
+            "Give the one that lies beside its weights.",
+        )
+    except TSTError as error:
         raise TSTError(f"--hf-config {file}: {error}") from error
     except ValueError as error:
         refuse("--hf-config", "a JSON file", f"{file}: {error}", "Download it again.")
@@ -202,8 +304,12 @@ def _of_hugging_face(file: Path) -> list[str]:
     return shlex.split(" ".join(import_hf.flags(args)))
 
 
-def paste(args: argparse.Namespace, config: TSTConfig, superposed: list[int], base: list[str]) -> list[str]:
-    """The flags of the run for Megatron: its preset's or config.json's, and what differs from them (the last of a kind wins)."""
+def paste(
+    args: argparse.Namespace, config: TSTConfig, superposed: list[int], base: list[str]
+) -> list[str]:
+    """The flags of the run for Megatron: its preset's or config.json's, and what differs from them
+    (the last of a kind wins).
+    """
     p, words = parser(), []
     before, _ = p.parse_known_args(base)
     unprinted = [
@@ -223,16 +329,25 @@ def paste(args: argparse.Namespace, config: TSTConfig, superposed: list[int], ba
     for needed, names in (
         (args.group_query_attention, ["num_query_groups"]),
         (args.fp8, ["fp8_recipe"]),
-        (args.num_experts, ["moe_ffn_hidden_size", "moe_router_topk", "expert_tensor_parallel_size"]),
+        (
+            args.num_experts,
+            ["moe_ffn_hidden_size", "moe_router_topk", "expert_tensor_parallel_size"],
+        ),
     ):
         unprinted += [] if needed else names
     for action in p._actions:
         value = getattr(args, action.dest, None)
-        if action.dest not in unprinted and not action.dest.startswith("tst_") and value != getattr(before, action.dest):
+        if (
+            action.dest not in unprinted
+            and not action.dest.startswith("tst_")
+            and value != getattr(before, action.dest)
+        ):
             words += [action.option_strings[0]] + ([str(value)] if value is not True else [])
     tst = vars(config) | {"step_ratio": None, "iters": tuple(superposed)}
     for name, default in vars(TSTConfig()).items():
         if tst[name] != default:
             values = tst[name] if isinstance(tst[name], tuple) else (tst[name],)
-            words += [f"--tst-{name.replace('_', '-')}"] + ([",".join(map(str, values))] if values != (True,) else [])
+            words += [f"--tst-{name.replace('_', '-')}"] + (
+                [",".join(map(str, values))] if values != (True,) else []
+            )
     return [*base, *words]

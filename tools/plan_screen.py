@@ -15,7 +15,11 @@ def tokens(count: float) -> str:
     """1.99T, 105B, 3.07K"""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= 0.9995 * size:
-            return f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:,.0f}{unit}"
+            return (
+                f"{count / size:.3g}{unit}"
+                if count < 999.5 * size
+                else f"{count / size:,.0f}{unit}"
+            )
     return f"{count:.3g}"
 
 
@@ -26,11 +30,22 @@ def gb(size: float) -> str:
 def show(plan: dict) -> None:
     if "faults" in plan:
         _print(_checks(plan["checks"]))
-        _lines(f"{len(plan['faults'])} fault{'s' * (len(plan['faults']) > 1)}: the run is impossible", plan["faults"])
+        _lines(
+            f"{len(plan['faults'])} fault{'s' * (len(plan['faults']) > 1)}: the run is impossible",
+            plan["faults"],
+        )
         return
     run, model = plan["run"], plan["model"]
-    active = f", {tokens(model['active_parameters'])} active" if model["active_parameters"] != model["parameters"] else ""
-    print(f"{model['preset'] or 'model'}: {tokens(model['parameters'])} parameters{active}, {run['gpus']} x {run['gpu']}, {run['steps']:,} steps of {tokens(run['positions_a_step'])} positions\n")  # fmt: skip
+    active = (
+        f", {tokens(model['active_parameters'])} active"
+        if model["active_parameters"] != model["parameters"]
+        else ""
+    )
+    print(
+        f"{model['preset'] or 'model'}: {tokens(model['parameters'])} parameters{active}, "
+        f"{run['gpus']} x {run['gpu']}, {run['steps']:,} steps of "
+        f"{tokens(run['positions_a_step'])} positions\n"
+    )
     _print(_phases(plan))
     rows = Table.grid(padding=(0, 2))
     rows.add_column(min_width=12)
@@ -55,14 +70,24 @@ def _print(table: Table) -> None:
     console = Console(width=WIDTH, markup=False, highlight=False, color_system=None)
     with console.capture() as captured:
         console.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))  # without rich's padding
+    print(
+        "\n".join(line.rstrip() for line in captured.get().splitlines())
+    )  # without rich's padding
 
 
 def _lines(title, sentences):
     if sentences:
         print(f"\n{title}")
     for sentence in sentences:
-        print(textwrap.fill(sentence, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False))
+        print(
+            textwrap.fill(
+                sentence,
+                WIDTH,
+                initial_indent="  ",
+                subsequent_indent="    ",
+                break_on_hyphens=False,
+            )
+        )
 
 
 def _phases(plan) -> Table:
@@ -71,19 +96,34 @@ def _phases(plan) -> Table:
     for name in ("bag size", "steps", "raw tokens", "raw tokens a step"):
         table.add_column(name, justify="right")
     for phase in plan["phases"]:
-        table.add_row(phase["name"], str(phase["bag_size"]), f"{phase['steps']:,}", tokens(phase["raw_tokens"]), tokens(phase["raw_tokens_a_step"]))  # fmt: skip
+        table.add_row(
+            phase["name"],
+            str(phase["bag_size"]),
+            f"{phase['steps']:,}",
+            tokens(phase["raw_tokens"]),
+            tokens(phase["raw_tokens_a_step"]),
+        )
     table.add_row("in all", "", f"{plan['run']['steps']:,}", tokens(plan["text"]["raw_tokens"]), "")
     return table
 
 
 def _text(plan):
     text = plan["text"]
-    needs = f"\n{tokens(text['needed'])} needed, {text['ratio']:.2f} times what {plan['run']['steps']:,} plain steps read"
+    needs = (
+        f"\n{tokens(text['needed'])} needed, {text['ratio']:.2f} times what "
+        f"{plan['run']['steps']:,} plain steps read"
+    )
     if text["suffices"] is None:
         return "\ntext", needs + ". Say how much you have: --tokens or --data-path"
     if text["suffices"]:
-        return "\ntext", f"{needs}. {tokens(text['available'])} available: they SUFFICE without repetition"
-    have = f"{needs}. {tokens(text['available'])} available: they do NOT suffice, {tokens(text['missing'])} are missing; each token would be read {text['times']:.2f} times"  # fmt: skip
+        return (
+            "\ntext",
+            f"{needs}. {tokens(text['available'])} available: they SUFFICE without repetition",
+        )
+    have = (
+        f"{needs}. {tokens(text['available'])} available: they do NOT suffice, "
+        f"{tokens(text['missing'])} are missing; each token would be read {text['times']:.2f} times"
+    )
     have += "" if text["baseline_suffices"] else "\nThey do not suffice for plain training either"
     fits = {
         "bag_size": "--tst-bag-size {}",
@@ -94,33 +134,44 @@ def _text(plan):
     ways = ways or ["fewer --train-iters"]
     return (
         "\ntext",
-        f"{have}\nWhat fits: {', or '.join(ways)}, the rest as it is; or --tst-superpose output, which needs no more text than plain training",
+        f"{have}\nWhat fits: {', or '.join(ways)}, the rest as it is; or --tst-superpose output, "
+        f"which needs no more text than plain training",
     )
 
 
 def _cost(plan):
     cost, run = plan["cost"], plan["run"]
     return "cost", (
-        f"{cost['flops']:.3g} FLOPs ({cost['flops_of_step']:.3g} a step, in both phases); {cost['gpu_hours']:,.0f} GPU-hours, {cost['days']:,.1f} days "
-        f"on {run['gpus']} x {run['gpu']}, {cost['step_seconds']:.3g} s a step\n{cost['tflops_a_gpu']:,.0f} TFLOP/s a GPU, MFU {cost['mfu']:.1%} ({cost['source']})"
-    )  # fmt: skip
+        f"{cost['flops']:.3g} FLOPs ({cost['flops_of_step']:.3g} a step, in both phases); "
+        f"{cost['gpu_hours']:,.0f} GPU-hours, {cost['days']:,.1f} days "
+        f"on {run['gpus']} x {run['gpu']}, {cost['step_seconds']:.3g} s a "
+        f"step\n{cost['tflops_a_gpu']:,.0f} TFLOP/s a GPU, MFU {cost['mfu']:.1%} ({cost['source']})"
+    )
 
 
 def _equal_loss(plan):
     found = plan["equal_loss"]
     if not found:
-        return "equal loss", "the paper has no baseline of equal loss for these settings, or near them"
+        return (
+            "equal loss",
+            "the paper has no baseline of equal loss for these settings, or near them",
+        )
     other = found["paper_run"]
     hours = f"{plan['cost']['gpu_hours']:,.0f} against {found['baseline_gpu_hours']:,.0f} GPU-hours"
-    steps = f"{plan['run']['steps']:,} against {found['baseline_steps']:,} plain steps ({tokens(found['baseline_tokens'])} tokens): {found['speed_up']:.1f}x"  # fmt: skip
+    steps = (
+        f"{plan['run']['steps']:,} against {found['baseline_steps']:,} plain steps "
+        f"({tokens(found['baseline_tokens'])} tokens): {found['speed_up']:.1f}x"
+    )
     if found["measured"]:
         return (
             "equal loss",
-            f"{steps}, {hours}. Measured by the paper: loss {other['loss']:.3f} against {other['baseline_loss']:.3f}",
+            f"{steps}, {hours}. Measured by the paper: loss {other['loss']:.3f} against "
+            f"{other['baseline_loss']:.3f}",
         )
     return (
         "equal loss",
-        f"NOT measured. If the speed-up of the paper's {other['model']} (s = {other['s']}, r = {other['r']:.2f}) held here: {steps}, {hours}",
+        f"NOT measured. If the speed-up of the paper's {other['model']} (s = {other['s']}, r = "
+        f"{other['r']:.2f}) held here: {steps}, {hours}",
     )
 
 
@@ -128,34 +179,58 @@ def _memory(plan):
     memory = plan["loss_memory"]
     first, then = memory["superposition"], memory["recovery"]
     return "loss memory", (
-        f"superposition: {gb(first['extension'])} with the extension, {gb(first['torch'])} torch kernel, {gb(first['fused'])} --tst-fused-linear-loss "
-        f"(the paper's loop, eager: {gb(first['paper_loop'])})\nrecovery: {gb(then['megatron'])} Megatron's, {gb(then['kernel_in_recovery'])} "
-        f"--tst-kernel-in-recovery, {gb(then['fused'])} fused. A micro-batch, last stage, logits ({gb(memory['logits'])}) included where they exist; arithmetic"
-    )  # fmt: skip
+        f"superposition: {gb(first['extension'])} with the extension, {gb(first['torch'])} torch "
+        f"kernel, {gb(first['fused'])} --tst-fused-linear-loss "
+        f"(the paper's loop, eager: {gb(first['paper_loop'])})\nrecovery: {gb(then['megatron'])} "
+        f"Megatron's, {gb(then['kernel_in_recovery'])} "
+        f"--tst-kernel-in-recovery, {gb(then['fused'])} fused. A micro-batch, last stage, logits "
+        f"({gb(memory['logits'])}) included where they exist; arithmetic"
+    )
 
 
 def _loader(plan):
     loader = plan["loader"]
-    needed = f"{tokens(loader['tokens_a_second'])} tokens/s, {loader['mb_a_second']:,.1f} MB/s in superposition, {loader['times_baseline']:g} times the baseline's; over {loader['readers']} data-parallel readers"  # fmt: skip
+    needed = (
+        f"{tokens(loader['tokens_a_second'])} tokens/s, {loader['mb_a_second']:,.1f} MB/s in "
+        f"superposition, {loader['times_baseline']:g} times the baseline's; over {loader['readers']} "
+        f"data-parallel readers"
+    )
     if not (measured := loader["measured"]):
         return "data loader", needed
     share = loader["tokens_a_second_of_a_reader"] / measured["tokens_a_second"]
     verdict = (
-        "one process reads enough for a reader" if share <= 1 else f"a reader needs {share:.1f} processes: raise --num-workers"
+        "one process reads enough for a reader"
+        if share <= 1
+        else f"a reader needs {share:.1f} processes: raise --num-workers"
     )
-    return "data loader", f"{needed}\nmeasured here: {tokens(measured['tokens_a_second'])} tokens/s, {measured['mb_a_second']:,.1f} MB/s of one process ({measured['seconds']:g} s, page cache included): {verdict}"  # fmt: skip
+    return (
+        "data loader",
+        f"{needed}\nmeasured here: {tokens(measured['tokens_a_second'])} tokens/s, "
+        f"{measured['mb_a_second']:,.1f} MB/s of one process ({measured['seconds']:g} s, page "
+        f"cache included): {verdict}",
+    )
 
 
 def _paper(plan):
     cell, run = plan["paper"]["cell"], plan["paper"]["run"]
     said = []
     if run:
-        baseline = f", its baseline of equal steps {run['baseline_loss']:.3f}" if run["baseline_loss"] else ""
+        baseline = (
+            f", its baseline of equal steps {run['baseline_loss']:.3f}"
+            if run["baseline_loss"]
+            else ""
+        )
         said.append(f"this run (table 1): final loss {run['loss']:.3f}{baseline}")
     if cell:
         between = cell["interpolated_between_r"]
-        how = f"INTERPOLATED between r = {between[0]:g} and {between[1]:g}" if between else "measured"
-        said.append(f"nearest grid (table {cell['table']}: {cell['model']}, {cell['steps']:,} steps, {cell['weighting']}): {cell['difference']:+.3f} nats against plain training of equal steps, {how}; one run a cell, no error bars")  # fmt: skip
+        how = (
+            f"INTERPOLATED between r = {between[0]:g} and {between[1]:g}" if between else "measured"
+        )
+        said.append(
+            f"nearest grid (table {cell['table']}: {cell['model']}, {cell['steps']:,} steps, "
+            f"{cell['weighting']}): {cell['difference']:+.3f} nats against plain training of "
+            f"equal steps, {how}; one run a cell, no error bars"
+        )
     return "paper", "\n".join(said) or "no figure for these settings"
 
 
@@ -170,7 +245,10 @@ def _checks(checks) -> Table:
 
 def _sweep(plan) -> Table:
     sweep, have = plan["sweep"], plan["text"]["available"]
-    title = f"text (and nats against plain training of equal steps: paper, table {sweep['table']}, {sweep['model']}, {sweep['steps']:,} steps)"
+    title = (
+        f"text (and nats against plain training of equal steps: paper, table "
+        f"{sweep['table']}, {sweep['model']}, {sweep['steps']:,} steps)"
+    )
     table = Table(
         box=None,
         padding=(0, 1),
@@ -185,7 +263,14 @@ def _sweep(plan) -> Table:
         table.add_column(f"r = {r}", justify="right", no_wrap=True)
     for s in dict.fromkeys(cell["s"] for cell in sweep["cells"]):
         cells = [cell for cell in sweep["cells"] if cell["s"] == s]
-        table.add_row(str(s), *(f"{'' if c['fits'] else '! '}{tokens(c['raw_tokens'])} ({'-' if c['difference'] is None else format(c['difference'], '+.3f')})" for c in cells))  # fmt: skip
+        table.add_row(
+            str(s),
+            *(
+                f"{'' if c['fits'] else '! '}{tokens(c['raw_tokens'])} "
+                f"({'-' if c['difference'] is None else format(c['difference'], '+.3f')})"
+                for c in cells
+            ),
+        )
     return table
 
 

@@ -1,12 +1,15 @@
-"""Draw the losses of Megatron runs, and say how much sooner one group of runs reaches another's loss.
+"""Draw the losses of Megatron runs, and say how much sooner one group of runs reaches another's
+loss.
 
     python tools/plot_runs.py --output loss.png baseline=logs/baseline.log "TST s=2"=logs/tst.log
     python tools/plot_runs.py --output loss.svg baseline=a1.log,a2.log,a3.log "TST s=2"=b1.log,b2.log,b3.log      # seeds, in pairs
-    python tools/plot_runs.py --output loss.png --parameters 1115904 baseline=tensorboard/a TST=tensorboard/b
+    python tools/plot_runs.py --output loss.png --parameters 1115904 baseline=tensorboard/a
+    TST=tensorboard/b
 
-Reads the lines that Megatron and megatron_tst print on the last rank (a resumed run may be given as one concatenated log), or a folder
-of TensorBoard files. One run a name: training loss and next-token validation loss over iterations. Several a name (or --axes): the
-validation loss against steps, FLOPs, raw tokens and seconds, mean with lowest and highest, and against the first name the
+Reads the lines that Megatron and megatron_tst print on the last rank (a resumed run may be given as
+one concatenated log), or a folder of TensorBoard files. One run a name: training loss and
+next-token validation loss over iterations. Several a name (or --axes): the validation loss against
+steps, FLOPs, raw tokens and seconds, mean with lowest and highest, and against the first name the
 speed-up at equal loss on each of them. Writes what --output ends in, .png or .svg.
 """
 
@@ -22,7 +25,9 @@ __all__ = ["Run", "main", "plot", "plot_axes", "read_log", "speed_ups"]
 
 
 def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
-    """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token validation loss."""
+    """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token
+    validation loss.
+    """
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (name, run) in enumerate(runs.items()):
@@ -31,11 +36,25 @@ def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
         first = {i: loss for i, loss in run.train.items() if i <= boundary}
         second = {i: loss for i, loss in run.train.items() if i > boundary}
         if first:
-            left.plot(first.keys(), first.values(), color=colour, linestyle="--", label=f"{name}: superposition (mce)")
+            left.plot(
+                first.keys(),
+                first.values(),
+                color=colour,
+                linestyle="--",
+                label=f"{name}: superposition (mce)",
+            )
         if run.excess:
-            left.plot(run.excess.keys(), run.excess.values(), color=colour, linestyle=":", label=f"{name}: mce minus bag entropy")
+            left.plot(
+                run.excess.keys(),
+                run.excess.values(),
+                color=colour,
+                linestyle=":",
+                label=f"{name}: mce minus bag entropy",
+            )
         left.plot(second.keys(), second.values(), color=colour, label=f"{name}: next token")
-        right.plot(run.validation.keys(), run.validation.values(), color=colour, marker=".", label=name)
+        right.plot(
+            run.validation.keys(), run.validation.values(), color=colour, marker=".", label=name
+        )
         if boundary:
             for axis in (left, right):
                 _mark_boundary(axis, boundary, "grey", "boundary")
@@ -48,21 +67,43 @@ def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
 
 
 def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> None:
-    """Next-token validation loss against each of AXES that all runs know; a group is its mean, and a band from lowest to highest."""
+    """Next-token validation loss against each of AXES that all runs know; a group is its mean, and
+    a band from lowest to highest.
+    """
     plt = _pyplot()
-    known = [axis for axis in AXES if all(run.curve(axis) for runs in groups.values() for run in runs)]
-    figure, panels = plt.subplots(1, len(known), figsize=(4.6 * len(known), 4.2), layout="constrained", squeeze=False)
+    known = [
+        axis for axis in AXES if all(run.curve(axis) for runs in groups.values() for run in runs)
+    ]
+    figure, panels = plt.subplots(
+        1, len(known), figsize=(4.6 * len(known), 4.2), layout="constrained", squeeze=False
+    )
     for panel, axis in zip(panels[0], known):
         for number, (name, runs) in enumerate(groups.items()):
             colour = f"C{number}"
             steps = sorted(set.intersection(*(set(run.validation) for run in runs)))
             losses = [[run.validation[step] for run in runs] for step in steps]
-            curves = [run.curve(axis, {step: run.validation[step] for step in steps})[0] for run in runs]
+            curves = [
+                run.curve(axis, {step: run.validation[step] for step in steps})[0] for run in runs
+            ]
             where = [sum(at) / len(at) for at in zip(*curves)]  # seconds differ from run to run
-            panel.plot(where, [sum(at) / len(at) for at in losses], color=colour, marker=".", label=f"{name} (n = {len(runs)})")
+            panel.plot(
+                where,
+                [sum(at) / len(at) for at in losses],
+                color=colour,
+                marker=".",
+                label=f"{name} (n = {len(runs)})",
+            )
             if len(runs) > 1:
-                panel.fill_between(where, [min(at) for at in losses], [max(at) for at in losses], color=colour, alpha=0.25)
-            boundaries = [run.curve(axis, {run.boundary: 0.0})[0][0] for run in runs if run.boundary]
+                panel.fill_between(
+                    where,
+                    [min(at) for at in losses],
+                    [max(at) for at in losses],
+                    color=colour,
+                    alpha=0.25,
+                )
+            boundaries = [
+                run.curve(axis, {run.boundary: 0.0})[0][0] for run in runs if run.boundary
+            ]
             if boundaries:
                 _mark_boundary(panel, sum(boundaries) / len(boundaries), colour, "boundary")
         _finish_losses(panel, [run for runs in groups.values() for run in runs])
@@ -73,7 +114,8 @@ def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> No
 
 
 def speed_ups(groups: dict[str, list[Run]]) -> list[str]:
-    """A line for each group but the first and each axis: how many times sooner it reaches the loss that both reach.
+    """A line for each group but the first and each axis: how many times sooner it reaches the loss
+    that both reach.
 
     The n-th runs of two groups are a pair (the same seed), so the spread is that of the pairs.
     """
@@ -81,13 +123,20 @@ def speed_ups(groups: dict[str, list[Run]]) -> list[str]:
     lines = []
     for name, runs in others:
         for axis in AXES:
-            pairs = [found for a, b in zip(base, runs) if (found := speed_up(a, b, axis)) is not None]
+            pairs = [
+                found for a, b in zip(base, runs) if (found := speed_up(a, b, axis)) is not None
+            ]
             if pairs:
                 mean, lowest, highest, error = spread(pairs)
                 how = (
-                    f"{lowest:.3f} to {highest:.3f}, standard error {error:.3f}, n = {len(pairs)}" if len(pairs) > 1 else "one pair"
+                    f"{lowest:.3f} to {highest:.3f}, standard error {error:.3f}, n = {len(pairs)}"
+                    if len(pairs) > 1
+                    else "one pair"
                 )
-                lines.append(f"{name} against {first}, equal validation loss: speed-up in {axis} {mean:.3f} ({how})")
+                lines.append(
+                    f"{name} against {first}, equal validation loss: speed-up in {axis} "
+                    f"{mean:.3f} ({how})"
+                )
     return lines
 
 
@@ -102,8 +151,15 @@ def _pyplot():
 
 def _mark_boundary(axis, where, colour, text):
     axis.axvline(where, color=colour, linewidth=0.8)
-    axis.annotate(text, (where, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points", color=colour,
-                  fontsize=8)  # fmt: skip
+    axis.annotate(
+        text,
+        (where, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -12),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8,
+    )
 
 
 def _finish_losses(axis, runs):
@@ -122,12 +178,23 @@ def _save(figure, output, title):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("loss.png"), help="ends in .png or .svg")
-    parser.add_argument("--title", default="")
-    parser.add_argument("--axes", action="store_true", help="validation loss against steps, FLOPs, raw tokens and seconds")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--parameters", type=int, help="of the whole model, for FLOPs: TensorBoard does not say, a log of one rank says its own"
+        "--output", type=Path, default=Path("loss.png"), help="ends in .png or .svg"
+    )
+    parser.add_argument("--title", default="")
+    parser.add_argument(
+        "--axes",
+        action="store_true",
+        help="validation loss against steps, FLOPs, raw tokens and seconds",
+    )
+    parser.add_argument(
+        "--parameters",
+        type=int,
+        help="of the whole model, for FLOPs: TensorBoard does not say, a log of one rank says its "
+        "own",
     )
     parser.add_argument("runs", nargs="+", metavar="NAME=LOG[,LOG ...]")
     args = parser.parse_args(argv)
@@ -139,14 +206,22 @@ def main(argv: list[str] | None = None) -> int:
         groups[name] = []
         for path in paths:
             if not name or not path.exists():
-                return _error(f"expected NAME=LOG with an existing log, got {item!r}. Check the path.")
+                return _error(
+                    f"expected NAME=LOG with an existing log, got {item!r}. Check the path."
+                )
             groups[name].append(run := read(path))
             run.parameters = args.parameters or run.parameters
             if not run.train:
-                return _error(f"expected training lines of Megatron in {path}, found none. Give the last rank's log.")
+                return _error(
+                    f"expected training lines of Megatron in {path}, found none. Give the last "
+                    f"rank's log."
+                )
     if args.axes or any(len(runs) > 1 for runs in groups.values()):
         if not all(run.validation for runs in groups.values() for run in runs):
-            return _error("expected validation losses in every run, found a run without. Train with --eval-iters.")
+            return _error(
+                "expected validation losses in every run, found a run without. Train with "
+                "--eval-iters."
+            )
         plot_axes(groups, args.output, args.title)
         for line in speed_ups(groups):
             print(line)
@@ -157,7 +232,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _named(item: str) -> tuple[str, list[Path]]:
-    """NAME=PATH,PATH at the "=" after which the paths are there: names and folders may have one of their own."""
+    """NAME=PATH,PATH at the "=" after which the paths are there: names and folders may have one of
+    their own.
+    """
     for i in (i for i, letter in enumerate(item) if letter == "="):
         name, paths = item[:i], [Path(path) for path in item[i + 1 :].split(",")]
         if all(path.exists() for path in paths):

@@ -1,8 +1,11 @@
-"""What Megatron's logs and TensorBoard files say of a run: losses against steps, FLOPs, raw tokens and time; equal losses compared.
+"""What Megatron's logs and TensorBoard files say of a run: losses against steps, FLOPs, raw tokens
+and time; equal losses compared.
 
-FLOPs are 6 N D: D positions (--global-batch-size times --seq-length a step, bags or tokens alike), N the parameters that a position is
-multiplied with: all that Megatron counts, less the input embedding (unless the output layer shares it) and, with experts, less
-the share of their weights that a token is not sent to; multi-token prediction's heads use the output layer again. Attention's own products and the gathers of bags are left out.
+FLOPs are 6 N D: D positions (--global-batch-size times --seq-length a step, bags or tokens alike),
+N the parameters that a position is multiplied with: all that Megatron counts, less the input
+embedding (unless the output layer shares it) and, with experts, less the share of their weights
+that a token is not sent to; multi-token prediction's heads use the output layer again. Attention's
+own products and the gathers of bags are left out.
 """
 
 from __future__ import annotations
@@ -13,25 +16,38 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_TRAIN = re.compile(r"iteration +(\d+)/ *(\d+) \|.*?\| lm loss: ([\d.E+-]+)(?:.*?mce minus bag entropy: ([\d.E+-]+))?")
+_TRAIN = re.compile(
+    r"iteration +(\d+)/ *(\d+) \|.*?\| lm loss: ([\d.E+-]+)(?:.*?mce minus bag entropy: "
+    r"([\d.E+-]+))?"
+)
 _TIME = re.compile(r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+)")
 _VALID = re.compile(r"validation loss at iteration (\d+)[^|]*\| lm loss value: ([\d.E+-]+)")
-_PHASE = re.compile(r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+)")
+_PHASE = re.compile(
+    r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+)"
+)
 _BOUNDARY = re.compile(r"\[tst\] boundary after iteration (\d+): .*?\((\d+) raw tokens\)")
 _BLOCK = re.compile(r"^ \[tst\]   (expert load|router entropy) +(.*)")
 _ARGUMENT = re.compile(r"^ {2}(\w+) \.{3,} (\S+)$")
 _PARAMETERS = re.compile(r"> number of parameters on \(.*?\) model parallel rank \(.*?\): (\d+)")
-AXES = {"steps": "iteration", "FLOPs": "FLOPs (6 N D)", "raw tokens": "raw tokens read", "seconds": "seconds of training"}
+AXES = {
+    "steps": "iteration",
+    "FLOPs": "FLOPs (6 N D)",
+    "raw tokens": "raw tokens read",
+    "seconds": "seconds of training",
+}
 
 
 @dataclass
 class Run:
-    """What is known of a run. Losses in nats per position by iteration; `excess` is the mce minus the bags' entropy.
+    """What is known of a run. Losses in nats per position by iteration; `excess` is the mce minus
+    the bags' entropy.
 
     Args:
-        seconds: of training since the start, by iteration; evaluation and start-up left out where a log says so.
+        seconds: of training since the start, by iteration; evaluation and start-up left out where a
+            log says so.
         arguments: Megatron's, as text.
-        parameters: as Megatron counts them, over its model-parallel ranks; None where the source does not say (TensorBoard).
+        parameters: as Megatron counts them, over its model-parallel ranks; None where the source
+            does not say (TensorBoard).
         experts: what the log says of expert load and router entropy after each boundary.
     """
 
@@ -65,7 +81,11 @@ class Run:
         """Of a step; None where parameters or arguments are not known."""
         if not self.parameters or not self.positions or "hidden_size" not in self.arguments:
             return None
-        of = lambda name, default=0: int(self.arguments[name]) if self.arguments.get(name, "None") != "None" else default  # noqa: E731
+
+        def of(name, default=0):
+            value = self.arguments.get(name, "None")
+            return default if value == "None" else int(value)
+
         used, hidden = self.parameters, of("hidden_size")
         multiple = of("make_vocab_size_divisible_by", 1) * of("tensor_model_parallel_size", 1)
         table = math.ceil(of("vocab_size") / multiple) * multiple * hidden
@@ -74,12 +94,22 @@ class Run:
         used += of("mtp_num_layers") * table  # each head forms logits of its own
         if experts := of("num_experts"):
             matrices = 3 if self.arguments.get("swiglu") == "True" else 2
-            weights = of("num_layers") * experts * matrices * hidden * of("moe_ffn_hidden_size", of("ffn_hidden_size"))
+            weights = (
+                of("num_layers")
+                * experts
+                * matrices
+                * hidden
+                * of("moe_ffn_hidden_size", of("ffn_hidden_size"))
+            )
             used -= round(weights * (1 - of("moe_router_topk", 1) / experts))
         return 6.0 * used * self.positions
 
-    def curve(self, axis: str, losses: dict[int, float] | None = None) -> tuple[list[float], list[float]] | None:
-        """(where on the axis, loss) of the validation losses, or of others by iteration; None where the run does not say."""
+    def curve(
+        self, axis: str, losses: dict[int, float] | None = None
+    ) -> tuple[list[float], list[float]] | None:
+        """(where on the axis, loss) of the validation losses, or of others by iteration; None where
+        the run does not say.
+        """
         losses = self.validation if losses is None else losses
         steps = sorted(losses)
         if axis == "steps":
@@ -87,9 +117,13 @@ class Run:
         elif axis == "FLOPs":
             where = self.flops and [self.flops * step for step in steps]
         elif axis == "raw tokens":
-            where = self.raw_tokens and [interpolated({0: 0, **self.raw_tokens}, step) for step in steps]
+            where = self.raw_tokens and [
+                interpolated({0: 0, **self.raw_tokens}, step) for step in steps
+            ]
         else:
-            where = self.seconds and [interpolated({0: 0.0, **self.seconds}, step) for step in steps]
+            where = self.seconds and [
+                interpolated({0: 0.0, **self.seconds}, step) for step in steps
+            ]
         return (list(where), [losses[step] for step in steps]) if where else None
 
 
@@ -108,17 +142,25 @@ def read(path: Path) -> Run:
 
 
 def read_log(*paths: Path) -> Run:
-    """Parse a log, whole or still being written; several: a run's parts in order. The last evaluation of an iteration counts."""
+    """Parse a log, whole or still being written; several: a run's parts in order. The last
+    evaluation of an iteration counts.
+    """
     run, parameters, spent = Run(), [], 0.0
     for path in paths:
         parameters, timed = [], max(run.train, default=0)
         for line in path.read_text(errors="replace").splitlines():
             if match := _TRAIN.search(line):
-                iteration, run.total, run.train[iteration] = int(match[1]), int(match[2]), float(match[3])
+                iteration, run.total, run.train[iteration] = (
+                    int(match[1]),
+                    int(match[2]),
+                    float(match[3]),
+                )
                 if match[4]:
                     run.excess[iteration] = float(match[4])
                 if match := _TIME.search(line):
-                    spent += float(match[2]) / 1000 * max(0, iteration - timed)  # a mean over the iterations since the last line
+                    spent += (
+                        float(match[2]) / 1000 * max(0, iteration - timed)
+                    )  # a mean over the iterations since the last line
                     run.seconds[iteration], timed = spent, iteration
             elif match := _VALID.search(line):
                 run.validation[int(match[1])] = float(match[2])
@@ -139,14 +181,20 @@ def read_log(*paths: Path) -> Run:
 
 
 def _fill_raw_tokens(run: Run) -> None:
-    """Stock Megatron does not say how many: a baseline, or what went on without TST, reads a token a position."""
+    """Stock Megatron does not say how many: a baseline, or what went on without TST, reads a token
+    a position.
+    """
     said = max(run.raw_tokens, default=0)
-    for step in [step for step in sorted({*run.train, *run.validation}) if step > said and run.positions]:
+    for step in [
+        step for step in sorted({*run.train, *run.validation}) if step > said and run.positions
+    ]:
         run.raw_tokens[step] = run.raw_tokens.get(said, 0) + (step - said) * run.positions
 
 
 def read_events(path: Path) -> Run:
-    """The scalars and arguments that Megatron and TST write to TensorBoard; times are of the clock, evaluation included."""
+    """The scalars and arguments that Megatron and TST write to TensorBoard; times are of the clock,
+    evaluation included.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
@@ -156,23 +204,33 @@ def read_events(path: Path) -> Run:
     def scalars(name):
         return {e.step: e.value for e in events.Scalars(name)} if name in tags["scalars"] else {}
 
-    run = Run(train=scalars("lm loss"), excess=scalars("mce minus bag entropy"), validation=scalars("lm loss validation"))
+    run = Run(
+        train=scalars("lm loss"),
+        excess=scalars("mce minus bag entropy"),
+        validation=scalars("lm loss validation"),
+    )
     run.raw_tokens = {step: int(value) for step, value in scalars("tst raw tokens").items()}
     bagged = [step for step, size in scalars("tst bag size").items() if size > 1]
     run.boundary, run.total = max(bagged, default=None), run.last or None
     if run.train:
         times = {e.step: e.wall_time for e in events.Scalars("lm loss")}
         first = min(times)
-        run.seconds = {step: (time - times[first]) for step, time in times.items() if step > first} or {first: 0.0}
+        run.seconds = {
+            step: (time - times[first]) for step, time in times.items() if step > first
+        } or {first: 0.0}
     for tag in tags["tensors"]:
         if tag.endswith("/text_summary"):
-            run.arguments[tag.removesuffix("/text_summary")] = events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+            run.arguments[tag.removesuffix("/text_summary")] = (
+                events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+            )
     _fill_raw_tokens(run)
     return run
 
 
 def reached(where: list[float], losses: list[float], loss: float) -> float | None:
-    """Where a curve first comes down to `loss`, on straight lines between its points; None where it does not."""
+    """Where a curve first comes down to `loss`, on straight lines between its points; None where it
+    does not.
+    """
     for i, (x, y) in enumerate(zip(where, losses)):
         if y <= loss:
             if i == 0 or losses[i - 1] == y:
@@ -182,9 +240,11 @@ def reached(where: list[float], losses: list[float], loss: float) -> float | Non
 
 
 def speed_up(base: Run, other: Run, axis: str) -> float | None:
-    """How many times less of `axis` the other run needs to reach the higher of both final validation losses; above 1: it is faster.
+    """How many times less of `axis` the other run needs to reach the higher of both final
+    validation losses; above 1: it is faster.
 
-    A loss that one run reaches in the middle and the other at the end of its learning-rate decay favours the other.
+    A loss that one run reaches in the middle and the other at the end of its learning-rate decay
+    favours the other.
     """
     curves = base.curve(axis), other.curve(axis)
     if None in curves or not all(losses for _, losses in curves):

@@ -65,19 +65,52 @@ def load(path: Path) -> Question:
     try:
         entries = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
-        refuse(path, "a TOML file", f"{type(error).__name__}: {error}", "Give a file of examples/experiments.")
+        refuse(
+            path,
+            "a TOML file",
+            f"{type(error).__name__}: {error}",
+            "Give a file of examples/experiments.",
+        )
     arms = entries.pop("arm", [])
-    for where, given, kind in ((path, entries, Question), *((f"{path}, arm {arm.get('name')}", arm, Arm) for arm in arms)):
-        known = set(kind.__dataclass_fields__) - {"name", "arms", "path"} | ({"name"} if kind is Arm else set())
+    for where, given, kind in (
+        (path, entries, Question),
+        *((f"{path}, arm {arm.get('name')}", arm, Arm) for arm in arms),
+    ):
+        known = set(kind.__dataclass_fields__) - {"name", "arms", "path"} | (
+            {"name"} if kind is Arm else set()
+        )
         if unknown := set(given) - known:
-            refuse(where, f"entries of {', '.join(sorted(known))}", ", ".join(sorted(unknown)), "Correct the name.")
-    for where, given, needed in ((path, entries, "question"), *((path, arm, "name") for arm in arms)):
+            refuse(
+                where,
+                f"entries of {', '.join(sorted(known))}",
+                ", ".join(sorted(unknown)),
+                "Correct the name.",
+            )
+    for where, given, needed in (
+        (path, entries, "question"),
+        *((path, arm, "name") for arm in arms),
+    ):
         if needed not in given:
-            refuse(where, f"an entry {needed!r}", f"only {', '.join(sorted(given)) or 'nothing'}", "Add it.")
+            refuse(
+                where,
+                f"an entry {needed!r}",
+                f"only {', '.join(sorted(given)) or 'nothing'}",
+                "Add it.",
+            )
     names = [arm["name"] for arm in arms]
     if len(set(names)) != len(names) or not arms:
-        refuse(path, "[[arm]] tables, each with a name of its own", ", ".join(names) or "none", "Name them apart.")
+        refuse(
+            path,
+            "[[arm]] tables, each with a name of its own",
+            ", ".join(names) or "none",
+            "Name them apart.",
+        )
     if any("convert" in arm and not arm.get("tst") for arm in arms):
-        refuse(path, "'tst' beside 'convert'", "'convert' alone", "Say how the superposition phase is trained.")
+        refuse(
+            path,
+            "'tst' beside 'convert'",
+            "'convert' alone",
+            "Say how the superposition phase is trained.",
+        )
     entries["seeds"] = tuple(entries.get("seeds", (1, 2, 3)))
     return Question(name=path.stem, arms=tuple(Arm(**arm) for arm in arms), path=path, **entries)

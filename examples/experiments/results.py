@@ -1,4 +1,6 @@
-"""The experiments' CSV: one row a run, appended whole or not at all, also when several drivers write."""
+"""The experiments' CSV: one row a run, appended whole or not at all, also when several drivers
+write.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,45 @@ from pathlib import Path
 from questions import refuse
 
 COLUMNS = (
-    "question", "arm", "seed", "base_iterations", "iterations", "validation_loss", "raw_tokens", "flops", "seconds", "wall_seconds",
-    "boundary", "experts", "settings", "device", "versions", "commit", "finished",
-)  # fmt: skip
-SHOWN = ("question", "arm", "seed", "iterations", "validation_loss", "raw_tokens", "flops", "seconds", "boundary")
+    "question",
+    "arm",
+    "seed",
+    "base_iterations",
+    "iterations",
+    "validation_loss",
+    "raw_tokens",
+    "flops",
+    "seconds",
+    "wall_seconds",
+    "boundary",
+    "experts",
+    "settings",
+    "device",
+    "versions",
+    "commit",
+    "finished",
+)
+SHOWN = (
+    "question",
+    "arm",
+    "seed",
+    "iterations",
+    "validation_loss",
+    "raw_tokens",
+    "flops",
+    "seconds",
+    "boundary",
+)
 
 
 class Table:
     """Rows of text by column.
 
-    validation_loss: next-token, nats, after the last iteration. raw_tokens, flops (6 N D, tools/training_curves.py), seconds (of
-    training, from Megatron's log; wall_seconds: with start-up and evaluation) of the whole run. base_iterations: of an arm of length 1.
-    boundary: the last superposed iteration. experts: what the log says of their load around it. settings: every flag that
-    the driver did not set by itself.
+    validation_loss: next-token, nats, after the last iteration. raw_tokens, flops (6 N D,
+    tools/training_curves.py), seconds (of training, from Megatron's log; wall_seconds: with
+    start-up and evaluation) of the whole run. base_iterations: of an arm of length 1.
+    boundary: the last superposed iteration. experts: what the log says of their load around it.
+    settings: every flag that the driver did not set by itself.
     """
 
     def __init__(self, path: Path):
@@ -36,7 +64,14 @@ class Table:
 
     def find(self, **wanted: str) -> dict | None:
         """The first row with these values."""
-        return next((row for row in self.rows() if all(row[name] == value for name, value in wanted.items())), None)
+        return next(
+            (
+                row
+                for row in self.rows()
+                if all(row[name] == value for name, value in wanted.items())
+            ),
+            None,
+        )
 
     def has(self, **wanted: str) -> bool:
         return self.find(**wanted) is not None
@@ -74,5 +109,10 @@ def locked(path: Path, wait: bool = False):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            refuse(path.parent, "a folder that no other driver works in", "one that does", "Wait for it, or choose another --out.")
+            refuse(
+                path.parent,
+                "a folder that no other driver works in",
+                "one that does",
+                "Wait for it, or choose another --out.",
+            )
         yield

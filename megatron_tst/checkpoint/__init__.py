@@ -1,1 +1,3 @@
-"""Checkpoints of Megatron's torch_dist format, read and rewritten without building a model: format, inspect, boundary, verify."""
+"""Checkpoints of Megatron's torch_dist format as files, read and rewritten without building a
+model.
+"""

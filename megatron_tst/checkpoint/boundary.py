@@ -1,5 +1,7 @@
-"""A TST checkpoint -> a checkpoint of a plain Megatron run, which stock scripts continue without megatron_tst (paper, section 3: the
-recovery phase is ordinary training from the superposition phase's checkpoint)."""
+"""A TST checkpoint -> a checkpoint of a plain Megatron run, which stock scripts continue without
+megatron_tst (paper, section 3: the recovery phase is ordinary training from the superposition
+phase's checkpoint).
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,18 @@ from pathlib import Path
 
 import torch
 
-from megatron_tst.checkpoint.format import Checkpoint, refuse
+from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.inspect import OPTIMIZER
+from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.rewrite import Changes, rewrite
-from megatron_tst.resume import stored
+from megatron_tst.errors import refuse
 
-# Where Megatron's layer specs name the norm before the experts differently (gpt_layer_specs.py): local, Transformer Engine.
-EXPERT_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "transformer_engine": "pre_mlp_layernorm.weight"}
+# Where Megatron's layer specs name the norm before the experts differently (gpt_layer_specs.py):
+# local, Transformer Engine.
+EXPERT_NORM = {
+    "local": "mlp.linear_fc1.layer_norm_weight",
+    "transformer_engine": "pre_mlp_layernorm.weight",
+}
 ENDS = {"embedding": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
 
 
@@ -40,13 +47,18 @@ def convert(
     Args:
         source: of a superposition or recovery phase; its tensors are copied byte by byte.
         target: a new folder, for --load.
-        drop_optimizer: without its state (load it with --no-load-optim); others measured that this loses TST's gain.
-        reset_optimizer: its averages zeroed and its step 0, as at the start of a run; schedule, iteration and data position stay.
-        reinit: of "embedding" and "head" (the output layer): new normal values as the run drew them (--embedding-init-method-std,
-            --init-method-std), their optimizer state zeroed (paper, table 2: both).
-        layer_spec: "local" or "transformer_engine", to rename the norm before experts; None: as it is.
+        drop_optimizer: without its state (load it with --no-load-optim); others measured that this
+            loses TST's gain.
+        reset_optimizer: its averages zeroed and its step 0, as at the start of a run; schedule,
+            iteration and data position stay.
+        reinit: of "embedding" and "head" (the output layer): new normal values as the run drew them
+            (--embedding-init-method-std, --init-method-std), their optimizer state zeroed (paper,
+            table 2: both).
+        layer_spec: "local" or "transformer_engine", to rename the norm before experts; None: as it
+            is.
         legacy: common.pt as Megatron-Core <= 0.18 reads it; None: as the source has it.
-        drop_fp8_state: leave out modules' `_extra_state` (delayed-scaling FP8), which newer Transformer Engines refuse to unpickle.
+        drop_fp8_state: leave out modules' `_extra_state` (delayed-scaling FP8), which newer
+            Transformer Engines refuse to unpickle.
         seed: of the new values.
         force: replace an existing target.
 
@@ -54,7 +66,8 @@ def convert(
         the iteration's folder.
 
     Raises:
-        CheckpointError: no TST settings in the source, new values asked for of a state that cannot be edited, and rewrite's.
+        TSTError: no TST settings in the source, new values asked for of a state that cannot be
+            edited, and rewrite's.
     """
     if stored(source.args) is None:
         refuse(
@@ -67,13 +80,18 @@ def convert(
     common["args"] = stock_arguments(source.args)
     dropped = drop_optimizer_state(source, common) if drop_optimizer else set()
     new_ends = _of_ends(source, reinit)
-    edited = frozenset(name for name in source.tensors if name.endswith(new_ends) and name not in dropped)
+    edited = frozenset(
+        name for name in source.tensors if name.endswith(new_ends) and name not in dropped
+    )
     if edited or reset_optimizer:
         _check_editable(source, drop_optimizer, reset_optimizer)
     if reset_optimizer:
         edited |= {name for name in source.tensors if _is_average(name)}
         _first_step(common)
-    std = {ENDS["head"]: source.args.init_method_std, ENDS["embedding"]: _embedding_std(source.args)}
+    std = {
+        ENDS["head"]: source.args.init_method_std,
+        ENDS["embedding"]: _embedding_std(source.args),
+    }
     dropped |= {name for name in source.objects if drop_fp8_state and "._extra_state" in name}
 
     def fresh(name, offset, shard):
@@ -96,11 +114,15 @@ def convert(
 
 def stock_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments without TST's: what a stock run would have stored."""
-    return argparse.Namespace(**{name: value for name, value in vars(args).items() if not name.startswith("tst_")})
+    return argparse.Namespace(
+        **{name: value for name, value in vars(args).items() if not name.startswith("tst_")}
+    )
 
 
 def drop_optimizer_state(source: Checkpoint, common: dict) -> set[str]:
-    """Take the optimizer and its schedule out of a common state. -> names of its tensors and objects, which a copy is to leave out"""
+    """Take the optimizer and its schedule out of a common state. -> names of its tensors and
+    objects, which a copy is to leave out
+    """
     for name in ("optimizer", "opt_param_scheduler"):
         common.pop(name, None)
     common["args"].no_save_optim = True
@@ -108,14 +130,25 @@ def drop_optimizer_state(source: Checkpoint, common: dict) -> set[str]:
 
 
 def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]:
-    """Old name -> new name of every tensor and object, so that a model of this layer spec finds its own; None: as they are."""
+    """Old name -> new name of every tensor and object, so that a model of this layer spec finds its
+    own; None: as they are.
+    """
     if layer_spec is None:
         return lambda name: name
     if layer_spec not in EXPERT_NORM:
-        refuse("layer spec", " or ".join(EXPERT_NORM), layer_spec, "Name the spec of the run that is to load it.")
+        refuse(
+            "layer spec",
+            " or ".join(EXPERT_NORM),
+            layer_spec,
+            "Name the spec of the run that is to load it.",
+        )
     new = EXPERT_NORM[layer_spec]
     (old,) = set(EXPERT_NORM.values()) - {new}
-    layers = {name.removesuffix("mlp.router.weight") for name in source.tensors if name.endswith("mlp.router.weight")}
+    layers = {
+        name.removesuffix("mlp.router.weight")
+        for name in source.tensors
+        if name.endswith("mlp.router.weight")
+    }
     names = {layer + old: layer + new for layer in layers}
     return lambda name: names.get(name, name)
 
@@ -124,23 +157,40 @@ def _of_ends(source, reinit):
     """Endings of the names of what gets new values."""
     unknown = [name for name in reinit if name not in ENDS]
     if unknown:
-        refuse("--reinit", "embedding, head or embedding,head", ",".join(reinit), "Name the tables that get new values.")
+        refuse(
+            "--reinit",
+            "embedding, head or embedding,head",
+            ",".join(reinit),
+            "Name the tables that get new values.",
+        )
     ends = tuple(ENDS[name] for name in reinit)
-    absent = [name for name, end in zip(reinit, ends) if not any(tensor.endswith(end) for tensor in source.tensors)]
+    absent = [
+        name
+        for name, end in zip(reinit, ends)
+        if not any(tensor.endswith(end) for tensor in source.tensors)
+    ]
     if absent:
-        refuse(f"--reinit {absent[0]}", f"a tensor {ENDS[absent[0]]}", "none", "A tied head is the embedding: name that alone.")
+        refuse(
+            f"--reinit {absent[0]}",
+            f"a tensor {ENDS[absent[0]]}",
+            "none",
+            "A tied head is the embedding: name that alone.",
+        )
     return ends
 
 
 def _check_editable(source, drop_optimizer, reset_optimizer):
     if reset_optimizer and drop_optimizer:
         refuse("--reset-optimizer and --drop-optimizer", "one of the two", "both", "Leave one out.")
-    if not drop_optimizer and any(name.startswith("optimizer.distributed.") for name in source.tensors):
+    if not drop_optimizer and any(
+        name.startswith("optimizer.distributed.") for name in source.tensors
+    ):
         refuse(
             "new values",
             "optimizer state by parameter",
             "the distributed optimizer's flat buffers",
-            "Save with --dist-ckpt-optim-fully-reshardable; for --reinit alone --drop-optimizer will do.",
+            "Save with --dist-ckpt-optim-fully-reshardable; for --reinit alone --drop-optimizer "
+            "will do.",
         )
 
 
@@ -149,9 +199,14 @@ def _is_average(name):
 
 
 def _first_step(common):
-    """Adam's step, in a copy of the common state: with another one its bias correction would take the zeroed averages for settled ones."""
+    """Adam's step, in a copy of the common state: with another one its bias correction would take
+    the zeroed averages for settled ones.
+    """
     common["optimizer"] = copy.deepcopy(common["optimizer"])
-    for part in (common["optimizer"], *(v for v in common["optimizer"].values() if isinstance(v, dict))):
+    for part in (
+        common["optimizer"],
+        *(v for v in common["optimizer"].values() if isinstance(v, dict)),
+    ):
         state = part.get("state", {})
         if "common_step" in state:
             state["common_step"] = state["common_step"] * 0
@@ -166,7 +221,9 @@ def _embedding_std(args):
 
 
 def _normal_rows(end, offset, shard, std, seed):
-    """Rows offset[0] .. of a normal matrix, each from a seed of its own, so that any shard can be made alone."""
+    """Rows offset[0] .. of a normal matrix, each from a seed of its own, so that any shard can be
+    made alone.
+    """
     generator, new = torch.Generator(), torch.empty_like(shard, dtype=torch.float32)
     for i, row in enumerate(new):
         generator.manual_seed(zlib.crc32(f"{seed} {end} {offset[0] + i}".encode()))

@@ -6,7 +6,8 @@ A checkpoint folder (iter_0000100) holds
     __<rank>_<n>.distcp   the items one after the other, each a torch.save of one tensor (a shard) or object
     common.pt             Megatron-Core <= 0.18: arguments, iteration, scheduler; from 0.19 on the object `common_state` instead
 
-Nothing is unpickled but tensors, plain containers, torch's own metadata classes and the enumerations in Megatron's arguments.
+Nothing is unpickled but tensors, plain containers, torch's own metadata classes and the
+enumerations in Megatron's arguments.
 """
 
 from __future__ import annotations
@@ -27,19 +28,18 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from megatron_tst.errors import TSTError, refuse
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state"  # the object, from 0.19 on
 _BLOCK = 8 << 20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, or a target that must not be written; one line for the user."""
-
-
-def refuse(what: object, expected: str, got: object, do: str) -> None:
-    raise CheckpointError(f"{what}: expected {expected}, got {got}. {do}")
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,24 @@ class Item:
 
 
 class Checkpoint:
-    """A torch_dist checkpoint folder, opened and checked; nothing large is read before it is asked for.
+    """A torch_dist checkpoint folder, opened and checked; nothing large is read before it is asked
+    for.
 
     Args:
-        path: an iteration's folder, or the folder that --save names (then the iteration of its tracker file).
+        path: an iteration's folder, or the folder that --save names (then the iteration of its
+            tracker file).
 
     Raises:
-        CheckpointError: no torch_dist checkpoint, or files missing or shorter than its metadata says, each named.
+        TSTError: no torch_dist checkpoint, or files missing or shorter than its metadata says, each
+            named.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.path = iteration_folder(Path(path))
         self.metadata = self._read_metadata()
         self.items = [
-            Item(index, info.relative_path, info.offset, info.length) for index, info in self.metadata.storage_data.items()
+            Item(index, info.relative_path, info.offset, info.length)
+            for index, info in self.metadata.storage_data.items()
         ]
         self._check_files()
 
@@ -80,18 +84,39 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             about = error
         if not isinstance(about, dict) or about.get("sharded_backend") != "torch_dist":
-            got = about.get("sharded_backend") if isinstance(about, dict) else f"{type(about).__name__}: {about}"
-            refuse(self.path, "a torch_dist checkpoint (metadata.json says so)", got, "Save with --ckpt-format torch_dist.")
+            got = (
+                about.get("sharded_backend")
+                if isinstance(about, dict)
+                else f"{type(about).__name__}: {about}"
+            )
+            refuse(
+                self.path,
+                "a torch_dist checkpoint (metadata.json says so)",
+                got,
+                "Save with --ckpt-format torch_dist.",
+            )
         try:
             with open(self.path / ".metadata", "rb") as file:
                 metadata = _MetadataUnpickler(file).load()
         except Exception as error:  # a truncated pickle fails in many ways
             refuse(
-                self.path / ".metadata", "readable metadata", f"{type(error).__name__}: {error}", "The checkpoint is incomplete."
+                self.path / ".metadata",
+                "readable metadata",
+                f"{type(error).__name__}: {error}",
+                "The checkpoint is incomplete.",
             )
-        compressed = [index.fqn for index, info in metadata.storage_data.items() if getattr(info, "transform_descriptors", None)]
+        compressed = [
+            index.fqn
+            for index, info in metadata.storage_data.items()
+            if getattr(info, "transform_descriptors", None)
+        ]
         if compressed:
-            refuse(self.path, "plain items", f"compressed ones ({compressed[0]})", "Save it without compression.")
+            refuse(
+                self.path,
+                "plain items",
+                f"compressed ones ({compressed[0]})",
+                "Save it without compression.",
+            )
         return metadata
 
     def _check_files(self):
@@ -111,17 +136,30 @@ class Checkpoint:
         ):
             wrong.append("common.pt is missing")
         if wrong:
-            refuse(self.path, "every file that its metadata names", "; ".join(wrong), "Copy it again or use another iteration.")
+            refuse(
+                self.path,
+                "every file that its metadata names",
+                "; ".join(wrong),
+                "Copy it again or use another iteration.",
+            )
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Name -> shape and type of every tensor, model and optimizer."""
-        return {k: v for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        return {
+            k: v
+            for k, v in self.metadata.state_dict_metadata.items()
+            if isinstance(v, TensorStorageMetadata)
+        }
 
     @cached_property
     def objects(self) -> list[str]:
         """Names of what is no tensor."""
-        return [k for k, v in self.metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)]
+        return [
+            k
+            for k, v in self.metadata.state_dict_metadata.items()
+            if isinstance(v, BytesStorageMetadata)
+        ]
 
     @property
     def common_item(self) -> Item | None:
@@ -133,7 +171,9 @@ class Checkpoint:
         """Arguments, iteration, scheduler and the optimizer's scalars."""
         if self.common_item is None:
             return load_trusted(self.path / "common.pt")
-        (common,) = load_trusted(io.BytesIO(self.read(self.common_item)), self.path / COMMON)  # objects are stored in lists of one
+        (common,) = load_trusted(
+            io.BytesIO(self.read(self.common_item)), self.path / COMMON
+        )  # objects are stored in lists of one
         return common
 
     @property
@@ -141,7 +181,12 @@ class Checkpoint:
         """Megatron's arguments at the time of the save."""
         args = self.common.get("args")
         if not isinstance(args, argparse.Namespace):
-            refuse(self.path, "Megatron's arguments in it", type(args).__name__, "It was not written by megatron.training.")
+            refuse(
+                self.path,
+                "Megatron's arguments in it",
+                type(args).__name__,
+                "It was not written by megatron.training.",
+            )
         return args
 
     def read(self, item: Item) -> bytes:
@@ -174,22 +219,34 @@ def iteration_folder(path: Path) -> Path:
         return path
     tracker = path / TRACKER
     if not tracker.is_file():
-        refuse(path, f"a checkpoint folder, or one with {TRACKER}", "neither", "Give the folder of --save or one iter_... in it.")
+        refuse(
+            path,
+            f"a checkpoint folder, or one with {TRACKER}",
+            "neither",
+            "Give the folder of --save or one iter_... in it.",
+        )
     text = tracker.read_text().strip()
     folder = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
     if not folder.is_dir():
-        refuse(path, f"the folder {folder.name} that {TRACKER} names", "none", "Give another iteration's folder.")
+        refuse(
+            path,
+            f"the folder {folder.name} that {TRACKER} names",
+            "none",
+            "Give another iteration's folder.",
+        )
     return folder
 
 
 def mend_tracker(folder: str | os.PathLike) -> int | None:
-    """Megatron empties its tracker file before it writes the new iteration into it: a run killed in between cannot be started again.
+    """Megatron empties its tracker file before it writes the new iteration into it: a run killed in
+    between cannot be started again.
 
     Args:
         folder: what --load names.
 
     Returns:
-        the iteration of the last whole checkpoint, which the tracker names now; None where nothing was amiss or no checkpoint is whole.
+        the iteration of the last whole checkpoint, which the tracker names now; None where nothing
+        was amiss or no checkpoint is whole.
     """
     tracker = Path(folder) / TRACKER
     if not tracker.is_file() or tracker.read_text().strip():
@@ -197,7 +254,7 @@ def mend_tracker(folder: str | os.PathLike) -> int | None:
     for path in sorted(Path(folder).glob("iter_*"), reverse=True):
         try:
             Checkpoint(path)
-        except CheckpointError:
+        except TSTError:
             continue
         iteration = int(path.name.removeprefix("iter_"))
         part = tracker.with_suffix(".part")
@@ -227,7 +284,9 @@ class _Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset, whence=os.SEEK_SET):
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = (
+            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        )
         return self._at
 
     def readinto(self, buffer):
@@ -239,7 +298,9 @@ class _Window(io.RawIOBase):
 
 
 def _check(window: _Window, path: Path, item: Item) -> None:
-    """torch.save writes a zip archive with a checksum an entry; objects of older versions may be plain pickles."""
+    """torch.save writes a zip archive with a checksum an entry; objects of older versions may be
+    plain pickles.
+    """
     if window.read(2) != b"PK":
         window.seek(0)
         return
@@ -260,28 +321,44 @@ def _check(window: _Window, path: Path, item: Item) -> None:
 class _MetadataUnpickler(pickle.Unpickler):
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     _NAMES = {
-        ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-        ("builtins", "set"), ("builtins", "frozenset"), ("torch._C", "_get_layout"), ("pathlib", "PosixPath"),
-    }  # fmt: skip
+        ("torch", "Size"),
+        ("torch", "device"),
+        ("torch.serialization", "_get_layout"),
+        ("collections", "OrderedDict"),
+        ("builtins", "set"),
+        ("builtins", "frozenset"),
+        ("torch._C", "_get_layout"),
+        ("pathlib", "PosixPath"),
+    }
 
     def find_class(self, module, name):
         known = module in self._MODULES and "." not in name
-        if known or (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (
+            known
+            or (module, name) in self._NAMES
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
 
 def load_trusted(file, name: object = None) -> object:
-    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's; nothing else is unpickled.
+    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's;
+    nothing else is unpickled.
 
     Raises:
-        CheckpointError: something else is in it, by its name, or it cannot be read.
+        TSTError: something else is in it, by its name, or it cannot be read.
     """
     name = name or file
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception as error:
-        refuse(name, "a readable torch.save", f"{type(error).__name__}: {error}", "The checkpoint is damaged.")
+        refuse(
+            name,
+            "a readable torch.save",
+            f"{type(error).__name__}: {error}",
+            "The checkpoint is damaged.",
+        )
     allowed = []
     for full in asked:
         found = _argument_type(full)
@@ -300,7 +377,9 @@ def load_trusted(file, name: object = None) -> object:
 
 
 def _argument_type(full: str):
-    """The class of this name if Megatron's arguments may hold it: Namespace, a signal, an enumeration or dtype; else None."""
+    """The class of this name if Megatron's arguments may hold it: Namespace, a signal, an
+    enumeration or dtype; else None.
+    """
     module, _, name = full.rpartition(".")
     known = {"argparse.Namespace": argparse.Namespace, "signal.Signals": signal.Signals}
     if full in known:
@@ -308,9 +387,13 @@ def _argument_type(full: str):
     if module.split(".")[0] != "megatron":
         return None
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what Megatron does without a GPU's libraries: nothing is trained here
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of what Megatron does without a GPU's libraries: nothing is trained here
             found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         do = "Use the Megatron that wrote it, or mend this one (tools/doctor.py)."
-        refuse(full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do)
+        refuse(
+            full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do
+        )
     return found if isinstance(found, type) and issubclass(found, enum.Enum) else None

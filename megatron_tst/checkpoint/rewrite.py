@@ -1,7 +1,9 @@
-"""Write a changed copy of a torch_dist checkpoint: bytes are copied, so memory holds a block or a changed item, never the model.
+"""Write a changed copy of a torch_dist checkpoint: bytes are copied, so memory holds a block or a
+changed item, never the model.
 
-Everything is written into a temporary folder beside the target, flushed to disk, read back and compared, and renamed: whenever it is
-stopped, the source is untouched and the target is absent or whole.
+Everything is written into a temporary folder beside the target, flushed to disk, read back and
+compared, and renamed: whenever it is stopped, the source is untouched and the target is absent or
+whole.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, CheckpointError, Item, refuse
-from megatron_tst.checkpoint.place import flush, flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, Item
+from megatron_tst.errors import TSTError, refuse
 
 _COMMON_OBJECT = f"{COMMON}/shard_0_1"  # Megatron's name for a ShardedObject of one part
 
@@ -31,10 +34,13 @@ class Changes:
         common: the common state to store in place of the source's.
         keep: names of tensors and objects that stay.
         name: old name -> new name.
-        tensor: (name, place of the shard in the tensor, shard) -> the shard to store, called for the names in `edited` alone.
+        tensor: (name, place of the shard in the tensor, shard) -> the shard to store, called for
+            the names in `edited` alone.
         edited: names of tensors whose shards go through `tensor`.
-        legacy: store the common state as Megatron-Core <= 0.18 does, in common.pt; None: as the source does.
-        more: writes further files into the iteration's folder that it is given, before anything is put in place.
+        legacy: store the common state as Megatron-Core <= 0.18 does, in common.pt; None: as the
+            source does.
+        more: writes further files into the iteration's folder that it is given, before anything is
+            put in place.
     """
 
     common: dict
@@ -57,7 +63,8 @@ def rewrite(
     """Write the changed copy.
 
     Args:
-        target: a folder that is not there yet, as --save names one: it gets the iteration's folder and the tracker file.
+        target: a folder that is not there yet, as --save names one: it gets the iteration's folder
+            and the tracker file.
         force: replace a target that is there, after the new one is whole.
         progress: called with the bytes done and in all.
 
@@ -65,12 +72,15 @@ def rewrite(
         the iteration's folder.
 
     Raises:
-        CheckpointError: the target exists, too little space, or what was read back is not what was written.
+        TSTError: the target exists, too little space, or what was read back is not what was
+            written.
     """
     target = target.absolute()
     if source.path.absolute().is_relative_to(target):
         refuse(target, "a target outside the source", "the source's folder", "Choose another one.")
-    kept = [item for item in source.items if item is not source.common_item and changes.keep(item.name)]
+    kept = [
+        item for item in source.items if item is not source.common_item and changes.keep(item.name)
+    ]
     total = sum(item.length for item in kept)
     with new_folder(target, total, force) as part:
         folder = part / source.path.name
@@ -78,7 +88,12 @@ def rewrite(
         _write(source, folder, kept, changes, lambda done: progress(done, total))
         changes.more(folder)
         iteration = source.path.name.removeprefix("iter_")
-        flushed(part / TRACKER, lambda file: file.write((str(int(iteration)) if iteration.isdigit() else iteration).encode()))
+        flushed(
+            part / TRACKER,
+            lambda file: file.write(
+                (str(int(iteration)) if iteration.isdigit() else iteration).encode()
+            ),
+        )
     return target / source.path.name
 
 
@@ -93,13 +108,19 @@ def _write(source, folder, kept, changes, progress):
         with open(folder / name, "wb") as file:
             for item in sorted(items, key=lambda item: item.offset):
                 start, check = file.tell(), 0
-                blocks = [_edited(source, item, changes)] if item.name in changes.edited else source.blocks(item)
+                blocks = (
+                    [_edited(source, item, changes)]
+                    if item.name in changes.edited
+                    else source.blocks(item)
+                )
                 for block in blocks:
                     file.write(block)
                     check = zlib.crc32(block, check)
                 progress(done := done + item.length)
                 index = dataclasses.replace(item.index, fqn=changes.name(item.name))
-                storage[index] = dataclasses.replace(one, relative_path=name, offset=start, length=file.tell() - start)
+                storage[index] = dataclasses.replace(
+                    one, relative_path=name, offset=start, length=file.tell() - start
+                )
                 sums[index] = check
             flush(file)
     state = {
@@ -115,14 +136,25 @@ def _write(source, folder, kept, changes, progress):
         flushed(folder / "__common_0.distcp", lambda file: file.write(buffer.getbuffer()))
         index = MetadataIndex(_COMMON_OBJECT)
         state[_COMMON_OBJECT] = BytesStorageMetadata()
-        storage[index] = dataclasses.replace(one, relative_path="__common_0.distcp", offset=0, length=len(buffer.getbuffer()))
+        storage[index] = dataclasses.replace(
+            one, relative_path="__common_0.distcp", offset=0, length=len(buffer.getbuffer())
+        )
         sums[index] = zlib.crc32(buffer.getbuffer())
-    metadata = dataclasses.replace(source.metadata, state_dict_metadata=state, storage_data=storage, planner_data=None)
-    flattened = getattr(source.metadata, "mcore_data", None)  # of tensors that Megatron stores flattened
+    metadata = dataclasses.replace(
+        source.metadata, state_dict_metadata=state, storage_data=storage, planner_data=None
+    )
+    flattened = getattr(
+        source.metadata, "mcore_data", None
+    )  # of tensors that Megatron stores flattened
     if flattened is not None:
-        metadata.mcore_data = {changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)}
+        metadata.mcore_data = {
+            changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)
+        }
     flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
-    flushed(folder / "metadata.json", lambda file: file.write((source.path / "metadata.json").read_bytes()))
+    flushed(
+        folder / "metadata.json",
+        lambda file: file.write((source.path / "metadata.json").read_bytes()),
+    )
     flush_folder(folder)
     read_back(folder, sums)
 
@@ -143,6 +175,7 @@ def read_back(folder, sums):
         for block in written.blocks(item, check=False):
             check = zlib.crc32(block, check)
         if check != sums[item.index]:
-            raise CheckpointError(
-                f"{folder / item.file}: expected {item.name} as it was written, got other bytes. The disk is faulty."
+            raise TSTError(
+                f"{folder / item.file}: expected {item.name} as it was written, got other bytes. "
+                f"The disk is faulty."
             )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from megatron_tst.checkpoint.format import Checkpoint, refuse
+from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.errors import refuse
 
 
 class Tensors:
-    """The model's tensors of a torch_dist checkpoint by Megatron's names; a read holds one tensor and one shard.
+    """The model's tensors of a torch_dist checkpoint by Megatron's names; a read holds one tensor
+    and one shard.
 
-    Layers of one kind are stored as one tensor [layers, ...] (`decoder.layers.mlp.linear_fc2.weight`), layers of several kinds one by one
-    (`decoder.layers.3.mlp.linear_fc2.weight`); experts have one more dimension. `of_layer` reads either.
+    Layers of one kind are stored as one tensor [layers, ...]
+    (`decoder.layers.mlp.linear_fc2.weight`), layers of several kinds one by one
+    (`decoder.layers.3.mlp.linear_fc2.weight`); experts have one more dimension. `of_layer` reads
+    either.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -31,10 +35,15 @@ class Tensors:
         """The tensor, or its part at `place` along the first dimensions (a layer, an expert of it).
 
         Raises:
-            CheckpointError: no such tensor, or its shards do not cover it.
+            TSTError: no such tensor, or its shards do not cover it.
         """
         if name not in self:
-            refuse(self.checkpoint.path, f"a tensor {name}", "none", "The model is of another kind than its arguments say.")
+            refuse(
+                self.checkpoint.path,
+                f"a tensor {name}",
+                "none",
+                "The model is of another kind than its arguments say.",
+            )
         entry, lead = self.checkpoint.tensors[name], len(place)
         whole = torch.empty(entry.size[lead:], dtype=entry.properties.dtype)
         filled = 0
@@ -43,20 +52,31 @@ class Tensors:
                 continue
             shard = self.checkpoint.tensor(self._items[name][tuple(chunk.offsets)])
             part = shard[tuple(i - o for i, o in zip(place, chunk.offsets))]
-            whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets[lead:], chunk.sizes[lead:]))] = part
+            whole[
+                tuple(slice(o, o + n) for o, n in zip(chunk.offsets[lead:], chunk.sizes[lead:]))
+            ] = part
             filled += part.numel()
         if filled != whole.numel():
-            refuse(self.checkpoint.path, f"shards that cover {name}", f"{filled} of {whole.numel()} elements", "Copy it again.")
+            refuse(
+                self.checkpoint.path,
+                f"shards that cover {name}",
+                f"{filled} of {whole.numel()} elements",
+                "Copy it again.",
+            )
         return whole
 
     def of_layer(self, layer: int, *names: str, at: tuple[int, ...] = ()) -> torch.Tensor:
-        """A layer's tensor under the first of `names` that is there; `at` is a further place in it (an expert)."""
+        """A layer's tensor under the first of `names` that is there; `at` is a further place in it
+        (an expert).
+        """
         for name in names:
             if f"decoder.layers.{layer}.{name}" in self:
                 return self.read(f"decoder.layers.{layer}.{name}", *at)
             if f"decoder.layers.{name}" in self:
                 return self.read(f"decoder.layers.{name}", layer, *at)
         return refuse(
-            self.checkpoint.path, f"layer {layer}'s {' or '.join(names)}", "neither" if len(names) > 1 else "none",
+            self.checkpoint.path,
+            f"layer {layer}'s {' or '.join(names)}",
+            "neither" if len(names) > 1 else "none",
             "The model is of another kind than its arguments say.",
-        )  # fmt: skip
+        )

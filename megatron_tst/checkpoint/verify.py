@@ -1,4 +1,6 @@
-"""Whether two checkpoints hold the same weights and optimizer state, shard by shard, however either is cut."""
+"""Whether two checkpoints hold the same weights and optimizer state, shard by shard, however either
+is cut.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from megatron_tst.checkpoint.inspect import OPTIMIZER
 
 
 def differences(
-    one: Checkpoint, other: Checkpoint, *, optimizer: bool = True, progress: Callable[[int, int], None] = lambda done, of: None
+    one: Checkpoint,
+    other: Checkpoint,
+    *,
+    optimizer: bool = True,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, str]:
     """Name of a tensor -> how it differs; empty where all are the same.
 
@@ -21,7 +27,10 @@ def differences(
 
     Memory: one shard of either.
     """
-    names = [{name for name in c.tensors if optimizer or not name.startswith(OPTIMIZER)} for c in (one, other)]
+    names = [
+        {name for name in c.tensors if optimizer or not name.startswith(OPTIMIZER)}
+        for c in (one, other)
+    ]
     found = {name: f"only in {one.path}" for name in names[0] - names[1]} | {
         name: f"only in {other.path}" for name in names[1] - names[0]
     }
@@ -33,7 +42,9 @@ def differences(
     for item in sorted(mine, key=lambda item: (item.file, item.offset)):
         a, b = one.tensors[item.name], other.tensors[item.name]
         if (a.size, a.properties.dtype) != (b.size, b.properties.dtype):
-            found[item.name] = f"{a.properties.dtype} {list(a.size)} and {b.properties.dtype} {list(b.size)}"
+            found[item.name] = (
+                f"{a.properties.dtype} {list(a.size)} and {b.properties.dtype} {list(b.size)}"
+            )
         elif item.name not in found:
             largest, covered = _compare(one, item, other, theirs[item.name])
             if largest is not None:
@@ -45,12 +56,16 @@ def differences(
 
 
 def _compare(one, item, other, candidates):
-    """-> largest difference where the shard of `one` meets shards of `other` (None: equal), and whether they cover it."""
+    """-> largest difference where the shard of `one` meets shards of `other` (None: equal), and
+    whether they cover it.
+    """
     shard, start = one.tensor(item), item.index.offset
     largest, covered = None, 0
     for candidate in candidates:
         box = []
-        for a, length, b, size in zip(start, shard.shape, candidate.index.offset, _shape(other, candidate)):
+        for a, length, b, size in zip(
+            start, shard.shape, candidate.index.offset, _shape(other, candidate)
+        ):
             low, high = max(a, b), min(a + length, b + size)
             box.append((slice(low - a, high - a), slice(low - b, high - b)))
         if any(mine.stop <= mine.start for mine, _ in box):
@@ -64,4 +79,8 @@ def _compare(one, item, other, candidates):
 
 
 def _shape(checkpoint, item):
-    return next(chunk.sizes for chunk in checkpoint.tensors[item.name].chunks if chunk.offsets == item.index.offset)
+    return next(
+        chunk.sizes
+        for chunk in checkpoint.tensors[item.name].chunks
+        if chunk.offsets == item.index.offset
+    )

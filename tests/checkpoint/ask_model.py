@@ -1,7 +1,7 @@
 """examples/pretrain_gpt_tst.py, and then Megatron's own answers: python ask_model.py OUT FLAGS
 
-OUT gets {prompts [5, 12], logits [5, 12, V] fp32, generated [5, 8]} of the model after the last iteration, whatever its layout (without
-pipeline stages); ids are below --vocab-size.
+OUT gets {prompts [5, 12], logits [5, 12, V] fp32, generated [5, 8]} of the model after the last
+iteration, whatever its layout (without pipeline stages); ids are below --vocab-size.
 """
 
 import sys
@@ -34,14 +34,21 @@ def train(forward_step, model, *rest, **named):
     (asked,) = unwrap_model(model)
     asked.eval()
     with torch.no_grad():
-        prompts = torch.randint(0, get_args().vocab_size, (5, 12), generator=torch.Generator().manual_seed(0))
+        prompts = torch.randint(
+            0, get_args().vocab_size, (5, 12), generator=torch.Generator().manual_seed(0)
+        )
         logits, tokens = logits_of(asked, prompts), prompts
         for _ in range(8):
             # lengths are even, so that sequence parallelism can cut them
             padded = torch.cat([tokens, tokens[:, : tokens.shape[1] % 2]], 1)
-            tokens = torch.cat([tokens, logits_of(asked, padded)[:, tokens.shape[1] - 1].argmax(-1, keepdim=True)], 1)
+            tokens = torch.cat(
+                [tokens, logits_of(asked, padded)[:, tokens.shape[1] - 1].argmax(-1, keepdim=True)],
+                1,
+            )
     if torch.distributed.get_rank() == 0:
-        torch.save({"prompts": prompts, "logits": logits.clone(), "generated": tokens[:, 12:].clone()}, out)
+        torch.save(
+            {"prompts": prompts, "logits": logits.clone(), "generated": tokens[:, 12:].clone()}, out
+        )
     return result
 
 

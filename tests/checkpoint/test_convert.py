@@ -1,4 +1,6 @@
-"""Checkpoints of real runs: looked into, handed to stock Megatron, compared; nothing half written, nothing damaged goes through."""
+"""Checkpoints of real runs: looked into, handed to stock Megatron, compared; nothing half written,
+nothing damaged goes through.
+"""
 
 import dataclasses
 import json
@@ -15,8 +17,9 @@ import pytest
 import torch
 from runner import TINY, TST, all_over, data, in_a_fork
 
-from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
+from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
+from megatron_tst.errors import TSTError
 
 MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64".split()
 
@@ -45,7 +48,11 @@ def shown(capsys, path):
 
 @pytest.mark.parametrize(
     "iteration, phase, raw",
-    [(4, "superposition", 4 * 4 * 32 * 4), (6, "boundary: bag size 4 done", 3072), (8, "recovery", 3328)],
+    [
+        (4, "superposition", 4 * 4 * 32 * 4),
+        (6, "boundary: bag size 4 done", 3072),
+        (8, "recovery", 3328),
+    ],
 )
 def test_inspect(dense, capsys, iteration, phase, raw):
     about = shown(capsys, at(dense, iteration))
@@ -55,9 +62,20 @@ def test_inspect(dense, capsys, iteration, phase, raw):
         phase,
         raw,
     )
-    assert about["tst settings"]["bag_size"] == 4 and about["optimizer"] and about["parameters"] == 53408
-    assert about["tensors"]["embedding.word_embeddings.weight"] == {"shape": [512, 32], "dtype": "float32", "shards": 1}
-    assert tool("inspect", at(dense, iteration)) == 0 and f"phase              {phase}" in capsys.readouterr().out
+    assert (
+        about["tst settings"]["bag_size"] == 4
+        and about["optimizer"]
+        and about["parameters"] == 53408
+    )
+    assert about["tensors"]["embedding.word_embeddings.weight"] == {
+        "shape": [512, 32],
+        "dtype": "float32",
+        "shards": 1,
+    }
+    assert (
+        tool("inspect", at(dense, iteration)) == 0
+        and f"phase              {phase}" in capsys.readouterr().out
+    )
 
 
 def test_the_folder_of_save_stands_for_its_last_iteration(dense, capsys):
@@ -70,13 +88,24 @@ def test_boundary_changes_the_arguments_alone(dense, tmp_path, capsys):
     before, after = Checkpoint(at(dense, 6)), Checkpoint(tmp_path / "out")
     args = dict(vars(before.args))
     gone = {name for name in args if name.startswith("tst_")}
-    assert gone and vars(after.args) == {name: value for name, value in args.items() if name not in gone}
+    assert gone and vars(after.args) == {
+        name: value for name, value in args.items() if name not in gone
+    }
     assert {k: v for k, v in before.common.items() if k not in ("args", "optimizer")}.keys() == {
         k for k in after.common if k not in ("args", "optimizer")
     }
-    assert (after.common["iteration"], after.common["opt_param_scheduler"]) == (6, before.common["opt_param_scheduler"])
-    assert {item.name: before.read(item) for item in before.items if item.name in before.objects and "common" not in item.name} == {
-        item.name: after.read(item) for item in after.items if item.name in after.objects and "common" not in item.name
+    assert (after.common["iteration"], after.common["opt_param_scheduler"]) == (
+        6,
+        before.common["opt_param_scheduler"],
+    )
+    assert {
+        item.name: before.read(item)
+        for item in before.items
+        if item.name in before.objects and "common" not in item.name
+    } == {
+        item.name: after.read(item)
+        for item in after.items
+        if item.name in after.objects and "common" not in item.name
     }
     capsys.readouterr()
     assert shown(capsys, tmp_path / "out")["phase"] == "no TST"
@@ -85,44 +114,79 @@ def test_boundary_changes_the_arguments_alone(dense, tmp_path, capsys):
 def test_dropping_the_optimizer(dense, tmp_path):
     assert tool("boundary", at(dense, 6), tmp_path / "out", "--drop-optimizer") == 0
     after = Checkpoint(tmp_path / "out")
-    assert not [name for name in after.tensors if name.startswith("optimizer")] and "optimizer" not in after.common
+    assert (
+        not [name for name in after.tensors if name.startswith("optimizer")]
+        and "optimizer" not in after.common
+    )
     assert (
         tool("verify", at(dense, 6), tmp_path / "out") == 1
         and tool("verify", at(dense, 6), tmp_path / "out", "--weights-only") == 0
     )
-    assert sum(f.stat().st_size for f in after.path.iterdir()) < 0.5 * sum(f.stat().st_size for f in at(dense, 6).iterdir())
+    assert sum(f.stat().st_size for f in after.path.iterdir()) < 0.5 * sum(
+        f.stat().st_size for f in at(dense, 6).iterdir()
+    )
 
 
 def test_new_embedding_and_head(dense, tmp_path):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
-        assert tool("boundary", at(dense, 6), tmp_path / name, "--reinit", "embedding,head", "--seed", seed) == 0
+        assert (
+            tool(
+                "boundary",
+                at(dense, 6),
+                tmp_path / name,
+                "--reinit",
+                "embedding,head",
+                "--seed",
+                seed,
+            )
+            == 0
+        )
     source, one = Checkpoint(at(dense, 6)), Checkpoint(tmp_path / "one")
     found = differences(source, one)
     ends = ("embedding.word_embeddings.weight", "output_layer.weight")
     assert set(found) == {
-        prefix + end for end in ends for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+        prefix + end
+        for end in ends
+        for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
     }
-    assert not differences(one, Checkpoint(tmp_path / "same")) and set(differences(one, Checkpoint(tmp_path / "other"))) == set(
-        ends
-    )
+    assert not differences(one, Checkpoint(tmp_path / "same")) and set(
+        differences(one, Checkpoint(tmp_path / "other"))
+    ) == set(ends)
     for item in one.items:
         if item.name in found:
             new = one.tensor(item)
             if "exp_avg" in item.name:
                 assert not new.any()
             else:
-                assert new.std().item() == pytest.approx(source.args.init_method_std, rel=0.05) and abs(new.mean()) < 1e-3
+                assert (
+                    new.std().item() == pytest.approx(source.args.init_method_std, rel=0.05)
+                    and abs(new.mean()) < 1e-3
+                )
 
 
 def test_one_end_has_new_values_as_the_run_drew_them(zygote, corpus, tmp_path):
-    given = ["--embedding-init-method-std", "0.5", "--tst-exit-at-boundary", "--save", tmp_path / "ck", "--save-interval", "99"]
+    given = [
+        "--embedding-init-method-std",
+        "0.5",
+        "--tst-exit-at-boundary",
+        "--save",
+        tmp_path / "ck",
+        "--save-interval",
+        "99",
+    ]
     assert zygote.train(*TINY, *TST, *data(corpus), *given).ok
-    ends = {"embedding": ("embedding.word_embeddings.weight", 0.5), "head": ("output_layer.weight", 0.02)}
+    ends = {
+        "embedding": ("embedding.word_embeddings.weight", 0.5),
+        "head": ("output_layer.weight", 0.02),
+    }
     for which, (end, std) in ends.items():
         assert tool("boundary", tmp_path / "ck", tmp_path / which, "--reinit", which) == 0
         new = Checkpoint(tmp_path / which)
         found = differences(Checkpoint(tmp_path / "ck"), new)
-        assert set(found) == {prefix + end for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")}
+        assert set(found) == {
+            prefix + end
+            for prefix in ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
+        }
         (weight,) = [new.tensor(item) for item in new.items if item.name == end]
         assert weight.std().item() == pytest.approx(std, rel=0.05)
 
@@ -136,16 +200,28 @@ def test_resetting_the_optimizer_keeps_the_schedule(dense, zygote, corpus, tmp_p
     assert all(not after.tensor(item).any() for item in after.items if item.name in averages)
     assert after.common["opt_param_scheduler"] == source.common["opt_param_scheduler"]
     assert [int(c.common["optimizer"]["state"]["common_step"]) for c in (source, after)] == [6, 0]
-    runs = [zygote.train(*TINY, *data(corpus), "--load", tmp_path / name) for name in ("plain", "out")]
-    rates, losses = zip(*((re.findall(r"learning rate: ([\d.E+-]+)", run.log), run.stock_losses) for run in runs))
-    assert len(rates[0]) == 4 and rates[0] == rates[1] and losses[0][7] == losses[1][7] and losses[0][10] != losses[1][10]
+    runs = [
+        zygote.train(*TINY, *data(corpus), "--load", tmp_path / name) for name in ("plain", "out")
+    ]
+    rates, losses = zip(
+        *((re.findall(r"learning rate: ([\d.E+-]+)", run.log), run.stock_losses) for run in runs)
+    )
+    assert (
+        len(rates[0]) == 4
+        and rates[0] == rates[1]
+        and losses[0][7] == losses[1][7]
+        and losses[0][10] != losses[1][10]
+    )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--reinit", "body"), "--reinit: expected embedding, head or embedding,head, got body"),
-        (("--reset-optimizer", "--drop-optimizer"), "--reset-optimizer and --drop-optimizer: expected one of the two"),
+        (
+            ("--reset-optimizer", "--drop-optimizer"),
+            "--reset-optimizer and --drop-optimizer: expected one of the two",
+        ),
     ],
 )
 def test_refusals_of_new_values(dense, tmp_path, capsys, options, message):
@@ -157,29 +233,62 @@ def test_refusals_of_new_values(dense, tmp_path, capsys, options, message):
 def test_either_format_holds_the_same(dense, tmp_path, format, there):
     assert tool("boundary", at(dense, 6), tmp_path / "out", "--format", format) == 0
     after = Checkpoint(tmp_path / "out")
-    assert (after.path / "common.pt").is_file() == there and ("common_state/shard_0_1" in after.objects) == (not there)
+    assert (after.path / "common.pt").is_file() == there and (
+        "common_state/shard_0_1" in after.objects
+    ) == (not there)
     assert after.common["iteration"] == 6 and not differences(Checkpoint(at(dense, 6)), after)
-    assert tool("boundary", tmp_path / "out", tmp_path / "again") == 2  # it is a stock checkpoint now
+    assert (
+        tool("boundary", tmp_path / "out", tmp_path / "again") == 2
+    )  # it is a stock checkpoint now
 
 
 def test_names_of_expert_layers(zygote, corpus, tmp_path, capsys):
-    run = zygote.train(*TINY, *TST, *data(corpus), *MOE, "--save", tmp_path / "ck", "--save-interval", "6", "--exit-interval", "6")
+    run = zygote.train(
+        *TINY,
+        *TST,
+        *data(corpus),
+        *MOE,
+        "--save",
+        tmp_path / "ck",
+        "--save-interval",
+        "6",
+        "--exit-interval",
+        "6",
+    )
     assert run.ok, run.log[-3000:]
-    assert tool("boundary", tmp_path / "ck", tmp_path / "te", "--layer-spec", "transformer_engine") == 0
+    assert (
+        tool("boundary", tmp_path / "ck", tmp_path / "te", "--layer-spec", "transformer_engine")
+        == 0
+    )
     assert "load it with --dist-ckpt-strictness log_all" in capsys.readouterr().out
     names = {side: set(Checkpoint(tmp_path / side).tensors) for side in ("ck", "te")}
-    old, new = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
+    old, new = (
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+        "decoder.layers.pre_mlp_layernorm.weight",
+    )
     prefixes = ("", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")
-    assert names["ck"] - names["te"] == {prefix + old for prefix in prefixes} and names["te"] - names["ck"] == {
-        prefix + new for prefix in prefixes
-    }
+    assert names["ck"] - names["te"] == {prefix + old for prefix in prefixes} and names[
+        "te"
+    ] - names["ck"] == {prefix + new for prefix in prefixes}
 
 
 def test_verify_over_different_cuts(zygote, corpus, dense, tmp_path, capsys):
-    """One step from the same checkpoint, in one process and under TP2: the same but for rounding, whichever way the shards lie."""
+    """One step from the same checkpoint, in one process and under TP2: the same but for rounding,
+    whichever way the shards lie.
+    """
     shutil.copytree(at(dense, 6), tmp_path / "ck" / "iter_0000006")
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("6")
-    flags = [*TINY, *TST, *data(corpus), "--load", tmp_path / "ck", "--save-interval", "1", "--exit-interval", "7"]
+    flags = [
+        *TINY,
+        *TST,
+        *data(corpus),
+        "--load",
+        tmp_path / "ck",
+        "--save-interval",
+        "1",
+        "--exit-interval",
+        "7",
+    ]
     for name, nproc, layout in (
         ("one", 1, []),
         ("two", 2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]),
@@ -189,7 +298,9 @@ def test_verify_over_different_cuts(zygote, corpus, dense, tmp_path, capsys):
     one, two = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
     assert [len(c.tensors["embedding.word_embeddings.weight"].chunks) for c in (one, two)] == [1, 2]
     for found in (differences(one, two), differences(two, one)):
-        assert all(float(how.removeprefix("differs by up to ")) < 1e-6 for how in found.values()), found
+        assert all(float(how.removeprefix("differs by up to ")) < 1e-6 for how in found.values()), (
+            found
+        )
     capsys.readouterr()
     assert tool("verify", at(dense, 6), tmp_path / "two") == 1
     assert "decoder.layers.mlp.linear_fc1.weight: differs by up to" in capsys.readouterr().out
@@ -214,10 +325,14 @@ def test_incomplete_and_damaged_sources_are_named(copied, tmp_path, capsys):
     assert "__0_0.distcp has 500000 of 80" in refused(capsys, "boundary", copied, tmp_path / "out")
     shard.unlink()
     assert "__0_0.distcp is missing" in refused(capsys, "inspect", copied)
-    item = next(i for i in _opened(copied, whole) if i.name == "decoder.layers.mlp.linear_fc2.weight")
+    item = next(
+        i for i in _opened(copied, whole) if i.name == "decoder.layers.mlp.linear_fc2.weight"
+    )
     middle = item.offset + item.length // 2
     shard.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    assert "decoder.layers.mlp.linear_fc2.weight" in refused(capsys, "boundary", copied, tmp_path / "out")
+    assert "decoder.layers.mlp.linear_fc2.weight" in refused(
+        capsys, "boundary", copied, tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists() and sorted(os.listdir(tmp_path)) == ["ck"]
     (copied / ".metadata").write_bytes((copied / ".metadata").read_bytes()[:1000])
     assert "readable metadata" in refused(capsys, "inspect", copied)
@@ -240,7 +355,7 @@ def test_nothing_is_unpickled_that_could_run(copied, capsys, tmp_path):
     torch.save({"args": Attack(), "iteration": 1}, tmp_path / "common.pt")
     from megatron_tst.checkpoint.format import load_trusted
 
-    with pytest.raises(CheckpointError, match="posix.system"):
+    with pytest.raises(TSTError, match="posix.system"):
         load_trusted(tmp_path / "common.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -250,7 +365,9 @@ def test_targets(dense, copied, tmp_path, capsys):
     (tmp_path / "out" / "mine").write_text("keep")
     assert "add --force to replace it" in refused(capsys, "boundary", copied, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "keep"
-    assert tool("boundary", copied, tmp_path / "out", "--force") == 0 and sorted(os.listdir(tmp_path / "out")) == [
+    assert tool("boundary", copied, tmp_path / "out", "--force") == 0 and sorted(
+        os.listdir(tmp_path / "out")
+    ) == [
         "iter_0000006",
         "latest_checkpointed_iteration.txt",
     ]
@@ -259,14 +376,27 @@ def test_targets(dense, copied, tmp_path, capsys):
 
 
 def test_too_little_space(copied, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100_000)
+    )
     assert "GB of free space" in refused(capsys, "boundary", copied, tmp_path / "out")
 
 
 def test_a_source_without_tst(zygote, corpus, tmp_path, capsys):
-    run = zygote.train(*TINY, *data(corpus), "--save", tmp_path / "ck", "--save-interval", "2", "--exit-interval", "2")
+    run = zygote.train(
+        *TINY,
+        *data(corpus),
+        "--save",
+        tmp_path / "ck",
+        "--save-interval",
+        "2",
+        "--exit-interval",
+        "2",
+    )
     assert run.ok
-    assert "a checkpoint of a TST run" in refused(capsys, "boundary", tmp_path / "ck", tmp_path / "out")
+    assert "a checkpoint of a TST run" in refused(
+        capsys, "boundary", tmp_path / "ck", tmp_path / "out"
+    )
     assert shown(capsys, tmp_path / "ck")["phase"] == "no TST"
 
 
@@ -288,7 +418,9 @@ def test_killed_at_any_moment(dense, tmp_path):
     assert whole < 20
     shutil.rmtree(target, ignore_errors=True)
     converted(source, target)
-    assert os.listdir(tmp_path) == ["out"] and not differences(Checkpoint(source), Checkpoint(target))
+    assert os.listdir(tmp_path) == ["out"] and not differences(
+        Checkpoint(source), Checkpoint(target)
+    )
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
@@ -320,16 +452,28 @@ def enlarge(folder, tensors, elements):
                 dcp.TensorProperties(torch.float32), zeros.shape, [place]
             )
             metadata.storage_data[dcp.MetadataIndex(name, origin)] = dataclasses.replace(
-                info, relative_path=file.name.split("/")[-1], offset=start, length=file.tell() - start
+                info,
+                relative_path=file.name.split("/")[-1],
+                offset=start,
+                length=file.tell() - start,
             )
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def test_memory_is_a_few_blocks_and_not_the_model(copied, tmp_path):
-    """A checkpoint of 3 GB (six tensors of half a GB) is converted in less than 100 MiB beyond the imports."""
+    """A checkpoint of 3 GB (six tensors of half a GB) is converted in less than 100 MiB beyond the
+    imports.
+    """
     enlarge(copied, 6, 1 << 27)
     assert sum(file.stat().st_size for file in copied.iterdir()) > 3 << 30
-    code = [sys.executable, "-c", MEASURED, str(Path(convert_checkpoint.__file__).parent), str(copied), str(tmp_path / "out")]
+    code = [
+        sys.executable,
+        "-c",
+        MEASURED,
+        str(Path(convert_checkpoint.__file__).parent),
+        str(copied),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(code, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     used = int(done.stdout.split("MiB")[1])

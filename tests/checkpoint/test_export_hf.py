@@ -1,4 +1,6 @@
-"""What transformers makes of an export, against what Megatron says of the model itself; and the way back."""
+"""What transformers makes of an export, against what Megatron says of the model itself; and the way
+back.
+"""
 
 import json
 import math
@@ -15,9 +17,10 @@ import torch
 from runner import TINY, all_over, in_a_fork
 from trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
-from megatron_tst.checkpoint.export_hf import export
-from megatron_tst.checkpoint.format import Checkpoint, CheckpointError
-from megatron_tst.checkpoint.import_hf import LOAD, import_
+from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.errors import TSTError
+from megatron_tst.export.hf import export
+from megatron_tst.export.import_hf import LOAD, import_
 
 ASK = str(Path(__file__).parent / "ask_model.py")
 
@@ -35,7 +38,9 @@ def corpus(tmp_path_factory):
 def without_shims(script, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_TST_CPU"}
     subprocess.run(
-        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *map(str, arguments)], check=True, env=environment
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script), *map(str, arguments)],
+        check=True,
+        env=environment,
     )
 
 
@@ -44,10 +49,18 @@ def answers(runs):
     """name -> (Megatron's answers, transformers' answers to the same)"""
     folders = {name: runs(name) for name in RUNS}
     for folder in folders.values():
-        assert export_checkpoint.main(["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"]) == 0
+        assert (
+            export_checkpoint.main(
+                ["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"]
+            )
+            == 0
+        )
     without_shims("ask_transformers.py", *folders.values())
     return {
-        name: [torch.load(folder / file, weights_only=True) for file in ("answers.pt", "transformers.pt")]
+        name: [
+            torch.load(folder / file, weights_only=True)
+            for file in ("answers.pt", "transformers.pt")
+        ]
         for name, folder in folders.items()
     }
 
@@ -70,10 +83,15 @@ def test_every_tensor_comes_from_the_checkpoint(runs, tmp_path, name):
 
     source = Checkpoint(runs(name) / "ck")
     model = frozenset(key for key in source.tensors if not key.startswith("optimizer."))
-    doubled = Changes(common=source.common, tensor=lambda name, offset, shard: shard * 2, edited=model)
+    doubled = Changes(
+        common=source.common, tensor=lambda name, offset, shard: shard * 2, edited=model
+    )
     rewrite(source, tmp_path / "doubled", doubled)
     one = load_file(export(source, tmp_path / "one", dtype="float32") / "model.safetensors")
-    two = load_file(export(Checkpoint(tmp_path / "doubled"), tmp_path / "two", dtype="float32") / "model.safetensors")
+    two = load_file(
+        export(Checkpoint(tmp_path / "doubled"), tmp_path / "two", dtype="float32")
+        / "model.safetensors"
+    )
     assert one.keys() == two.keys() and all(torch.equal(two[key], 2 * one[key]) for key in one)
 
 
@@ -82,24 +100,36 @@ def test_shards_and_their_index(runs, tmp_path):
     from safetensors.torch import load_file
 
     folder = runs("llama") / "ck"
-    whole = load_file(export(Checkpoint(folder), tmp_path / "whole", dtype="float32") / "model.safetensors")
+    whole = load_file(
+        export(Checkpoint(folder), tmp_path / "whole", dtype="float32") / "model.safetensors"
+    )
     export(Checkpoint(folder), tmp_path / "cut", shard_bytes=40_000)
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
-    assert len(files) > 2 and files == sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
-    parts = {key: tensor for file in files for key, tensor in load_file(tmp_path / "cut" / file).items()}
+    assert len(files) > 2 and files == sorted(
+        path.name for path in (tmp_path / "cut").glob("*.safetensors")
+    )
+    parts = {
+        key: tensor for file in files for key, tensor in load_file(tmp_path / "cut" / file).items()
+    }
     assert parts.keys() == whole.keys() == index["weight_map"].keys()
     assert all(torch.equal(parts[key], whole[key].bfloat16()) for key in whole)
-    assert index["metadata"]["total_size"] == sum(2 * math.prod(tensor.shape) for tensor in whole.values())
+    assert index["metadata"]["total_size"] == sum(
+        2 * math.prod(tensor.shape) for tensor in whole.values()
+    )
 
 
 def test_the_factor_that_megatron_took_is_exported(runs, tmp_path):
     """--rope-scaling-factor 4 in the run, which Megatron trained with 8; the logits above show it."""
     with pytest.warns(
-        UserWarning, match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their models with 8"
+        UserWarning,
+        match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their "
+        "models with 8",
     ):
         export(Checkpoint(runs("llama, rope scaling") / "ck"), tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 8.0
+    assert (
+        json.loads((tmp_path / "hf" / "config.json").read_text())["rope_scaling"]["factor"] == 8.0
+    )
 
 
 def changed(folder, tmp_path, **args):
@@ -117,23 +147,44 @@ def changed(folder, tmp_path, **args):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (dict(normalization="LayerNorm"), "--normalization: expected RMSNorm, got LayerNorm. This model has no counterpart"),
+        (
+            dict(normalization="LayerNorm"),
+            "--normalization: expected RMSNorm, got LayerNorm. This model has no counterpart",
+        ),
         (dict(add_bias_linear=True), "--add-bias-linear"),
-        (dict(position_embedding_type="learned_absolute"), "--position-embedding-type: expected rope"),
+        (
+            dict(position_embedding_type="learned_absolute"),
+            "--position-embedding-type: expected rope",
+        ),
         (dict(multi_latent_attention=True), "--multi-latent-attention"),
-        (dict(num_experts=4, qk_layernorm=True, moe_shared_expert_intermediate_size=64), "--moe-shared-expert-intermediate-size: expected None, got 64"),
-        (dict(num_experts=4, qk_layernorm=True, moe_router_score_function="sigmoid"), "--moe-router-score-function: expected softmax, got sigmoid"),
+        (
+            dict(num_experts=4, qk_layernorm=True, moe_shared_expert_intermediate_size=64),
+            "--moe-shared-expert-intermediate-size: expected None, got 64",
+        ),
+        (
+            dict(num_experts=4, qk_layernorm=True, moe_router_score_function="sigmoid"),
+            "--moe-router-score-function: expected softmax, got sigmoid",
+        ),
         (dict(num_experts=4), "--num-experts: expected --qk-layernorm beside it"),
-        (dict(ffn_hidden_size=128), r"mlp.down_proj.weight: expected shape \(32, 128\), got \(32, 64\)"),
+        (
+            dict(ffn_hidden_size=128),
+            r"mlp.down_proj.weight: expected shape \(32, 128\), got \(32, 64\)",
+        ),
         (dict(qk_layernorm=True), "layer 0's self_attention.k_layernorm.weight"),
-        (dict(consumed_train_samples=24), "a checkpoint of the recovery phase, got one after 24 of 24 superposed samples"),
+        (
+            dict(consumed_train_samples=24),
+            "a checkpoint of the recovery phase, got one after 24 of 24 superposed samples",
+        ),
         (dict(vocab_size=600), "at most the embedding's 512 rows, got 600"),
-        (dict(vocab_size=None), "--vocab-size: expected it or --tokenizer, got neither. The embedding has 512 rows"),
+        (
+            dict(vocab_size=None),
+            "--vocab-size: expected it or --tokenizer, got neither. The embedding has 512 rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, message):
     source = changed(runs("llama") / "ck", tmp_path, **args)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(TSTError, match=message):
         export(source, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"]  # nothing half written
 
@@ -141,18 +192,32 @@ def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, messag
 @pytest.mark.parametrize(
     "args, given, message",
     [
-        (dict(consumed_train_samples=24), [], "a checkpoint of the recovery phase, got one after 24 of 24 superposed samples"),
+        (
+            dict(consumed_train_samples=24),
+            [],
+            "a checkpoint of the recovery phase, got one after 24 of 24 superposed samples",
+        ),
         (dict(normalization="LayerNorm"), [], "--normalization: expected RMSNorm, got LayerNorm"),
-        (dict(hybrid_layer_pattern="M*M*"), [], r"--hybrid-layer-pattern: expected None, got M\*M\*"),
-        (dict(), ["--tokenizer", "none"], "--tokenizer: expected a tokenizer.json or a folder with one"),
+        (
+            dict(hybrid_layer_pattern="M*M*"),
+            [],
+            r"--hybrid-layer-pattern: expected None, got M\*M\*",
+        ),
+        (
+            dict(),
+            ["--tokenizer", "none"],
+            "--tokenizer: expected a tokenizer.json or a folder with one",
+        ),
         (dict(), ["--vocab-size", "600"], "at most the embedding's 512 rows, got 600"),
         ("missing", [], "__0_0.distcp is missing"),
         ("full", [], "GB of free space"),
         ("there", [], "a target that is not there yet"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("verb", ["hf", "nemo"])
-def test_the_tool_says_it_in_one_line_and_leaves_nothing(runs, tmp_path, monkeypatch, capsys, verb, args, given, message):
+def test_the_tool_says_it_in_one_line_and_leaves_nothing(
+    runs, tmp_path, monkeypatch, capsys, verb, args, given, message
+):
     target = tmp_path / "out"
     source = changed(runs("llama") / "ck", tmp_path, **(args if isinstance(args, dict) else {}))
     if args == "missing":
@@ -163,18 +228,22 @@ def test_the_tool_says_it_in_one_line_and_leaves_nothing(runs, tmp_path, monkeyp
         target.mkdir()
     assert export_checkpoint.main([verb, str(source.path), str(target), *given]) == 2
     error = capsys.readouterr().err
-    assert re.search(f"^export_checkpoint: error: .*{message}", error) and error.count("\n") == 1, error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"] + ["out"] * (args == "there")
+    assert re.search(f"^export_checkpoint: error: .*{message}", error) and error.count("\n") == 1, (
+        error
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"] + ["out"] * (
+        args == "there"
+    )
 
 
 def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypatch):
     source = Checkpoint(runs("llama") / "ck")
     (tmp_path / "hf").mkdir()
-    with pytest.raises(CheckpointError, match="a target that is not there yet, got an existing one"):
+    with pytest.raises(TSTError, match="a target that is not there yet, got an existing one"):
         export(source, tmp_path / "hf")
     export(source, tmp_path / "hf", force=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-    with pytest.raises(CheckpointError, match="GB of free space"):
+    with pytest.raises(TSTError, match="GB of free space"):
         export(source, tmp_path / "other")
 
 
@@ -188,7 +257,11 @@ def test_killed_at_any_moment(runs, models, tmp_path, verb):
         return export_checkpoint.main([verb, str(source), str(target)])
 
     def content():
-        return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(target)): path.read_bytes()
+            for path in target.rglob("*")
+            if path.is_file()
+        }
 
     touched = in_a_fork(call)
     whole, wholes = content(), 0
@@ -210,19 +283,29 @@ def test_the_tokenizer_goes_with_it_and_must_fit(runs, tmp_path):
 
     source = Checkpoint(runs("llama") / "ck")
     for ids in (VOCAB, VOCAB - 1):
-        Tokenizer(models.WordLevel({f"w{i}": i for i in range(ids)}, unk_token="w0")).save(str(tmp_path / f"{ids}.tokenizer.json"))
+        Tokenizer(models.WordLevel({f"w{i}": i for i in range(ids)}, unk_token="w0")).save(
+            str(tmp_path / f"{ids}.tokenizer.json")
+        )
     export(source, tmp_path / "hf", tokenizer=tmp_path / f"{VOCAB}.tokenizer.json")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").convert_tokens_to_ids("w17") == 17
-    with pytest.raises(CheckpointError, match="vocabulary: expected 500, the run's --vocab-size, got 499"):
+    with pytest.raises(TSTError, match="vocabulary: expected 500, the run's --vocab-size, got 499"):
         export(source, tmp_path / "other", tokenizer=tmp_path / f"{VOCAB - 1}.tokenizer.json")
-    with pytest.raises(CheckpointError, match="--tokenizer: expected a tokenizer.json or a folder with one"):
+    with pytest.raises(
+        TSTError, match="--tokenizer: expected a tokenizer.json or a folder with one"
+    ):
         export(source, tmp_path / "other", tokenizer=tmp_path / "none")
-    other = changed(runs("llama") / "ck", tmp_path, tokenizer_model=str(tmp_path / f"{VOCAB}.tokenizer.json"))
-    Tokenizer(models.WordLevel({f"x{i}": i for i in range(VOCAB)}, unk_token="x0")).save(str(tmp_path / "x.tokenizer.json"))
-    with pytest.raises(CheckpointError, match="--tokenizer: expected the run's own ids, 'w[0-9]+' = [0-9]+, got None"):
+    other = changed(
+        runs("llama") / "ck", tmp_path, tokenizer_model=str(tmp_path / f"{VOCAB}.tokenizer.json")
+    )
+    Tokenizer(models.WordLevel({f"x{i}": i for i in range(VOCAB)}, unk_token="x0")).save(
+        str(tmp_path / "x.tokenizer.json")
+    )
+    with pytest.raises(
+        TSTError, match="--tokenizer: expected the run's own ids, 'w[0-9]+' = [0-9]+, got None"
+    ):
         export(other, tmp_path / "other", tokenizer=tmp_path / "x.tokenizer.json")
     (tmp_path / "broken.tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match="--tokenizer: expected a tokenizer.json, got .*broken"):
+    with pytest.raises(TSTError, match="--tokenizer: expected a tokenizer.json, got .*broken"):
         export(source, tmp_path / "other", tokenizer=tmp_path / "broken.tokenizer.json")
 
 
@@ -232,7 +315,8 @@ def test_the_card_says_how_it_was_made(runs, tmp_path):
     card, config = ((tmp_path / "hf" / name).read_text() for name in ("README.md", "config.json"))
     validation = Checkpoint(folder).args.tst_validation
     for row in (
-        "| architecture | `Qwen3MoeForCausalLM`: 2 layers x 32, 4 heads (2 of keys and values) of 12, 4 experts of which 2 are active, ",
+        "| architecture | `Qwen3MoeForCausalLM`: 2 layers x 32, 4 heads (2 of keys and values) of "
+        "12, 4 experts of which 2 are active, ",
         "| superposition | bags of 4: 6 iterations, 3,072 raw tokens |",
         "| recovery | next token: 4 iterations, 512 raw tokens |",
         "| raw tokens in all | 3,584 |",
@@ -269,11 +353,16 @@ def test_import_and_export_give_the_same_bytes(models, tmp_path, name):
     import_(came, tmp_path / "ck")
     source = Checkpoint(tmp_path / "ck")
     gone = export(source, tmp_path / "hf", dtype="float32")
-    assert {path.name for path in gone.iterdir()} == {path.name for path in came.iterdir()} | {"README.md", "evaluate.md"}
+    assert {path.name for path in gone.iterdir()} == {path.name for path in came.iterdir()} | {
+        "README.md",
+        "evaluate.md",
+    }
     for path in came.iterdir():
         assert (gone / path.name).read_bytes() == path.read_bytes(), path.name
     export(source, tmp_path / "bf16")
-    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (came, tmp_path / "bf16"))
+    theirs, ours = (
+        json.loads((folder / "config.json").read_text()) for folder in (came, tmp_path / "bf16")
+    )
     assert ours.pop("dtype") == "bfloat16" and theirs.pop("dtype") == "float32" and ours == theirs
 
 
@@ -285,10 +374,22 @@ def test_the_config_that_is_made_says_the_same_model(models, tmp_path):
         shutil.rmtree(kept)
         export(Checkpoint(tmp_path / name / "ck"), tmp_path / name / "hf", dtype="float32")
         ours, theirs = (
-            json.loads((folder / "config.json").read_text()) for folder in (tmp_path / name / "hf", models / name / "hf")
+            json.loads((folder / "config.json").read_text())
+            for folder in (tmp_path / name / "hf", models / name / "hf")
         )
-        for key in ("architectures", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
-                    "moe_intermediate_size", "norm_topk_prob", "mlp_only_layers", "max_position_embeddings"):  # fmt: skip
+        for key in (
+            "architectures",
+            "hidden_size",
+            "intermediate_size",
+            "num_key_value_heads",
+            "head_dim",
+            "rms_norm_eps",
+            "tie_word_embeddings",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+            "mlp_only_layers",
+            "max_position_embeddings",
+        ):
             assert ours.get(key) == theirs.get(key), key
         assert ours.get("num_experts") == theirs.get("num_experts", theirs.get("num_local_experts"))
 
@@ -297,15 +398,26 @@ def test_a_kept_config_of_another_model_is_refused(models, tmp_path):
     import_(models / "qwen3" / "hf", tmp_path / "ck")
     kept = Checkpoint(tmp_path / "ck").path / "hf" / "config.json"
     kept.write_text(json.dumps(json.loads(kept.read_text()) | {"rms_norm_eps": 1e-5}))
-    with pytest.raises(CheckpointError, match="rms_norm_eps in .*config.json: expected 1e-06, got 1e-05. It is of another model"):
+    with pytest.raises(
+        TSTError,
+        match="rms_norm_eps in .*config.json: expected 1e-06, got 1e-05. It is of another model",
+    ):
         export(Checkpoint(tmp_path / "ck"), tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
-    "name, nproc, layout", [*((name, 1, []) for name in MODELS), ("qwen3-moe", 4, [*TP2, "--expert-model-parallel-size", "2"])]
+    "name, nproc, layout",
+    [
+        *((name, 1, []) for name in MODELS),
+        ("qwen3-moe", 4, [*TP2, "--expert-model-parallel-size", "2"]),
+    ],
 )
-def test_megatron_says_what_transformers_says(zygote, corpus, models, tmp_path, name, nproc, layout):
-    """An import in a real run with the flags that it names, whose one step changes nothing: Megatron's logits are transformers'."""
+def test_megatron_says_what_transformers_says(
+    zygote, corpus, models, tmp_path, name, nproc, layout
+):
+    """An import in a real run with the flags that it names, whose one step changes nothing:
+    Megatron's logits are transformers'.
+    """
     given = " ".join(import_(models / name / "hf", tmp_path / "ck", layer_spec="local")).split()
     own = {flag for flag in given if flag.startswith("--")} | {
         "--seq-length",
@@ -321,15 +433,27 @@ def test_megatron_says_what_transformers_says(zygote, corpus, models, tmp_path, 
         skip = flag in own if flag.startswith("--") else skip
         rest += [] if skip else [flag]
     still = (
-        "--seq-length 32 --lr 1e-30 --min-lr 0 --train-iters 1 --lr-warmup-iters 0 --lr-wsd-decay-iters 1 --eval-iters 0".split()
-    )
+        "--seq-length 32 --lr 1e-30 --min-lr 0 --train-iters 1 --lr-warmup-iters 0 "
+        "--lr-wsd-decay-iters 1 --eval-iters 0"
+    ).split()
     load = ["--load", tmp_path / "ck", *LOAD]
     experts = ["--moe-token-dispatcher-type", "alltoall"] if "moe" in name else []
     run = zygote.train(
-        tmp_path / "answers.pt", *rest, *still, *given, *experts, *layout, *known(corpus), *load, script=ASK, nproc=nproc
+        tmp_path / "answers.pt",
+        *rest,
+        *still,
+        *given,
+        *experts,
+        *layout,
+        *known(corpus),
+        *load,
+        script=ASK,
+        nproc=nproc,
     )
     assert run.ok, run.log[-3000:]
-    got, want = (torch.load(folder / "answers.pt", weights_only=True) for folder in (tmp_path, models / name))
+    got, want = (
+        torch.load(folder / "answers.pt", weights_only=True) for folder in (tmp_path, models / name)
+    )
     assert torch.equal(got["prompts"], want["prompts"])
     assert (got["logits"] - want["logits"]).abs().max() <= 3e-6  # of logits of 3
 
@@ -352,12 +476,18 @@ def broken(models, tmp_path, name="llama", **config):
             "rope: expected default, linear, or Llama 3.1's",
         ),
         (dict(model_type="qwen3"), "self_attn.q_norm.weight, got none"),
-        (dict(intermediate_size=96), r"gate_proj.weight: expected shape \(96, 32\), got \(80, 32\)"),
-        (dict(num_hidden_layers=1), "expected the tensors of its architecture alone, got model.layers.1"),
+        (
+            dict(intermediate_size=96),
+            r"gate_proj.weight: expected shape \(96, 32\), got \(80, 32\)",
+        ),
+        (
+            dict(num_hidden_layers=1),
+            "expected the tensors of its architecture alone, got model.layers.1",
+        ),
     ],
 )
 def test_what_cannot_be_imported_is_refused_by_name(models, tmp_path, config, message):
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(TSTError, match=message):
         import_(broken(models, tmp_path, **config), tmp_path / "ck")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -365,11 +495,11 @@ def test_what_cannot_be_imported_is_refused_by_name(models, tmp_path, config, me
 def test_damaged_folders_are_refused(models, tmp_path):
     folder = broken(models, tmp_path)
     os.truncate(folder / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match="a whole safetensors file"):
+    with pytest.raises(TSTError, match="a whole safetensors file"):
         import_(folder, tmp_path / "ck")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="expected safetensors files, got none"):
+    with pytest.raises(TSTError, match="expected safetensors files, got none"):
         import_(folder, tmp_path / "ck")
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="a Hugging Face folder with config.json"):
+    with pytest.raises(TSTError, match="a Hugging Face folder with config.json"):
         import_(folder, tmp_path / "ck")

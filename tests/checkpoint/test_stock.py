@@ -1,4 +1,5 @@
-"""From one superposition checkpoint: the switch in process, a resume with megatron_tst, and stock Megatron after a conversion, with the same
+"""From one superposition checkpoint: the switch in process, a resume with megatron_tst, and stock
+Megatron after a conversion, with the same
 text: the same digits, and at the end the same bits."""
 
 import re
@@ -9,31 +10,45 @@ import pytest
 import torch
 from runner import SCRIPT, TINY, TST, data
 
-from megatron_tst import TSTConfig, stock_index
+from megatron_tst import TSTConfig
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
-from megatron_tst.config import TSTError
-from megatron_tst.data import PhasedDataset
+from megatron_tst.data import stock_index
+from megatron_tst.data.dataset import PhasedDataset
+from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
 
-MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2".split()
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 "
+    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+).split()
 LAYOUTS = {
     "one process": (1, []),
     "tp2": (2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]),
     "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
     "dp2": (2, []),
     "one process, moe": (1, MOE),
-    "ep2, moe": (2, [*MOE, "--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", "2"]),
+    "ep2, moe": (
+        2,
+        [*MOE, "--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", "2"],
+    ),
 }
 
 
 @pytest.fixture(scope="session")
 def stock_script(tmp_path_factory):
-    """The example without its two lines of TST. (Stock Megatron runs `make` in the wheel, which has no Makefile.)"""
+    """The example without its two lines of TST. (Stock Megatron runs `make` in the wheel, which has
+    no Makefile.)
+    """
     text = open(SCRIPT).read()
     for ours, stock in (
-        (r"from megatron_tst import training  # \(TST\)", "from megatron_tst import cpu"), (r"training\.prepare\(\)  # \(TST\).*", "cpu.enable_if_asked()\nimport megatron.core.datasets.utils as utils\nutils.compile_helpers = lambda: None")
-    ):  # fmt: skip
+        (r"from megatron_tst import training  # \(TST\)", "from megatron_tst import cpu"),
+        (
+            r"training\.prepare\(\)  # \(TST\).*",
+            "cpu.enable_if_asked()\nimport megatron.core.datasets.utils as "
+            "utils\nutils.compile_helpers = lambda: None",
+        ),
+    ):
         text, found = re.subn(ours, stock, text)
         assert found == 1
     path = tmp_path_factory.mktemp("stock") / "pretrain_gpt.py"
@@ -57,16 +72,45 @@ def test_three_ways_over_the_boundary(zygote, corpus, stock_script, tmp_path, na
     nproc, layout = LAYOUTS[name]
     flags = [*TINY, *data(corpus), *layout]
     save = ["--save-interval", "6"]
-    a = zygote.train(*flags, *TST, *save, "--save", tmp_path / "a", "--tst-stock-index", tmp_path / "index", nproc=nproc)
+    a = zygote.train(
+        *flags,
+        *TST,
+        *save,
+        "--save",
+        tmp_path / "a",
+        "--tst-stock-index",
+        tmp_path / "index",
+        nproc=nproc,
+    )
     assert a.ok, a.log[-3000:]
 
-    stopped = zygote.train(*flags, *TST, "--save", tmp_path / "b", "--save-interval", "100", "--tst-exit-at-boundary", nproc=nproc)
-    b = zygote.train(*flags, *TST, *save, "--load", tmp_path / "b", "--save", tmp_path / "b", nproc=nproc)
+    stopped = zygote.train(
+        *flags,
+        *TST,
+        "--save",
+        tmp_path / "b",
+        "--save-interval",
+        "100",
+        "--tst-exit-at-boundary",
+        nproc=nproc,
+    )
+    b = zygote.train(
+        *flags, *TST, *save, "--load", tmp_path / "b", "--save", tmp_path / "b", nproc=nproc
+    )
     assert stopped.ok and b.ok, b.log[-3000:]
 
     source = boundary_alone(tmp_path / "a", tmp_path / "boundary")
     assert convert_checkpoint.main(["boundary", str(source), str(tmp_path / "c")]) == 0
-    continued = [*flags, *save, "--load", tmp_path / "c", "--save", tmp_path / "c", "--data-cache-path", tmp_path / "index"]
+    continued = [
+        *flags,
+        *save,
+        "--load",
+        tmp_path / "c",
+        "--save",
+        tmp_path / "c",
+        "--data-cache-path",
+        tmp_path / "index",
+    ]
     c = zygote.train(*continued, script=stock_script, nproc=nproc)
     assert c.ok and "[tst]" not in c.log, c.log[-3000:]
 
@@ -83,7 +127,14 @@ def test_without_the_index_other_text_is_read(zygote, corpus, stock_script, tmp_
     """The control: the same weights and state, and stock Megatron's own order of the text."""
     a = zygote.train(*TINY, *TST, *data(corpus), "--save", tmp_path / "a", "--save-interval", "6")
     assert (
-        convert_checkpoint.main(["boundary", str(boundary_alone(tmp_path / "a", tmp_path / "boundary")), str(tmp_path / "c")]) == 0
+        convert_checkpoint.main(
+            [
+                "boundary",
+                str(boundary_alone(tmp_path / "a", tmp_path / "boundary")),
+                str(tmp_path / "c"),
+            ]
+        )
+        == 0
     )
     c = zygote.train(*TINY, *data(corpus), "--load", tmp_path / "c", script=stock_script)
     assert a.ok and c.ok and shown(a)[7] != shown(c)[7]
@@ -91,15 +142,25 @@ def test_without_the_index_other_text_is_read(zygote, corpus, stock_script, tmp_
 
 def datasets(prefix, blend, size, length, cache):
     """Megatron's training dataset of `size` samples of `length` tokens."""
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=length, blend=([str(prefix), str(prefix)], [0.3, 0.7]) if blend else ([str(prefix)], None),
-        split="90,10,0", path_to_cache=str(cache), tokenizer=NullTokenizer(512), reset_position_ids=False, reset_attention_mask=False,
-        eod_mask_loss=True, create_attention_mask=False, mid_level_dataset_surplus=0.05,
-    )  # fmt: skip
+        random_seed=1,
+        sequence_length=length,
+        blend=([str(prefix), str(prefix)], [0.3, 0.7]) if blend else ([str(prefix)], None),
+        split="90,10,0",
+        path_to_cache=str(cache),
+        tokenizer=NullTokenizer(512),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=True,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=0.05,
+    )
     return BlendedMegatronDatasetBuilder(GPTDataset, [size, 0, 0], lambda: True, config).build()[0]
 
 
@@ -107,28 +168,56 @@ def datasets(prefix, blend, size, length, cache):
 @pytest.mark.parametrize(
     "s, superposed, total, superpose",
     [
-        (4, 24, 40, "both"), (3, 8, 101, "both"), (2, 4, 17, "output"), ((8, 4, 2), (12, 20, 8), 90, "both"), ((6, 4), (8, 12), 61, "input"),
+        (4, 24, 40, "both"),
+        (3, 8, 101, "both"),
+        (2, 4, 17, "output"),
+        ((8, 4, 2), (12, 20, 8), 90, "both"),
+        ((6, 4), (8, 12), 61, "input"),
         (4, 400, 4000, "both"),
     ],
-)  # fmt: skip
-def test_every_recovery_sample_is_the_one_that_tst_would_read(megatron, corpus, tmp_path, s, superposed, total, superpose, blend):
-    """Over one epoch and over several (the last case), one bag size and several, one dataset and a blend: every sample's tokens, labels, mask."""
+)
+def test_every_recovery_sample_is_the_one_that_tst_would_read(
+    megatron, corpus, tmp_path, s, superposed, total, superpose, blend
+):
+    """Over one epoch and over several (the last case), one bag size and several, one dataset and a
+    blend: every sample's tokens, labels, mask.
+    """
     length, batch = 32, 4
     sizes, samples = (s, superposed) if isinstance(s, tuple) else ((s,), (superposed,))
     superposed = sum(samples)
-    schedule = Schedule((*sizes, 1), (*samples, total - superposed), length, batch, single_tokens_in=superpose == "output")
-    config = TSTConfig(bag_size=s, iters=samples if len(sizes) > 1 else samples[0], superpose=superpose)
-    long = datasets(corpus, blend, schedule.long_samples, schedule.long_sample_length, tmp_path / "long")
+    schedule = Schedule(
+        (*sizes, 1),
+        (*samples, total - superposed),
+        length,
+        batch,
+        single_tokens_in=superpose == "output",
+    )
+    config = TSTConfig(
+        bag_size=s, iters=samples if len(sizes) > 1 else samples[0], superpose=superpose
+    )
+    long = datasets(
+        corpus, blend, schedule.long_samples, schedule.long_sample_length, tmp_path / "long"
+    )
     stock = datasets(corpus, blend, total, length, tmp_path / "stock")
     files = stock_index.write(long, stock, schedule)
-    assert len(files) == (3 if not blend else 8) and all(path.parent == tmp_path / "stock" for path in files)
-    again, ours = datasets(corpus, blend, total, length, tmp_path / "stock"), PhasedDataset(long, schedule, config)
+    assert len(files) == (3 if not blend else 8) and all(
+        path.parent == tmp_path / "stock" for path in files
+    )
+    again, ours = (
+        datasets(corpus, blend, total, length, tmp_path / "stock"),
+        PhasedDataset(long, schedule, config),
+    )
     assert len(again) >= total
     for i in range(superposed, total):
         want, got = ours[i], again[i]
-        assert all(torch.equal(torch.as_tensor(got[key]), want[key]) for key in ("tokens", "labels", "loss_mask")), i
+        assert all(
+            torch.equal(torch.as_tensor(got[key]), want[key])
+            for key in ("tokens", "labels", "loss_mask")
+        ), i
 
 
 def test_other_datasets_are_refused(tmp_path):
-    with pytest.raises(TSTError, match="--tst-stock-index: expected a GPTDataset or a blend of them, got list"):
+    with pytest.raises(
+        TSTError, match="--tst-stock-index: expected a GPTDataset or a blend of them, got list"
+    ):
         stock_index.write([], [], Schedule.of(4, 1, 8, 32, 4))

@@ -1,8 +1,10 @@
-"""A language whose information has no order inside a bag, so TST must win on it: a test of the wiring, not of the paper's claim.
+"""A language whose information has no order inside a bag, so TST must win on it: a test of the
+wiring, not of the paper's claim.
 
-64 topics, each a distribution over 2048 tokens (Zipf times exp(2 * noise)); a document is one topic, its tokens independent given it.
-Three paired seeds through a real GPTModel, equal FLOPs: every TST run ends below its baseline. If bags were mis-averaged, labels
-shifted or the switch lost, the gain would shrink or turn.
+64 topics, each a distribution over 2048 tokens (Zipf times exp(2 * noise)); a document is one
+topic, its tokens independent given it. Three paired seeds through a real GPTModel, equal FLOPs:
+every TST run ends below its baseline. If bags were mis-averaged, labels shifted or the switch lost,
+the gain would shrink or turn.
 """
 
 import pytest
@@ -26,12 +28,14 @@ def train(seed, s):
     """Final next-token validation loss of a run with bag size s for the first part of its steps."""
     from models import gpt
 
-    from megatron_tst.bags import bag_view
+    from megatron_tst.data.bags import bag_view
 
     language, generator = topics(seed), torch.Generator().manual_seed(seed + 1)
     model = gpt(vocab=V, seed=seed, hidden_size=64, ffn_hidden_size=128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 30, (STEPS - i) / (0.2 * STEPS)))
+    warmup = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min(1, (i + 1) / 30, (STEPS - i) / (0.2 * STEPS))
+    )
     position = torch.arange(L).expand(BATCH, L)
     for step in range(STEPS):
         bags = s if step < RATIO * STEPS else 1
@@ -45,7 +49,10 @@ def train(seed, s):
     held_out = documents(language, 8 * BATCH, L + 1, torch.Generator().manual_seed(99))
     with torch.no_grad():
         model.eval()
-        losses = [model(part[:, :-1], position, None, labels=part[:, 1:]).mean() for part in held_out.split(BATCH)]
+        losses = [
+            model(part[:, :-1], position, None, labels=part[:, 1:]).mean()
+            for part in held_out.split(BATCH)
+        ]
     return torch.stack(losses).mean().item()
 
 

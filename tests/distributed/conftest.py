@@ -24,7 +24,9 @@ def folder(zygote, tmp_path_factory, pytestconfig):
 
 @pytest.fixture(scope="session")
 def short_documents(folder, zygote, corpus):
-    """The test corpus cut into documents of 3 to 40 tokens, so that most samples hold ends of documents. -> prefix"""
+    """The test corpus cut into documents of 3 to 40 tokens, so that most samples hold ends of
+    documents. -> prefix
+    """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
     prefix, end = folder / "text", 511
@@ -53,7 +55,9 @@ def trainer(zygote, folder, short_documents, pytestconfig):
 
 @pytest.fixture(scope="session")
 def report(pytestconfig):
-    """Notes one comparison: report(name of the test, case, difference, status). Written as JSON at the end with --parallel-report FILE."""
+    """Notes one comparison: report(name of the test, case, difference, status). Written as JSON at
+    the end with --parallel-report FILE.
+    """
     import torch
     from megatron.core import __version__ as megatron
 
@@ -61,15 +65,27 @@ def report(pytestconfig):
 
     def note(test, case, found, status):
         node = f"tests/distributed/test_layouts.py::{test}[{case.id}]"
-        rows.append({"test": node, "id": case.id, **asdict(case), "status": status, "difference": asdict(found)})
+        rows.append(
+            {
+                "test": node,
+                "id": case.id,
+                **asdict(case),
+                "status": status,
+                "difference": asdict(found),
+            }
+        )
 
     yield note
     path = pytestconfig.getoption("parallel_report")
     if path and pytestconfig.getoption("node") == 0:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         about = {
-            "date": time.strftime("%Y-%m-%d"), "device": device, "backend": pytestconfig.getoption("backend"),
-            "nodes": pytestconfig.getoption("nodes"), "torch": torch.__version__, "megatron-core": megatron,
-        }  # fmt: skip
+            "date": time.strftime("%Y-%m-%d"),
+            "device": device,
+            "backend": pytestconfig.getoption("backend"),
+            "nodes": pytestconfig.getoption("nodes"),
+            "torch": torch.__version__,
+            "megatron-core": megatron,
+        }
         found = {"about": about, "cases": rows, "refused": REFUSED, "not verified": NOT_VERIFIED}
         Path(path).write_text(json.dumps(found, indent=1) + "\n")

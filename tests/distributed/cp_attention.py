@@ -1,6 +1,8 @@
-"""Context-parallel attention without Transformer Engine, for the tests: Megatron's own is Transformer Engine's alone.
+"""Context-parallel attention without Transformer Engine, for the tests: Megatron's own is
+Transformer Engine's alone.
 
-Causal self-attention, unpacked, no window. Rank r of n holds chunks r and 2n-1-r of the sequence (get_batch_on_this_cp_rank).
+Causal self-attention, unpacked, no window. Rank r of n holds chunks r and 2n-1-r of the sequence
+(get_batch_on_this_cp_rank).
 """
 
 import copy
@@ -26,11 +28,16 @@ def install():
             return attend(self, query, key, value, attention_mask, *rest, **named)
         length = len(query)
         chunks = [chunk for r in range(ranks) for chunk in (r, 2 * ranks - 1 - r)]
-        positions = torch.arange(ranks * length, device=query.device).view(2 * ranks, -1)  # of the chunks in sequence order
+        positions = torch.arange(ranks * length, device=query.device).view(
+            2 * ranks, -1
+        )  # of the chunks in sequence order
 
         def whole(tensor):
-            # before: this rank's two chunks; after: all of them, in sequence order. Backward: reduce-scatter
-            gathered = gather_from_sequence_parallel_region(tensor.contiguous(), group=self.cp_group)
+            # before: this rank's two chunks; after: all of them, in sequence order. Backward:
+            # reduce-scatter
+            gathered = gather_from_sequence_parallel_region(
+                tensor.contiguous(), group=self.cp_group
+            )
             return gathered.index_select(0, positions[torch.tensor(chunks).argsort()].flatten())
 
         own = positions[[rank, 2 * ranks - 1 - rank]].flatten()

@@ -15,7 +15,9 @@ ALONE = Layout("dp1")
 
 @dataclass
 class Figures:
-    """Of a run: per iteration the losses and the gradient norm, the validation losses, the whole weights, each rank's batches."""
+    """Of a run: per iteration the losses and the gradient norm, the validation losses, the whole
+    weights, each rank's batches.
+    """
 
     losses: list[dict]
     norms: list[float]
@@ -29,8 +31,8 @@ class Figures:
 class Trainer:
     """Starts runs, and keeps those in one process for the cases that share them.
 
-    On several nodes (zygote.nodes) each starts its share of a layout's processes; runs in one process are node 0's, the others wait for
-    its files in `folder`, which all see.
+    On several nodes (zygote.nodes) each starts its share of a layout's processes; runs in one
+    process are node 0's, the others wait for its files in `folder`, which all see.
     """
 
     def __init__(self, zygote, folder: Path, data: Path, backend: str):
@@ -50,7 +52,13 @@ class Trainer:
         """The case in a layout, through both phases, from the model's start checkpoint."""
         flags = self.flags(case, layout)
         if case.load:
-            flags += ["--load", str(self.start(case.model)), "--finetune", "--no-load-optim", "--no-load-rng"]
+            flags += [
+                "--load",
+                str(self.start(case.model)),
+                "--finetune",
+                "--no-load-optim",
+                "--no-load-rng",
+            ]
         return self._run(flags, layout, env | ({"BAG_OF_ONE": "1"} if case.s == 1 else {}))
 
     def flags(self, case: Case, layout: Layout) -> list[str]:
@@ -62,32 +70,69 @@ class Trainer:
         """A checkpoint of the model's weights, written by one process."""
         if model not in self.starts:
             self.starts[model] = self.folder / f"start{len(self.starts)}"
-            flags = [*self._flags(Case("dp1", model)), *ALONE.flags, "--train-iters", "1", "--lr-decay-iters", "1"]
+            flags = [
+                *self._flags(Case("dp1", model)),
+                *ALONE.flags,
+                "--train-iters",
+                "1",
+                "--lr-decay-iters",
+                "1",
+            ]
             self._run(
-                [*flags, "--save", str(self.starts[model]), "--save-interval", "1", "--no-save-optim", "--no-save-rng"], ALONE, {}
+                [
+                    *flags,
+                    "--save",
+                    str(self.starts[model]),
+                    "--save-interval",
+                    "1",
+                    "--no-save-optim",
+                    "--no-save-rng",
+                ],
+                ALONE,
+                {},
             )
         return self.starts[model]
 
     def _flags(self, case):
         precision = {"fp32": [], "bf16": ["--bf16"]}[case.precision]
-        data = ["--data-path", str(self.data), "--vocab-size", str(VOCAB), "--distributed-backend", self.backend]
-        return [*BASE.split(), *MODELS[case.model].split(), *case.options.split(), *precision, *data]
+        data = [
+            "--data-path",
+            str(self.data),
+            "--vocab-size",
+            str(VOCAB),
+            "--distributed-backend",
+            self.backend,
+        ]
+        return [
+            *BASE.split(),
+            *MODELS[case.model].split(),
+            *case.options.split(),
+            *precision,
+            *data,
+        ]
 
     def _run(self, flags, layout, env):
         self.runs += 1
         folder = self.folder / f"run{self.runs}"
         folder.mkdir(exist_ok=True)
         if "fsdp" in layout.name:
-            env = env | {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}  # Megatron demands it there, and 1 elsewhere
+            env = env | {
+                "CUDA_DEVICE_MAX_CONNECTIONS": "8"
+            }  # Megatron demands it there, and 1 elsewhere
         if layout.world > 1 or self.zygote.node == 0:
             run = self.zygote.train(str(folder), *flags, script=SCRIPT, nproc=layout.world, env=env)
             assert run.ok, run.log[-4000:]
         ranks = [self._result(folder / f"rank{rank}.pt") for rank in range(layout.world)]
         last = ranks[-1]  # the last pipeline stage has the losses
         return Figures(
-            [losses for losses, _ in last["steps"]], [norm for _, norm in last["steps"]], last["validation"], whole_weights(ranks),
-            [rank["batches"] for rank in ranks], last["schedule_plans"], run.log if self.zygote.node == 0 else "",
-        )  # fmt: skip
+            [losses for losses, _ in last["steps"]],
+            [norm for _, norm in last["steps"]],
+            last["validation"],
+            whole_weights(ranks),
+            [rank["batches"] for rank in ranks],
+            last["schedule_plans"],
+            run.log if self.zygote.node == 0 else "",
+        )
 
     def _result(self, path):
         deadline = time.time() + (0 if self.zygote.nodes == 1 else 300)
@@ -97,14 +142,18 @@ class Trainer:
 
 
 def whole_weights(ranks) -> dict[str, torch.Tensor]:
-    """Put the shards of all ranks together. Every element must be there, and the same wherever several ranks hold it."""
+    """Put the shards of all ranks together. Every element must be there, and the same wherever
+    several ranks hold it.
+    """
     whole, seen = {}, {}
     for rank in ranks:
         for name, shape, offset, shard in rank["weights"]:
             place = tuple(slice(start, start + size) for start, size in zip(offset, shard.shape))
             tensor = whole.setdefault(name, torch.zeros(shape, dtype=torch.float64))
             held = seen.setdefault(name, torch.zeros(shape, dtype=torch.bool))
-            assert torch.equal(tensor[place][held[place]], shard.double()[held[place]]), f"{name}: ranks hold different copies"
+            assert torch.equal(tensor[place][held[place]], shard.double()[held[place]]), (
+                f"{name}: ranks hold different copies"
+            )
             tensor[place], held[place] = shard.double(), True
     missing = [name for name, held in seen.items() if not held.all()]
     assert not missing, f"no rank holds all of {missing}"
@@ -113,8 +162,10 @@ def whole_weights(ranks) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Difference:
-    """Largest relative difference of the losses in either phase, of the validation losses and of the gradient norms; of the weights the
-    largest difference of an element, and the length of the whole difference over the length of the weights."""
+    """Largest relative difference of the losses in either phase, of the validation losses and of
+    the gradient norms; of the weights the largest difference of an element, and the length of the
+    whole difference over the length of the weights.
+    """
 
     superposition: float
     recovery: float
@@ -126,29 +177,41 @@ class Difference:
 
 TOLERANCE = {
     "fp32": Difference(1e-6, 1e-6, 1e-6, 1e-5, 1e-5, 1e-5),
-    # sums are cut differently and rounded to 8 bits; an element of a weight can differ by Adam's whole step
+    # sums are cut differently and rounded to 8 bits; an element of a weight can differ by Adam's
+    # whole step
     "bf16": Difference(2e-3, 2e-3, 2e-3, 1e-2, 1.0, 4e-3),
 }
 
 
 def difference(got: Figures, want: Figures) -> Difference:
-    """Of a run against another of the same case; without weights where the run has none to show (Megatron-FSDP)."""
-    assert len(got.losses) == len(got.norms) == ITERATIONS and (not got.weights or got.weights.keys() == want.weights.keys())
+    """Of a run against another of the same case; without weights where the run has none to show
+    (Megatron-FSDP).
+    """
+    assert len(got.losses) == len(got.norms) == ITERATIONS and (
+        not got.weights or got.weights.keys() == want.weights.keys()
+    )
     deltas = {name: weight - want.weights[name] for name, weight in got.weights.items()}
     length = (
-        sum(delta.square().sum() for delta in deltas.values()) / sum(w.square().sum() for w in want.weights.values())
+        sum(delta.square().sum() for delta in deltas.values())
+        / sum(w.square().sum() for w in want.weights.values())
         if deltas
         else 0
     )
     return Difference(
-        _losses(got.losses[:SUPERPOSED], want.losses[:SUPERPOSED]), _losses(got.losses[SUPERPOSED:], want.losses[SUPERPOSED:]),
-        _losses(got.validation, want.validation), max(map(_relative, got.norms, want.norms)),
-        max([delta.abs().max().item() for delta in deltas.values()], default=0.0), float(length) ** 0.5,
-    )  # fmt: skip
+        _losses(got.losses[:SUPERPOSED], want.losses[:SUPERPOSED]),
+        _losses(got.losses[SUPERPOSED:], want.losses[SUPERPOSED:]),
+        _losses(got.validation, want.validation),
+        max(map(_relative, got.norms, want.norms)),
+        max([delta.abs().max().item() for delta in deltas.values()], default=0.0),
+        float(length) ** 0.5,
+    )
 
 
 def _losses(some, other):
-    assert len(some) == len(other) and all(set(a) == set(b) and b for a, b in zip(some, other)), (some, other)
+    assert len(some) == len(other) and all(set(a) == set(b) and b for a, b in zip(some, other)), (
+        some,
+        other,
+    )
     return max(_relative(a[key], b[key]) for a, b in zip(some, other) for key in b)
 
 

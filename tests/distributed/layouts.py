@@ -1,6 +1,7 @@
 """The layouts, models and settings that are compared with one process: data only.
 
-A case trains a model in a layout, and the same model with the same settings in one process; all flags but the layout's own are the same.
+A case trains a model in a layout, and the same model with the same settings in one process; all
+flags but the layout's own are the same.
 """
 
 from __future__ import annotations
@@ -11,19 +12,28 @@ SEQ_LENGTH, VOCAB, PADDED_VOCAB = 16, 512, 768  # with tp4 the last rank's rows 
 SUPERPOSED, ITERATIONS = 3, 6  # of superposition, and in all
 
 BASE = (
-    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion --no-gradient-accumulation-fusion "
-    "--no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization --no-create-attention-mask-in-dataloader --num-workers 0 "
-    f"--ckpt-format torch_dist --hidden-size 32 --num-attention-heads 4 --seq-length {SEQ_LENGTH} --max-position-embeddings {SEQ_LENGTH} "
-    "--init-method-std 0.1 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 "
-    # an epsilon above the rounding noise of the gradients: Adam turns the noise of a zero gradient into whole steps otherwise
-    "--adam-eps 1e-6 --lr-decay-style linear --tokenizer-type NullTokenizer --log-interval 1 --eval-interval 3 --eval-iters 1 --split 80,20,0"
+    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion "
+    "--no-gradient-accumulation-fusion "
+    "--no-bias-swiglu-fusion --no-bias-dropout-fusion --use-cpu-initialization "
+    "--no-create-attention-mask-in-dataloader --num-workers 0 "
+    f"--ckpt-format torch_dist --hidden-size 32 --num-attention-heads 4 --seq-length {SEQ_LENGTH} "
+    f"--max-position-embeddings {SEQ_LENGTH} "
+    "--init-method-std 0.1 --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 "
+    "--global-batch-size 4 --lr 1e-3 --min-lr 1e-4 "
+    # an epsilon above the rounding noise of the gradients: Adam turns the noise of a zero gradient
+    # into whole steps otherwise
+    "--adam-eps 1e-6 --lr-decay-style linear --tokenizer-type NullTokenizer --log-interval 1 "
+    "--eval-interval 3 --eval-iters 1 --split 80,20,0"
 )
 
 _UNTIED = "--untie-embeddings-and-output-weights"
 _LLAMA = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
 _MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32"
 _AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3"
-_ALLTOALL, _ALLGATHER = "--moe-token-dispatcher-type alltoall", "--moe-token-dispatcher-type allgather"
+_ALLTOALL, _ALLGATHER = (
+    "--moe-token-dispatcher-type alltoall",
+    "--moe-token-dispatcher-type allgather",
+)
 _HYBRID = f"{_LLAMA} --spec hybrid_spec hybrid_stack_spec --hybrid-layer-pattern"
 
 MODELS = {
@@ -32,9 +42,12 @@ MODELS = {
     "tied": "--num-layers 2 --position-embedding-type learned_absolute",
     "moe": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_AUX} {_ALLTOALL}",
     "deep moe": f"--num-layers 4 {_LLAMA} {_UNTIED} {_MOE} {_AUX} {_ALLTOALL}",
-    "moe allgather": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_AUX} {_ALLGATHER} --moe-shared-expert-intermediate-size 32",
-    "moe bias": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_ALLTOALL} --moe-router-load-balancing-type none "
-    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2",
+    "moe allgather": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_AUX} {_ALLGATHER} "
+    f"--moe-shared-expert-intermediate-size 32",
+    "moe bias": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_ALLTOALL} "
+    f"--moe-router-load-balancing-type none "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-bias-update-rate 1e-2",
     "hybrid": f"{_HYBRID} *-*- {_UNTIED}",
     "hybrid tied": f"{_HYBRID} *-*-",
     "hybrid moe": f"{_HYBRID} *E*E {_UNTIED} {_MOE} {_AUX} {_ALLTOALL}",
@@ -53,7 +66,8 @@ _FLAGS = {
     "sp": "--sequence-parallel",
     "zero": "--use-distributed-optimizer",
     "overlap": "--overlap-grad-reduce --overlap-param-gather",
-    "fsdp": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params --use-distributed-optimizer "
+    "fsdp": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
+    "--use-distributed-optimizer "
     "--no-gradient-reduce-div-fusion --ckpt-format fsdp_dtensor",
     "ep-overlap": "--overlap-moe-expert-parallel-comm",
 }
@@ -61,16 +75,27 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Parallel sizes by Megatron's abbreviations: Layout("tp2 sp pp2 dp2 zero"); zero is the distributed optimizer."""
+    """Parallel sizes by Megatron's abbreviations: Layout("tp2 sp pp2 dp2 zero"); zero is the
+    distributed optimizer.
+    """
 
     name: str
 
     def size(self, what: str) -> int:
-        return max((int(word[len(what) :]) for word in self.name.split() if word.rstrip("0123456789") == what), default=1)
+        return max(
+            (
+                int(word[len(what) :])
+                for word in self.name.split()
+                if word.rstrip("0123456789") == what
+            ),
+            default=1,
+        )
 
     @property
     def world(self) -> int:
-        """Processes. Experts are spread over the ranks that the rest needs, and over more of data parallelism if those are too few."""
+        """Processes. Experts are spread over the ranks that the rest needs, and over more of data
+        parallelism if those are too few.
+        """
         dense = self.size("tp") * self.size("pp") * self.size("cp") * self.size("dp")
         expert_tensor = self.size("etp") if "etp" in self.name else self.size("tp")
         return max(dense, self.size("ep") * expert_tensor * self.size("pp"))
@@ -95,7 +120,8 @@ class Case:
         options: flags that the run in one process has too.
         s: bag size; 0 is stock Megatron, 1 goes through the superposed code (BAG_OF_ONE).
         precision: fp32 or bf16.
-        load: start from the model's checkpoint; else from the seed, which gives the same weights where no rank holds part of a tensor.
+        load: start from the model's checkpoint; else from the seed, which gives the same weights
+            where no rank holds part of a tensor.
     """
 
     layout: str
@@ -108,69 +134,149 @@ class Case:
     @property
     def id(self) -> str:
         return ", ".join(
-            part for part in (self.layout, self.model, self.options.replace("--", ""), f"s{self.s}", self.precision) if part
+            part
+            for part in (
+                self.layout,
+                self.model,
+                self.options.replace("--", ""),
+                f"s{self.s}",
+                self.precision,
+            )
+            if part
         )
 
 
 PER_TOKEN = "--calculate-per-token-loss"
-MASKED = f"--eod-mask-loss {PER_TOKEN}"  # ranks of data and context parallelism have unequal numbers of labels
+# ranks of data and context parallelism have unequal numbers of labels
+MASKED = f"--eod-mask-loss {PER_TOKEN}"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 CASES = [
     # tensor, sequence and context parallelism
-    Case("tp2"), Case("tp2 sp"), Case("tp4 sp"), Case("cp2"), Case("cp4"), Case("tp2 cp2"), Case("tp2 sp cp2"),
-    Case("tp2", "tied"), Case("tp2 sp", "tied"), Case("cp2", "tied"),
+    Case("tp2"),
+    Case("tp2 sp"),
+    Case("tp4 sp"),
+    Case("cp2"),
+    Case("cp4"),
+    Case("tp2 cp2"),
+    Case("tp2 sp cp2"),
+    Case("tp2", "tied"),
+    Case("tp2 sp", "tied"),
+    Case("cp2", "tied"),
     # pipelines
-    Case("pp2"), Case("pp4", "deep"), Case("pp2 vpp2", "deep", "--micro-batch-size 1"), Case("pp2", "tied"), Case("cp2 pp2"),
-    Case("tp2 sp pp2"), Case("tp2 sp pp2", "tied"),
+    Case("pp2"),
+    Case("pp4", "deep"),
+    Case("pp2 vpp2", "deep", "--micro-batch-size 1"),
+    Case("pp2", "tied"),
+    Case("cp2 pp2"),
+    Case("tp2 sp pp2"),
+    Case("tp2 sp pp2", "tied"),
     # data parallelism and the distributed optimizer; several micro-batches a step
-    Case("dp2"), Case("dp2 zero", options="--micro-batch-size 1"), Case("dp2 zero overlap"), Case("dp4 zero", options="--micro-batch-size 1"),
+    Case("dp2"),
+    Case("dp2 zero", options="--micro-batch-size 1"),
+    Case("dp2 zero overlap"),
+    Case("dp4 zero", options="--micro-batch-size 1"),
     Case("dp2 fsdp", load=False),
-    Case("tp2 sp dp2 zero overlap"), Case("pp2 vpp2 dp2 zero overlap", "deep", "--micro-batch-size 1"),
-    Case("tp2 sp pp2 dp2 zero overlap"), Case("tp2 sp cp2 pp2 zero"),
+    Case("tp2 sp dp2 zero overlap"),
+    Case("pp2 vpp2 dp2 zero overlap", "deep", "--micro-batch-size 1"),
+    Case("tp2 sp pp2 dp2 zero overlap"),
+    Case("tp2 sp cp2 pp2 zero"),
     # the average over labels
     *(Case(layout, options=PER_TOKEN) for layout in ("tp2 sp", "pp2", "dp2", "cp2")),
     *(Case(layout, options=MASKED) for layout in ("dp2", "cp2", "cp2 dp2", "tp2 sp cp2", "pp2")),
-    Case("dp2", options="--eod-mask-loss"), Case("ep2", "moe", MASKED),
+    Case("dp2", options="--eod-mask-loss"),
+    Case("ep2", "moe", MASKED),
     # bag sizes, what is superposed, objectives
-    Case("tp2 sp", s=2), Case("cp2", s=4), Case("tp2 sp cp2", s=4), Case("pp2", s=4), Case("dp2 zero", s=2),
-    *(Case(layout, options=f"--tst-superpose {what}") for what in ("input", "output") for layout in ("tp2 sp", "cp2", "pp2")),
-    Case("tp2", options="--tst-loss mce-alt"), Case("cp2", options="--tst-target-weighting power-law"),
+    Case("tp2 sp", s=2),
+    Case("cp2", s=4),
+    Case("tp2 sp cp2", s=4),
+    Case("pp2", s=4),
+    Case("dp2 zero", s=2),
+    *(
+        Case(layout, options=f"--tst-superpose {what}")
+        for what in ("input", "output")
+        for layout in ("tp2 sp", "cp2", "pp2")
+    ),
+    Case("tp2", options="--tst-loss mce-alt"),
+    Case("cp2", options="--tst-target-weighting power-law"),
     # experts
-    Case("ep2", "moe"), Case("ep4", "moe", "--micro-batch-size 1"), Case("tp2 sp ep2 etp1", "moe"), Case("tp2 sp ep2 etp2", "moe"),
-    Case("cp2 ep2", "moe"), Case("pp2 ep2", "moe"), Case("ep2", "moe allgather"), Case("tp2 sp ep2 etp2", "moe allgather"),
-    Case("tp2 sp ep2 etp1", "moe bias"), Case("dp2 ep2", "moe", PER_TOKEN), Case("tp2 sp pp2 ep2 zero overlap", "moe"),
+    Case("ep2", "moe"),
+    Case("ep4", "moe", "--micro-batch-size 1"),
+    Case("tp2 sp ep2 etp1", "moe"),
+    Case("tp2 sp ep2 etp2", "moe"),
+    Case("cp2 ep2", "moe"),
+    Case("pp2 ep2", "moe"),
+    Case("ep2", "moe allgather"),
+    Case("tp2 sp ep2 etp2", "moe allgather"),
+    Case("tp2 sp ep2 etp1", "moe bias"),
+    Case("dp2 ep2", "moe", PER_TOKEN),
+    Case("tp2 sp pp2 ep2 zero overlap", "moe"),
     # HybridModel
-    Case("tp2 sp", "hybrid"), Case("pp2", "hybrid"), Case("cp2", "hybrid"), Case("pp2", "hybrid tied"),
-    Case("tp2 sp ep2 etp1", "hybrid moe"), Case("dp2 zero", "hybrid"),
+    Case("tp2 sp", "hybrid"),
+    Case("pp2", "hybrid"),
+    Case("cp2", "hybrid"),
+    Case("pp2", "hybrid tied"),
+    Case("tp2 sp ep2 etp1", "hybrid moe"),
+    Case("dp2 zero", "hybrid"),
     # multi-token prediction
-    Case("tp2 sp", "mtp"), Case("pp2", "mtp"), Case("dp2 zero", "mtp"), Case("tp2 sp ep2 etp1", "mtp moe"), Case("tp2", "mtp hybrid"),
+    Case("tp2 sp", "mtp"),
+    Case("pp2", "mtp"),
+    Case("dp2 zero", "mtp"),
+    Case("tp2 sp ep2 etp1", "mtp moe"),
+    Case("tp2", "mtp hybrid"),
     Case("dp2", "mtp", PER_TOKEN),
     # other things that Megatron does to a step
-    Case("tp2 sp", options=RECOMPUTE), Case("pp2", options="--recompute-granularity selective"),
-    Case("tp2 sp", options="--deterministic-mode"), Case("tp2 sp", options="--tst-fused-linear-loss"),
-    Case("tp2 sp", options="--tst-kernel-in-recovery"), Case("tp4 sp", options="--tst-kernel torch"),
+    Case("tp2 sp", options=RECOMPUTE),
+    Case("pp2", options="--recompute-granularity selective"),
+    Case("tp2 sp", options="--deterministic-mode"),
+    Case("tp2 sp", options="--tst-fused-linear-loss"),
+    Case("tp2 sp", options="--tst-kernel-in-recovery"),
+    Case("tp4 sp", options="--tst-kernel torch"),
     Case("dp2", options="--num-workers 2"),
     # bf16
-    *(Case(layout, precision="bf16") for layout in ("tp2 sp", "pp2", "cp2", "dp2 zero overlap", "tp2 sp pp2 dp2 zero overlap")),
-    Case("ep2", "moe", precision="bf16"), Case("tp2 sp", "hybrid", precision="bf16"),
-    Case("ep2 ep-overlap", "moe", precision="bf16"), Case("ep2 ep-overlap", "mtp moe", precision="bf16"),
+    *(
+        Case(layout, precision="bf16")
+        for layout in ("tp2 sp", "pp2", "cp2", "dp2 zero overlap", "tp2 sp pp2 dp2 zero overlap")
+    ),
+    Case("ep2", "moe", precision="bf16"),
+    Case("tp2 sp", "hybrid", precision="bf16"),
+    Case("ep2 ep-overlap", "moe", precision="bf16"),
+    Case("ep2 ep-overlap", "mtp moe", precision="bf16"),
     Case("pp2 vpp2 ep2 ep-overlap", "deep moe", "--micro-batch-size 1", precision="bf16"),
-]  # fmt: skip
+]
 
 # s = 1 through the superposed code against stock Megatron in the same layout, bit for bit
 BAGS_OF_ONE = [
-    Case("tp2", s=1), Case("tp4 sp", s=1), Case("cp2", "mtp", s=1), Case("pp2", "tied", s=1), Case("dp2 zero overlap", s=1),
-    Case("tp2 sp ep2 etp2", "moe", s=1), Case("tp2 sp", precision="bf16", s=1), Case("pp2", "hybrid", s=1),
-]  # fmt: skip
+    Case("tp2", s=1),
+    Case("tp4 sp", s=1),
+    Case("cp2", "mtp", s=1),
+    Case("pp2", "tied", s=1),
+    Case("dp2 zero overlap", s=1),
+    Case("tp2 sp ep2 etp2", "moe", s=1),
+    Case("tp2 sp", precision="bf16", s=1),
+    Case("pp2", "hybrid", s=1),
+]
 
 # (layout, precision, the test that shows the refusal)
 REFUSED = [
-    ("positions that the layout cannot cut evenly", "any", "tests/unit/test_config.py::test_what_tst_does_not_work_with"),
-    ("--hybrid-context-parallel", "any", "tests/unit/test_config.py::test_what_tst_does_not_work_with"),
-    ("--gtp-weight-remat-size above 1", "any", "tests/unit/test_config.py::test_what_tst_does_not_work_with"),
     (
-        "--tst-fused-linear-loss with fsdp, ep-overlap, --use-torch-fsdp2, --mtp-num-layers, --use-mup or --defer-embedding-wgrad-compute",
+        "positions that the layout cannot cut evenly",
+        "any",
+        "tests/unit/test_config.py::test_what_tst_does_not_work_with",
+    ),
+    (
+        "--hybrid-context-parallel",
+        "any",
+        "tests/unit/test_config.py::test_what_tst_does_not_work_with",
+    ),
+    (
+        "--gtp-weight-remat-size above 1",
+        "any",
+        "tests/unit/test_config.py::test_what_tst_does_not_work_with",
+    ),
+    (
+        "--tst-fused-linear-loss with fsdp, ep-overlap, --use-torch-fsdp2, --mtp-num-layers, "
+        "--use-mup or --defer-embedding-wgrad-compute",
         "any",
         "tests/unit/test_config.py::test_what_the_fused_linear_loss_does_not_work_with",
     ),
@@ -181,8 +287,16 @@ REFUSED = [
 NOT_VERIFIED = [
     ("every layout over NCCL", "any", "no GPU yet; examples/slurm/nccl_tests.sbatch"),
     ("every layout", "fp8", "needs Transformer Engine and a GPU"),
-    ("cp with Transformer Engine's attention", "any", "the tests bring an attention of their own, cp_attention.py"),
+    (
+        "cp with Transformer Engine's attention",
+        "any",
+        "the tests bring an attention of their own, cp_attention.py",
+    ),
     ("--use-torch-fsdp2; fsdp with more than data parallelism", "any", "not tried"),
     ("ep with --moe-token-dispatcher-type flex (DeepEP, HybridEP)", "any", "needs a GPU"),
-    ("more than 8 processes, a real cluster", "any", "two nodes were two network namespaces of one machine"),
+    (
+        "more than 8 processes, a real cluster",
+        "any",
+        "two nodes were two network namespaces of one machine",
+    ),
 ]

@@ -1,4 +1,6 @@
-"""Who gets what: every rank's micro-batches, in both phases, are its part of the batches that one process gets."""
+"""Who gets what: every rank's micro-batches, in both phases, are its part of the batches that one
+process gets.
+"""
 
 import pytest
 import torch
@@ -26,11 +28,19 @@ def own_positions(rank, ranks):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("tp2"), Case("tp2 sp cp2"), Case("cp4", s=4), Case("tp2 pp2"), Case("pp4", "deep"), Case("cp2 dp2"), Case("tp2 pp2", "mtp"),
-        Case("tp2", options="--tst-superpose input"), Case("cp2", options="--tst-superpose output"), Case("tp2 cp2", options="--eod-mask-loss"),
+        Case("tp2"),
+        Case("tp2 sp cp2"),
+        Case("cp4", s=4),
+        Case("tp2 pp2"),
+        Case("pp4", "deep"),
+        Case("cp2 dp2"),
+        Case("tp2 pp2", "mtp"),
+        Case("tp2", options="--tst-superpose input"),
+        Case("cp2", options="--tst-superpose output"),
+        Case("tp2 cp2", options="--eod-mask-loss"),
     ],
     ids=lambda case: case.id,
-)  # fmt: skip
+)
 def test_every_rank_gets_its_part(trainer, case):
     layout = Layout(case.layout)
     whole = trainer.train(case, ALONE, KEEP_BATCHES="1").batches[0]
@@ -43,7 +53,11 @@ def test_every_rank_gets_its_part(trainer, case):
         needed = (TOKENS if first else set()) | (LABELS if last else set())
         if last and "mtp" in case.model:
             needed = TOKENS | LABELS
-        positions = own_positions(place["cp"], layout.size("cp")) if layout.size("cp") > 1 else torch.arange(SEQ_LENGTH)
+        positions = (
+            own_positions(place["cp"], layout.size("cp"))
+            if layout.size("cp") > 1
+            else torch.arange(SEQ_LENGTH)
+        )
         assert len(batches) == len(whole) // layout.size("dp")
         for i, batch in enumerate(batches):
             expected = whole[i * layout.size("dp") + place["dp"]]
@@ -58,7 +72,9 @@ def test_every_rank_gets_its_part(trainer, case):
 
 
 def test_labels_of_a_chunk_are_the_bags_after_it(trainer):
-    """Across the border of two context-parallel ranks too: the target of a chunk's last bag is the first bag of the next chunk."""
+    """Across the border of two context-parallel ranks too: the target of a chunk's last bag is the
+    first bag of the next chunk.
+    """
     case = Case("cp2", s=4)
     ranks = trainer.train(case, Layout("cp2"), KEEP_BATCHES="1").batches
     half = SEQ_LENGTH // 4

@@ -1,4 +1,6 @@
-"""Every layout trains as one process does: losses, gradient norms, validation losses and final weights, through both phases."""
+"""Every layout trains as one process does: losses, gradient norms, validation losses and final
+weights, through both phases.
+"""
 
 from dataclasses import astuple, replace
 
@@ -6,7 +8,7 @@ import pytest
 from harness import TOLERANCE, Difference, difference
 from layouts import BAGS_OF_ONE, CASES, SUPERPOSED, Layout
 
-from megatron_tst.run import EXCESS_KEY
+from megatron_tst.loop.run import EXCESS_KEY
 
 
 def ids(cases):
@@ -27,7 +29,8 @@ def needs(layout, trainer):
 
         if layout.world // nodes > torch.cuda.device_count():
             pytest.skip(
-                f"NOT RUN: needs {layout.world // nodes} GPUs a node, {torch.cuda.device_count()} are here (--backend gloo shares them)"
+                f"NOT RUN: needs {layout.world // nodes} GPUs a node, {torch.cuda.device_count()} "
+                f"are here (--backend gloo shares them)"
             )
 
 
@@ -40,15 +43,20 @@ def test_equals_one_process(trainer, report, case):
     passed = within(found, TOLERANCE[case.precision])
     report("test_equals_one_process", case, found, "passed" if passed else "failed")
     assert passed, (found, TOLERANCE[case.precision])
-    assert bool(got.weights) == ("fsdp" not in case.layout)  # there the validation loss after the last step stands for them
+    assert bool(got.weights) == (
+        "fsdp" not in case.layout
+    )  # there the validation loss after the last step stands for them
     assert (got.schedule_plans > 0) == ("ep-overlap" in case.layout)
-    # the phases are what they claim to be: a superposed and an ordinary loss start apart by far more than the tolerance
+    # the phases are what they claim to be: a superposed and an ordinary loss start apart by far
+    # more than the tolerance
     assert case.s == 1 or got.losses[0] != got.losses[3]
 
 
 @pytest.mark.parametrize("case", BAGS_OF_ONE, ids=ids(BAGS_OF_ONE))
 def test_bag_of_one_is_stock_megatron(trainer, report, case):
-    """Bag size 1 through the superposed code, against a run without TST in the same layout: bit for bit."""
+    """Bag size 1 through the superposed code, against a run without TST in the same layout: bit for
+    bit.
+    """
     layout = Layout(case.layout)
     needs(layout, trainer)
     got, stock = trainer.train(case, layout), trainer.train(replace(case, s=0), layout)

@@ -1,4 +1,6 @@
-"""A real multi-node run on one machine: torchrun on two nodes, a worker killed in the superposition phase, the restart over the boundary."""
+"""A real multi-node run on one machine: torchrun on two nodes, a worker killed in the superposition
+phase, the restart over the boundary.
+"""
 
 import json
 import subprocess
@@ -28,7 +30,15 @@ def test_killed_worker_and_restart_over_the_boundary(trainer, nodes, tmp_path):
 
     results, checkpoints = tmp_path / "results", tmp_path / "ck"
     results.mkdir()
-    flags = [*trainer.flags(case, layout), "--save", checkpoints, "--save-interval", "1", "--load", checkpoints]
+    flags = [
+        *trainer.flags(case, layout),
+        "--save",
+        checkpoints,
+        "--save-interval",
+        "1",
+        "--load",
+        checkpoints,
+    ]
     flags += ["--pretrained-checkpoint", trainer.start(case.model)]  # until there is one in --load
     command = list(map(str, ["--nproc-per-node", 2, SCRIPT, results, *flags]))
     kill = SUPERPOSED - 1
@@ -37,7 +47,9 @@ def test_killed_worker_and_restart_over_the_boundary(trainer, nodes, tmp_path):
     codes = [run.wait(timeout=400) for run in runs]
     texts = [open(log.name).read() for log in logs]
     assert codes == [0, 0], (codes, texts[0][-2000:], texts[1][-2000:])
-    assert f"killed after iteration {kill}" in texts[1] and f"successfully loaded checkpoint from {checkpoints}" in "".join(texts)
+    assert f"killed after iteration {kill}" in texts[
+        1
+    ] and f"successfully loaded checkpoint from {checkpoints}" in "".join(texts)
 
     ranks = [torch.load(results / f"rank{rank}.pt", weights_only=True) for rank in range(4)]
     steps = ranks[3]["steps"]  # of the restarted run alone, the first of them still superposed
@@ -51,7 +63,9 @@ def test_killed_worker_and_restart_over_the_boundary(trainer, nodes, tmp_path):
 
 
 def test_these_tests_over_several_nodes(tmp_path):
-    """The command of README.md, here in two shells of one machine: either runs half of each layout's ranks."""
+    """The command of README.md, here in two shells of one machine: either runs half of each
+    layout's ranks.
+    """
     case = Path(__file__).parent / "test_layouts.py"
     options = [
         "--nodes",
@@ -63,9 +77,29 @@ def test_these_tests_over_several_nodes(tmp_path):
         "-k",
         "cp2 and tied",
     ]
-    command = [sys.executable, "-m", "pytest", case, "-q", "-p", "no:cacheprovider", "--backend", "gloo", *options]
-    runs = [subprocess.Popen([*map(str, command), "--node", str(node)], stdout=subprocess.PIPE, text=True) for node in (0, 1)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        case,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--backend",
+        "gloo",
+        *options,
+    ]
+    runs = [
+        subprocess.Popen(
+            [*map(str, command), "--node", str(node)], stdout=subprocess.PIPE, text=True
+        )
+        for node in (0, 1)
+    ]
     texts = [run.communicate(timeout=200)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0] and all("1 passed" in text for text in texts), texts
+    assert [run.returncode for run in runs] == [0, 0] and all(
+        "1 passed" in text for text in texts
+    ), texts
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["about"]["nodes"] == 2 and [row["status"] for row in report["cases"]] == ["passed"]
+    assert report["about"]["nodes"] == 2 and [row["status"] for row in report["cases"]] == [
+        "passed"
+    ]

@@ -1,4 +1,6 @@
-"""What crosses the wire for the embedding and the loss, counted: the formulas of docs/parallelism.md."""
+"""What crosses the wire for the embedding and the loss, counted: the formulas of
+docs/parallelism.md.
+"""
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ B, L, H, V = 2, 8, 32, 96
 
 
 class Wire(TorchDispatchMode):
-    """Bytes that this rank sends, by ring algorithms: an all-reduce of P bytes over R ranks 2(R-1)/R P, all-gather and reduce-scatter
-    of P bytes in all (R-1)/R P, point to point P."""
+    """Bytes that this rank sends, by ring algorithms: an all-reduce of P bytes over R ranks
+    2(R-1)/R P, all-gather and reduce-scatter of P bytes in all (R-1)/R P, point to point P."""
 
     def __init__(self, ranks):
         super().__init__()
@@ -21,7 +23,13 @@ class Wire(TorchDispatchMode):
             name = function._schema.name.removeprefix("c10d::").strip("_")
             groups = [sum(t.nbytes for t in tree_leaves(arg) if torch.is_tensor(t)) for arg in args]
             share = (self.ranks - 1) / self.ranks
-            times = {"allreduce": 2 * share, "allgather": share, "allgather_base": share, "reduce_scatter_base": share, "send": 1}
+            times = {
+                "allreduce": 2 * share,
+                "allgather": share,
+                "allgather_base": share,
+                "reduce_scatter_base": share,
+                "send": 1,
+            }
             if name not in ("recv", "barrier"):
                 self.sent += times[name] * max(groups)
         return function(*args, **(kwargs or {}))
@@ -53,10 +61,15 @@ def rank_counts_embedding(dtype, scatter):
 
     ranks, dtype = start(dtype)
     table = VocabParallelEmbedding(
-        V, H, init_method=torch.nn.init.normal_, reduce_scatter_embeddings=scatter,
-        config=config(params_dtype=dtype, sequence_parallel=scatter, tensor_model_parallel_size=ranks),
+        V,
+        H,
+        init_method=torch.nn.init.normal_,
+        reduce_scatter_embeddings=scatter,
+        config=config(
+            params_dtype=dtype, sequence_parallel=scatter, tensor_model_parallel_size=ranks
+        ),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
-    ).to(dtype)  # fmt: skip
+    ).to(dtype)
 
     def forward_and_backward(tokens):
         out = []
@@ -66,35 +79,47 @@ def rank_counts_embedding(dtype, scatter):
     share, element = (ranks - 1) / ranks, dtype.itemsize
     once = share if scatter else 2 * share
     back = share * element * B * L * H if scatter else 0
-    assert forward_and_backward(torch.randint(0, V, (B, L))) == (once * element * B * L * H, back)  # stock
+    assert forward_and_backward(torch.randint(0, V, (B, L))) == (
+        once * element * B * L * H,
+        back,
+    )  # stock
     for s in (2, 4, 16):
         tokens = torch.randint(0, V, (B, L, s))
         assert forward_and_backward(tokens) == (once * 4 * B * L * H, back), s
         # averaging after the reduction would move the whole lookup
-        assert forward_and_backward(tokens.view(B, L * s)) == (once * element * B * L * s * H, back * s)
+        assert forward_and_backward(tokens.view(B, L * s)) == (
+            once * element * B * L * s * H,
+            back * s,
+        )
 
 
 def rank_counts_loss(dtype):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    from megatron_tst.loss import multi_hot_cross_entropy
+    from megatron_tst.ops.loss import multi_hot_cross_entropy
 
     ranks, dtype = start(dtype)
     group = parallel_state.get_tensor_model_parallel_group()
     logits = torch.randn(L, B, V // ranks).to(dtype).requires_grad_()
     out = []
-    stock = sent_by(ranks, lambda: vocab_parallel_cross_entropy(logits.clone(), torch.randint(0, V, (L, B))))
+    stock = sent_by(
+        ranks, lambda: vocab_parallel_cross_entropy(logits.clone(), torch.randint(0, V, (L, B)))
+    )
     assert stock == 3 * 4 * L * B * 2 * (ranks - 1) / ranks
     for s in (1, 4, 16):
         labels = torch.randint(0, V, (L, B, s))
-        forward = sent_by(ranks, lambda: out.append(multi_hot_cross_entropy(logits, labels, tp_group=group)))
+        forward = sent_by(
+            ranks, lambda: out.append(multi_hot_cross_entropy(logits, labels, tp_group=group))
+        )
         assert forward == 4 * 4 * L * B * (ranks - 1), s
         assert sent_by(ranks, lambda: out.pop().sum().backward()) == 0
 
 
 def rank_counts_model(sequence_parallel):
-    """A superposed step of a whole model sends what an ordinary one does, but for the loss's statistics."""
+    """A superposed step of a whole model sends what an ordinary one does, but for the loss's
+    statistics.
+    """
     from models import batch, gpt
 
     ranks, _ = start("float32")

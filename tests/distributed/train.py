@@ -1,9 +1,12 @@
-"""One training run of examples/pretrain_gpt_tst.py, every figure of which is kept: python train.py FOLDER FLAGS
+"""One training run of examples/pretrain_gpt_tst.py, every figure of which is kept: python train.py
+FOLDER FLAGS
 
-Rank r writes FOLDER/rank<r>.pt: per iteration the reported losses, the gradient norm (None where the optimizer did not step) and the state of
-the gradient scaler after it; the validation losses; at the end this rank's shards of the weights, as its distributed checkpoint names and
-places them. KEEP_BATCHES=1 adds what get_batch gave this rank. KILL=3@2 lets rank 3 kill itself after
-its second iteration, unless torchrun has restarted it. BAG_OF_ONE=1 sends bag size 1 through the superposed code, which a user's run never does.
+Rank r writes FOLDER/rank<r>.pt: per iteration the reported losses, the gradient norm (None where
+the optimizer did not step) and the state of the gradient scaler after it; the validation losses; at
+the end this rank's shards of the weights, as its distributed checkpoint names and places them.
+KEEP_BATCHES=1 adds what get_batch gave this rank. KILL=3@2 lets rank 3 kill itself after its second
+iteration, unless torchrun has restarted it. BAG_OF_ONE=1 sends bag size 1 through the superposed
+code, which a user's run never does.
 """
 
 import functools
@@ -25,7 +28,14 @@ def main(folder, *flags):
     from megatron.core.models.gpt import GPTModel
 
     cp_attention.install()
-    kept = {"steps": [], "scaler": [], "validation": [], "batches": [], "weights": [], "schedule_plans": 0}
+    kept = {
+        "steps": [],
+        "scaler": [],
+        "validation": [],
+        "batches": [],
+        "weights": [],
+        "schedule_plans": 0,
+    }
     if os.environ.get("BAG_OF_ONE"):
         from megatron_tst import TSTConfig
 
@@ -35,8 +45,12 @@ def main(folder, *flags):
         result = stock_step(*positional, **named)
         losses, norm = result[0], result[5]
         optimizer = positional[3]
-        scaler = getattr(getattr(optimizer, "chained_optimizers", [optimizer])[0], "grad_scaler", None)
-        kept["scaler"].append(scaler and {key: float(value) for key, value in scaler.state_dict().items()})
+        scaler = getattr(
+            getattr(optimizer, "chained_optimizers", [optimizer])[0], "grad_scaler", None
+        )
+        kept["scaler"].append(
+            scaler and {key: float(value) for key, value in scaler.state_dict().items()}
+        )
         # the log adds to `losses` what it prints: the excess over the bags' entropy
         kept["steps"].append((losses, None if norm is None else float(norm)))
         if (
@@ -55,7 +69,10 @@ def main(folder, *flags):
 
     def train(forward_step, model, *rest, **named):
         result = stock_train(forward_step, model, *rest, **named)
-        kept["steps"] = [({key: float(value) for key, value in losses.items()}, norm) for losses, norm in kept["steps"]]
+        kept["steps"] = [
+            ({key: float(value) for key, value in losses.items()}, norm)
+            for losses, norm in kept["steps"]
+        ]
         kept["weights"] = [shard for chunk in model for shard in shards_of(chunk)]
         path = os.path.join(folder, f"rank{os.environ['RANK']}.pt")
         torch.save(kept, path + ".part")
@@ -69,7 +86,9 @@ def main(folder, *flags):
     def get_batch(*positional, **named):
         batch = stock_batch(*positional, **named)
         if torch.is_grad_enabled():
-            kept["batches"].append({key: tensor.cpu() for key, tensor in zip(script.KEYS, batch) if tensor is not None})
+            kept["batches"].append(
+                {key: tensor.cpu() for key, tensor in zip(script.KEYS, batch) if tensor is not None}
+            )
         return batch
 
     stock_step, loop.train_step = loop.train_step, train_step
@@ -83,7 +102,9 @@ def main(folder, *flags):
 
 
 def shards_of(chunk):
-    """(name, whole shape, place of the shard in it, shard) of every weight; nothing of Megatron-FSDP, which shards otherwise."""
+    """(name, whole shape, place of the shard in it, shard) of every weight; nothing of
+    Megatron-FSDP, which shards otherwise.
+    """
     from megatron.core import mpu
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories

@@ -1,4 +1,6 @@
-"""Two nodes on one machine: network namespaces joined by a veth pair, each with its own loopback and address."""
+"""Two nodes on one machine: network namespaces joined by a veth pair, each with its own loopback
+and address.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ INTERFACE = "tst0"  # its name inside either namespace
 
 @contextlib.contextmanager
 def two_nodes():
-    """-> the names of two namespaces, removed at the end. Raises OSError where they cannot be made (not root, no `ip`)."""
+    """-> the names of two namespaces, removed at the end. Raises OSError where they cannot be made
+    (not root, no `ip`).
+    """
     if not shutil.which("ip"):
         raise OSError("there is no `ip` command (iproute2)")
     names = [f"tst-{os.getpid()}-{i}" for i in (0, 1)]
@@ -24,7 +28,20 @@ def two_nodes():
             _ip("netns", "add", name)
             made.append(name)
             _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", names[0], "link", "add", INTERFACE, "type", "veth", "peer", "name", INTERFACE, "netns", names[1])
+        _ip(
+            "-n",
+            names[0],
+            "link",
+            "add",
+            INTERFACE,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            INTERFACE,
+            "netns",
+            names[1],
+        )
         for name, address in zip(names, ADDRESSES):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
             _ip("-n", name, "link", "set", INTERFACE, "up")
@@ -41,13 +58,43 @@ def _ip(*arguments):
 
 
 def start(node: int, namespace: str, command: list[str], log, env: dict) -> subprocess.Popen:
-    """Run torchrun of one node; node 0 hosts the rendezvous (it cannot tell from an address that no host name stands for)."""
+    """Run torchrun of one node; node 0 hosts the rendezvous (it cannot tell from an address that no
+    host name stands for).
+    """
     torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "tst",
-        "--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--rdzv-conf", f"is_host={int(node == 0)}", "--local-addr", ADDRESSES[node],
-        "--max-restarts", "3",
-    ]  # fmt: skip
-    # Two agents can count their restarts differently, and the store that they share is divided by that count: a worker would find the
-    # addresses of dead ones. With a store of its own for every start there is nothing left to find.
-    environment = dict(os.environ, GLOO_SOCKET_IFNAME=INTERFACE, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") | env
-    return subprocess.Popen(["ip", "netns", "exec", namespace, *torchrun, *command], stdout=log, stderr=log, env=environment)
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "tst",
+        "--rdzv-endpoint",
+        f"{ADDRESSES[0]}:29500",
+        "--rdzv-conf",
+        f"is_host={int(node == 0)}",
+        "--local-addr",
+        ADDRESSES[node],
+        "--max-restarts",
+        "3",
+    ]
+    # Two agents can count their restarts differently, and the store that they share is divided by
+    # that count: a worker would find the addresses of dead ones. With a store of its own for every
+    # start there is nothing left to find.
+    environment = (
+        dict(
+            os.environ,
+            GLOO_SOCKET_IFNAME=INTERFACE,
+            OMP_NUM_THREADS="1",
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+        )
+        | env
+    )
+    return subprocess.Popen(
+        ["ip", "netns", "exec", namespace, *torchrun, *command],
+        stdout=log,
+        stderr=log,
+        env=environment,
+    )

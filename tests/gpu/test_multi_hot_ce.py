@@ -1,4 +1,6 @@
-"""The CUDA kernels against the fp64 reference, and what only a GPU can show: streams, graphs, synchronisation, 64-bit addresses."""
+"""The CUDA kernels against the fp64 reference, and what only a GPU can show: streams, graphs,
+synchronisation, 64-bit addresses.
+"""
 
 import subprocess
 import sys
@@ -6,13 +8,17 @@ import sys
 import pytest
 import torch
 
-from megatron_tst import extension, reference
-from megatron_tst.config import LOSSES
-from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst import extension
+from megatron_tst.ops import reference
+from megatron_tst.ops.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst.ops.names import LOSSES
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: the CUDA kernels against the reference: no GPU"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(),
+        reason="NOT RUN: the CUDA kernels against the reference: no GPU",
+    ),
 ]
 IGNORE = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,13 +47,23 @@ def grad_of(function, logits, upstream):
 def check(logits, labels, upstream, weighting="power-law", loss="mce", **options):
     weights = target_weights(weighting, labels.shape[1])
     got, grad = grad_of(
-        lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss, kernel="extension", **options), logits, upstream
+        lambda z: multi_hot_cross_entropy(
+            z, labels, weights, loss=loss, kernel="extension", **options
+        ),
+        logits,
+        upstream,
     )
     exact = reference.target_weights(weighting, labels.shape[1])
-    want, want_grad = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss), logits.double(), upstream)
+    want, want_grad = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss),
+        logits.double(),
+        upstream,
+    )
     assert (got - want).abs().max() < 2e-5
     half_ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}[logits.dtype]
-    assert torch.allclose(grad.double(), want_grad.nan_to_num(), atol=4e-6, rtol=1.01 * half_ulp + 4e-6)
+    assert torch.allclose(
+        grad.double(), want_grad.nan_to_num(), atol=4e-6, rtol=1.01 * half_ulp + 4e-6
+    )
     return got, grad
 
 
@@ -67,16 +83,30 @@ def test_one_or_several_blocks_a_row(n, v):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_in_place_equals_out_of_place(dtype):
     logits, labels, upstream = draw(50, 4096, 6, dtype)
-    _, want = grad_of(lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream)
-    _, grad = grad_of(lambda z: multi_hot_cross_entropy(z * 1, labels, kernel="extension", inplace_backward=True), logits, upstream)
+    _, want = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream
+    )
+    _, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z * 1, labels, kernel="extension", inplace_backward=True),
+        logits,
+        upstream,
+    )
     assert torch.equal(grad, want)
 
 
 def test_same_as_the_cpu_kernel_and_the_torch_kernel():
     logits, labels, upstream = draw(40, 3000, 8, torch.bfloat16)
-    a, grad_a = grad_of(lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream)
-    b, grad_b = grad_of(lambda z: multi_hot_cross_entropy(z, labels.cpu(), kernel="extension"), logits.cpu(), upstream.cpu())
-    c, grad_c = grad_of(lambda z: multi_hot_cross_entropy(z, labels, kernel="torch"), logits, upstream)
+    a, grad_a = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream
+    )
+    b, grad_b = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels.cpu(), kernel="extension"),
+        logits.cpu(),
+        upstream.cpu(),
+    )
+    c, grad_c = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, kernel="torch"), logits, upstream
+    )
     for loss, grad in ((b.cuda(), grad_b.cuda()), (c, grad_c)):
         assert (a - loss).abs().max() < 1e-5
         assert torch.allclose(grad_a.float(), grad.float(), rtol=2**-7, atol=1e-6)
@@ -84,9 +114,13 @@ def test_same_as_the_cpu_kernel_and_the_torch_kernel():
 
 def test_same_bits_in_every_run():
     logits, labels, upstream = draw(200, 32000, 16, torch.bfloat16, few=20)
-    first = grad_of(lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream)
+    first = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream
+    )
     for _ in range(20):
-        again = grad_of(lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream)
+        again = grad_of(
+            lambda z: multi_hot_cross_entropy(z, labels, kernel="extension"), logits, upstream
+        )
         assert all(torch.equal(x, y) for x, y in zip(first, again))
 
 
@@ -97,9 +131,17 @@ def test_a_nan_row_stays_alone_padded_columns_and_rows_without_upstream_get_zero
     logits[1, 0] = torch.nan
     logits[4, 2], upstream[4] = torch.inf, 0.0
     for loss in LOSSES:
-        got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss, kernel="extension"), logits, upstream)
+        got, grad = grad_of(
+            lambda z: multi_hot_cross_entropy(z, labels, loss=loss, kernel="extension"),
+            logits,
+            upstream,
+        )
         assert got[[0, 2, 3, 5]].isfinite().all() and got[1].isnan()
-        assert (grad[[0, 2, 3, 5], 35:] == 0).all() and grad[[0, 2, 3, 5]].isfinite().all() and (grad[4] == 0).all()
+        assert (
+            (grad[[0, 2, 3, 5], 35:] == 0).all()
+            and grad[[0, 2, 3, 5]].isfinite().all()
+            and (grad[4] == 0).all()
+        )
 
 
 def test_more_than_2_to_the_31_elements():
@@ -114,7 +156,9 @@ def test_more_than_2_to_the_31_elements():
     loss = multi_hot_cross_entropy(leaf, labels, inplace_backward=True, kernel="extension")
     (grad,) = torch.autograd.grad(loss.sum(), leaf)
     want, want_grad = grad_of(
-        lambda z: multi_hot_cross_entropy(z, labels[-3:], kernel="extension"), tail, torch.ones(3, device="cuda")
+        lambda z: multi_hot_cross_entropy(z, labels[-3:], kernel="extension"),
+        tail,
+        torch.ones(3, device="cuda"),
     )
     assert torch.equal(loss.detach()[-3:], want) and torch.equal(grad[-3:], want_grad)
 
@@ -150,19 +194,25 @@ def test_never_waits_for_the_gpu_and_can_be_captured():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nothing_as_large_as_the_logits_is_allocated(dtype, loss):
-    """Forward keeps a few numbers a row; backward in place writes over the logits, beside them it allocates the gradient alone."""
+    """Forward keeps a few numbers a row; backward in place writes over the logits, beside them it
+    allocates the gradient alone.
+    """
     rows, v = 2048, 32000
     logits, labels, _ = draw(rows, v, 8, dtype)
     size, upstream = logits.nbytes, torch.ones(rows, device="cuda")
     for inplace, extra in ((True, 0), (False, size)):
         leaf = logits.clone().requires_grad_()
-        out = multi_hot_cross_entropy(leaf, labels, loss=loss, inplace_backward=inplace, kernel="extension")  # warm: the allocator
+        out = multi_hot_cross_entropy(
+            leaf, labels, loss=loss, inplace_backward=inplace, kernel="extension"
+        )  # warm: the allocator
         torch.autograd.grad(out, leaf, upstream)
         leaf = logits.clone().requires_grad_()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        out = multi_hot_cross_entropy(leaf, labels, loss=loss, inplace_backward=inplace, kernel="extension")
+        out = multi_hot_cross_entropy(
+            leaf, labels, loss=loss, inplace_backward=inplace, kernel="extension"
+        )
         grads = torch.autograd.grad(out, leaf, upstream)
         assert len(grads) == 1 and torch.cuda.max_memory_allocated() - start < extra + 0.02 * size
 
@@ -170,21 +220,29 @@ def test_nothing_as_large_as_the_logits_is_allocated(dtype, loss):
 def test_label_outside_the_vocabulary_stops_the_process():
     code = (
         "import torch; from megatron_tst import multi_hot_cross_entropy as ce\n"
-        "print(ce(torch.zeros(4, 8, device='cuda'), torch.full((4, 2), 8, device='cuda'), kernel='extension')); torch.cuda.synchronize()"
+        "print(ce(torch.zeros(4, 8, device='cuda'), torch.full((4, 2), 8, device='cuda'), "
+        "kernel='extension')); torch.cuda.synchronize()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr[-500:]
 
 
 def test_embedding_gradient_of_frequent_tokens():
-    """How torch's own CUDA accumulation in bf16 does on Zipf-distributed ids, beside the fp32 accumulation of embedding.py."""
+    """How torch's own CUDA accumulation in bf16 does on Zipf-distributed ids, beside the fp32
+    accumulation of embedding.py.
+    """
     torch.manual_seed(0)
     ids = torch.multinomial(1 / torch.arange(1, 1001).double(), 65536, replacement=True).cuda()
     upstream = (0.1 + torch.randn(65536, 64, device="cuda")).bfloat16()
-    exact = torch.zeros(1000, 64, dtype=torch.float64, device="cuda").index_add_(0, ids, upstream.double())
+    exact = torch.zeros(1000, 64, dtype=torch.float64, device="cuda").index_add_(
+        0, ids, upstream.double()
+    )
     ours = torch.zeros(1000, 64, device="cuda").index_add_(0, ids, upstream.float()).bfloat16()
     table = torch.zeros(1000, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     (stock,) = torch.autograd.grad(torch.nn.functional.embedding(ids, table), table, upstream)
-    error = {name: ((x.double() - exact).norm() / exact.norm()).item() for name, x in (("fp32 sum", ours), ("torch bf16", stock))}
+    error = {
+        name: ((x.double() - exact).norm() / exact.norm()).item()
+        for name, x in (("fp32 sum", ours), ("torch bf16", stock))
+    }
     print("relative error of the embedding's gradient:", error)
     assert error["fp32 sum"] < 4e-3

@@ -1,21 +1,27 @@
-"""Two tensor-parallel ranks on one GPU, over gloo (NCCL refuses two ranks on a device): the CUDA kernels on halves of the vocabulary."""
+"""Two tensor-parallel ranks on one GPU, over gloo (NCCL refuses two ranks on a device): the CUDA
+kernels on halves of the vocabulary.
+"""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_tst import reference
-from megatron_tst.config import LOSSES
-from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst.ops import reference
+from megatron_tst.ops.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst.ops.names import LOSSES
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: two tensor-parallel ranks on a GPU: no GPU"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="NOT RUN: two tensor-parallel ranks on a GPU: no GPU"
+    ),
 ]
 
 
 def rank_compares_its_shard(n, v, s, loss, dtype_name, device):
-    """One rank: the loss of all its rows, and the gradient of its half of the columns, against the fp64 reference on the whole."""
+    """One rank: the loss of all its rows, and the gradient of its half of the columns, against the
+    fp64 reference on the whole.
+    """
     rank, size, dtype = dist.get_rank(), dist.get_world_size(), getattr(torch, dtype_name)
     generator = torch.Generator().manual_seed(n + v)
     whole = (3 * torch.randn(n, v, generator=generator)).to(dtype)
@@ -24,11 +30,18 @@ def rank_compares_its_shard(n, v, s, loss, dtype_name, device):
     upstream = torch.randn(n, generator=generator)
     shard = whole.chunk(size, -1)[rank].to(device).requires_grad_()
     got = multi_hot_cross_entropy(
-        shard, labels.to(device), target_weights("power-law", s), tp_group=dist.group.WORLD, loss=loss, kernel="extension"
+        shard,
+        labels.to(device),
+        target_weights("power-law", s),
+        tp_group=dist.group.WORLD,
+        loss=loss,
+        kernel="extension",
     )
     (grad,) = torch.autograd.grad((got * upstream.to(device)).sum(), shard)
     exact = whole.double().requires_grad_()
-    want = reference.multi_hot_cross_entropy(exact, labels, reference.target_weights("power-law", s), loss)
+    want = reference.multi_hot_cross_entropy(
+        exact, labels, reference.target_weights("power-law", s), loss
+    )
     (want_grad,) = torch.autograd.grad((want * upstream).sum(), exact)
     want_grad = want_grad.nan_to_num().chunk(size, -1)[rank]
     assert (got.detach().cpu() - want).abs().max() < 2e-5

@@ -1,6 +1,7 @@
 """What Megatron-Bridge makes of NeMo exports, on CPU: python ask_bridge.py FOLDER...
 
-Each folder holds a `nemo` export, the `hf` export of the same checkpoint and Megatron's answers.pt. Written beside them:
+Each folder holds a `nemo` export, the `hf` export of the same checkpoint and Megatron's answers.pt.
+Written beside them:
 
     bridge_auto, bridge_folder    Bridge's own Hugging Face exports: all that they say comes from run_config.yaml; with the names of `hf`
     bridge.pt                     logits of the model that Bridge loads, and why Bridge could not export, where it could not
@@ -46,7 +47,9 @@ def export(folder, iteration):
     from megatron.bridge import AutoBridge
 
     bridges = {
-        "bridge_auto": lambda: AutoBridge.from_auto_config(str(folder / "nemo"), str(iteration / "hf")),
+        "bridge_auto": lambda: AutoBridge.from_auto_config(
+            str(folder / "nemo"), str(iteration / "hf")
+        ),
         "bridge_folder": lambda: AutoBridge.from_hf_pretrained(str(folder / "hf")),
     }
     for name, make in bridges.items():
@@ -73,7 +76,9 @@ def logits(folder, iteration):
 
 
 def again(folder, iteration):
-    """Bridge's own pretrain resumes, saves what it has loaded, and trains one iteration more. -> what it says of its state"""
+    """Bridge's own pretrain resumes, saves what it has loaded, and trains one iteration more. ->
+    what it says of its state
+    """
     from megatron.bridge.training import setup
     from megatron.bridge.training.callbacks import Callback
     from megatron.bridge.training.checkpointing import read_run_config, save_checkpoint
@@ -97,34 +102,76 @@ def again(folder, iteration):
 
     class Watch(Callback):
         def on_train_start(self, context):
-            seen["counts"] = {name: count.item() for name, count in context.state.train_state.state_dict().items()}
-            save_checkpoint(context.state, context.model, context.optimizer, context.scheduler, 0, callback_manager=None)
+            seen["counts"] = {
+                name: count.item() for name, count in context.state.train_state.state_dict().items()
+            }
+            save_checkpoint(
+                context.state,
+                context.model,
+                context.optimizer,
+                context.scheduler,
+                0,
+                callback_manager=None,
+            )
 
         def on_train_step_end(self, context):
-            seen["loss"], seen["grad_norm"] = context.loss_dict["lm loss"].flatten()[0].item(), context.grad_norm
+            seen["loss"], seen["grad_norm"] = (
+                context.loss_dict["lm loss"].flatten()[0].item(),
+                context.grad_norm,
+            )
 
     setup.initialize_megatron = functools.partial(initialize_megatron, allow_no_cuda=True)
     config = read_run_config(str(iteration / "run_config.yaml"))
-    model, optimizer, scheduler = (instantiate(config[name]) for name in ("model", "optimizer", "scheduler"))
-    optimizer_too = model.expert_model_parallel_size == 1  # Megatron finds an expert-parallel run's groups in such a run alone
-    for name in ("tensor_model_parallel_size", "expert_model_parallel_size", "expert_tensor_parallel_size"):
+    model, optimizer, scheduler = (
+        instantiate(config[name]) for name in ("model", "optimizer", "scheduler")
+    )
+    optimizer_too = (
+        model.expert_model_parallel_size == 1
+    )  # Megatron finds an expert-parallel run's groups in such a run alone
+    for name in (
+        "tensor_model_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+    ):
         setattr(model, name, 1)
     model.sequence_parallel = False
     model.seq_length = 32
     scheduler.use_checkpoint_opt_param_scheduler = True  # the run has ended at its 10th iteration
     pretrain(
         ConfigContainer(
-            model=model, optimizer=optimizer, scheduler=scheduler, rng=RNGConfig(),
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            rng=RNGConfig(),
             train=TrainingConfig(train_iters=11, global_batch_size=4, micro_batch_size=1),
-            ddp=DistributedDataParallelConfig(use_distributed_optimizer=optimizer.use_distributed_optimizer),
-            dataset=MockGPTDatasetConfig(seq_length=32, random_seed=1, num_workers=0, dataloader_type="single", reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False),
-            tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=model.vocab_size - 1),
-            checkpoint=CheckpointConfig(load_optim=optimizer_too, load=str(folder / "nemo"), save=str(folder / "bridge_again"), save_interval=11, async_save=False),
-            logger=LoggerConfig(), dist=DistributedInitConfig(distributed_backend="gloo"),
+            ddp=DistributedDataParallelConfig(
+                use_distributed_optimizer=optimizer.use_distributed_optimizer
+            ),
+            dataset=MockGPTDatasetConfig(
+                seq_length=32,
+                random_seed=1,
+                num_workers=0,
+                dataloader_type="single",
+                reset_position_ids=False,
+                reset_attention_mask=False,
+                eod_mask_loss=False,
+            ),
+            tokenizer=TokenizerConfig(
+                tokenizer_type="NullTokenizer", vocab_size=model.vocab_size - 1
+            ),
+            checkpoint=CheckpointConfig(
+                load_optim=optimizer_too,
+                load=str(folder / "nemo"),
+                save=str(folder / "bridge_again"),
+                save_interval=11,
+                async_save=False,
+            ),
+            logger=LoggerConfig(),
+            dist=DistributedInitConfig(distributed_backend="gloo"),
         ),
         forward_step,
         callbacks=[Watch()],
-    )  # fmt: skip
+    )
     return seen
 
 
@@ -138,7 +185,9 @@ def main(folders):
 
     stand_in("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.ops")
     stand_in("nvidia_resiliency_ext", "nvidia_resiliency_ext.inprocess")
-    megatron.core.datasets.utils.compile_helpers = lambda: None  # runs make; the wheel has them built
+    megatron.core.datasets.utils.compile_helpers = lambda: (
+        None
+    )  # runs make; the wheel has them built
     for folder in map(Path, folders):
         (iteration,) = (folder / "nemo").glob("iter_*")
         answers = {"refusal": ""}

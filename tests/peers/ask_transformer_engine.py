@@ -1,9 +1,12 @@
-"""python ask_transformer_engine.py FOLDER: what the real Transformer Engine says, on a machine without a GPU.
+"""python ask_transformer_engine.py FOLDER: what the real Transformer Engine says, on a machine
+without a GPU.
 
-In a process of its own: with Transformer Engine importable Megatron picks its optimizer, and its modules can be built, not run, once
-torch.cuda.is_available is faked. FOLDER holds jobs.json, {"recipes": [[capability, CUDA]], "shapes": [[recipe, [gemm]]], "dry_runs":
-[[flag]], "models": {name: folder}}, and gets answers.pt. A gemm is [tokens, width in, width out, input gathered]. A model's folder holds
-`for_te`, a checkpoint, and gets `te`, what the model with Transformer Engine's layers saves after loading it.
+In a process of its own: with Transformer Engine importable Megatron picks its optimizer, and its
+modules can be built, not run, once torch.cuda.is_available is faked. FOLDER holds jobs.json,
+{"recipes": [[capability, CUDA]], "shapes": [[recipe, [gemm]]], "dry_runs": [[flag]], "models":
+{name: folder}}, and gets answers.pt. A gemm is [tokens, width in, width out, input gathered]. A
+model's folder holds `for_te`, a checkpoint, and gets `te`, what the model with Transformer Engine's
+layers saves after loading it.
 """
 
 import contextlib
@@ -28,7 +31,8 @@ import convert_checkpoint
 import dry_run
 import te_models
 
-from megatron_tst import TSTConfig, cpu, patch
+from megatron_tst import TSTConfig, cpu
+from megatron_tst.loop import patch
 
 RECIPES = {
     "delayed": (te_recipe.DelayedScaling, quantization.check_fp8_support),
@@ -41,7 +45,9 @@ DELAYED, SCALE = "llama", 0.25  # the model that gets delayed scaling's state, a
 
 
 def recipes(capability, cuda):
-    """Names of the recipes that run on such a GPU; past the cache of each check, which is of one GPU a process."""
+    """Names of the recipes that run on such a GPU; past the cache of each check, which is of one
+    GPU a process.
+    """
     with (
         mock.patch.object(quantization, "get_device_compute_capability", lambda: tuple(capability)),
         mock.patch.object(torch.version, "cuda", cuda),
@@ -50,11 +56,15 @@ def recipes(capability, cuda):
 
 
 def refusal(recipe, gemms):
-    """Why Transformer Engine does not take one of these GEMMs, or an empty string: its linear layers' checks and its tensors' own."""
+    """Why Transformer Engine does not take one of these GEMMs, or an empty string: its linear
+    layers' checks and its tensors' own.
+    """
     for tokens, width_in, width_out, gathered in gemms:
         shapes = (tokens, width_in), (width_out, width_in)
         inputs, weight = (torch.empty(shape, device="meta") for shape in shapes)
-        state = quantization.RecipeState.create(RECIPES[recipe][0](), mode="forward", num_quantizers=3)
+        state = quantization.RecipeState.create(
+            RECIPES[recipe][0](), mode="forward", num_quantizers=3
+        )
         quantizers = state.make_quantizers()  # of input, weight, output
         try:
             assert_dim_for_fp8_exec(inputs, weight)
@@ -81,7 +91,9 @@ def new_model(name):
 
 
 def superposed(model, fused):
-    """Bags through the whole model but for its decoder, whose layers need a GPU: hidden states go on as they came."""
+    """Bags through the whole model but for its decoder, whose layers need a GPU: hidden states go
+    on as they came.
+    """
     from megatron.core.transformer.transformer_block import TransformerBlock
 
     torch.manual_seed(0)
@@ -90,12 +102,23 @@ def superposed(model, fused):
     before = patch.status()
     patch.apply(TSTConfig(fused_linear_loss=fused))
     model.zero_grad()
-    with mock.patch.object(TransformerBlock, "forward", lambda self, hidden_states, **named: hidden_states):
+    with mock.patch.object(
+        TransformerBlock, "forward", lambda self, hidden_states, **named: hidden_states
+    ):
         loss = model(tokens, torch.arange(8).expand(2, 8), None, labels=labels)
     loss.sum().backward()
     ends = {"table": model.embedding.word_embeddings.weight, "head": model.output_layer.weight}
-    answer = {"tokens": tokens, "labels": labels, "loss": loss.detach(), "patched": patch.status().seams}
-    answer["ran"] = [patch.status().superposed_embeddings, patch.status().multi_hot_losses, patch.status().fused_linear_losses]
+    answer = {
+        "tokens": tokens,
+        "labels": labels,
+        "loss": loss.detach(),
+        "patched": patch.status().seams,
+    }
+    answer["ran"] = [
+        patch.status().superposed_embeddings,
+        patch.status().multi_hot_losses,
+        patch.status().fused_linear_losses,
+    ]
     for end, weight in ends.items():
         answer |= {end: weight.detach().clone(), f"{end}'s gradient": weight.grad.clone()}
     patch.remove()
@@ -104,7 +127,9 @@ def superposed(model, fused):
 
 
 def quantising(model):
-    """Transformer Engine's modules that may run in FP8, by name: its linear layers (attention, not asked to, has no weights)."""
+    """Transformer Engine's modules that may run in FP8, by name: its linear layers (attention, not
+    asked to, has no weights).
+    """
     from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
     return {
@@ -117,7 +142,11 @@ def quantising(model):
 def delayed_scaling(model):
     """Give every module that may run in FP8 delayed scaling's state, as its first step would."""
     for module in quantising(model).values():
-        module.fp8_meta |= {"recipe": te_recipe.DelayedScaling(), "fp8_checkpoint": True, "num_gemms": 1}
+        module.fp8_meta |= {
+            "recipe": te_recipe.DelayedScaling(),
+            "fp8_checkpoint": True,
+            "num_gemms": 1,
+        }
         module.init_fp8_meta_tensors(module.fp8_meta["recipe"])
         module.fp8_meta["scaling_fwd"].scale.fill_(SCALE)
 
@@ -125,7 +154,11 @@ def delayed_scaling(model):
 def one_model(name, folder):
     args, model = new_model(name)
     kinds = {type(module) for module in model.modules()}
-    answer = {"layers": sorted({kind.__name__ for kind in kinds if "transformer_engine" in kind.__module__})}
+    answer = {
+        "layers": sorted(
+            {kind.__name__ for kind in kinds if "transformer_engine" in kind.__module__}
+        )
+    }
     answer["refusal"] = refused_load(args, model, folder / "for_te")
     te_models.load(args, model, folder / "for_te", "log_all")
     if name in te_models.EXPORTED:
@@ -147,26 +180,40 @@ def refused_load(args, model, folder):
 
 
 def delayed_scaling_again(folder):
-    """A checkpoint with delayed scaling's state, and a converted one without it, each loaded into a new model."""
+    """A checkpoint with delayed scaling's state, and a converted one without it, each loaded into a
+    new model.
+    """
     (_, kept), (args, dropped) = new_model(DELAYED), new_model(DELAYED)
     te_models.load(args, kept, folder / "te", args.dist_ckpt_strictness)
     flags = ["boundary", str(folder / "te"), str(folder / "dropped"), "--drop-fp8-state"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert convert_checkpoint.main(flags) == 0
-    answer = {"refusal": refused_load(args, dropped, folder / "dropped"), "printed": printed.getvalue()}
+    answer = {
+        "refusal": refused_load(args, dropped, folder / "dropped"),
+        "printed": printed.getvalue(),
+    }
     te_models.load(args, dropped, folder / "dropped", "log_all")
-    states = [[m.fp8_meta.get("scaling_fwd") for m in quantising(model).values()] for model in (kept, dropped)]
+    states = [
+        [m.fp8_meta.get("scaling_fwd") for m in quantising(model).values()]
+        for model in (kept, dropped)
+    ]
     scales = [[state and state.scale.tolist() for state in of] for of in states]
     return answer | {"scales": scales[0], "scales when dropped": scales[1]}
 
 
 def main(folder):
     jobs = json.loads((folder / "jobs.json").read_text())
-    for name in ("_devices", "_streams", "_random_state"):  # what cpu.py answers for CUDA, without hiding Transformer Engine
+    for name in (
+        "_devices",
+        "_streams",
+        "_random_state",
+    ):  # what cpu.py answers for CUDA, without hiding Transformer Engine
         getattr(cpu, name)(torch)
     from megatron.core import parallel_state, tensor_parallel
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     answers = {

@@ -1,4 +1,5 @@
-"""python export_by_modelopt.py OURS THEIRS FLAGS: loads a checkpoint into Megatron's model; ModelOpt's exporter writes it to THEIRS.
+"""python export_by_modelopt.py OURS THEIRS FLAGS: loads a checkpoint into Megatron's model;
+ModelOpt's exporter writes it to THEIRS.
 
 OURS is our export of the same checkpoint, whose config.json says the architecture.
 """

@@ -1,13 +1,17 @@
 """python quantize_jobs.py JOBS ANSWERS: a list of jobs in JSON, and what came of each.
 
-In one process of its own, without the shims that let Megatron run on CPU, and which need not import ModelOpt again for each. A job:
-    {"tool": [flags of export_checkpoint.py], "nvfp4": ..., "file": ..., "plain": ...}  -> {"code": exit code, "out": ..., "err": ...}
+In one process of its own, without the shims that let Megatron run on CPU, and which need not import
+ModelOpt again for each. A job:
+    {"tool": [flags of export_checkpoint.py], "nvfp4": ..., "file": ..., "plain": ...}  -> {"code":
+    exit code, "out": ..., "err": ...}
         nvfp4: with ModelOpt's CUDA kernel replaced by the format's definition
         file: the largest file that can be written, in bytes; plain: after the bfloat16 export
-    {"loss": folder of an unquantised export, "ids": .bin, "samples": ..., "length": ..., "like": quantised folder}  -> nats
+    {"loss": folder of an unquantised export, "ids": .bin, "samples": ..., "length": ..., "like":
+    quantised folder}  -> nats
         like: with that folder's dequantised weights, inputs rounded by its scales
-    {"inputs": folder of an unquantised export, ...}  -> [{linear layer: its input's largest value}] on the file's start, on its end
-    {"kill": [flags], "target": ..., "times": ...}  -> {"whole": ..., "absent": ..., "left": names beside the target in the end}
+    {"inputs": folder of an unquantised export, ...}  -> [{linear layer: its input's largest value}]
+    on the file's start, on its end {"kill": [flags], "target": ..., "times": ...}  -> {"whole":
+    ..., "absent": ..., "left": names beside the target in the end}
 """
 
 import contextlib
@@ -30,22 +34,33 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from megatron_tst.checkpoint import quantize
+from megatron_tst.export import quantize
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def tool(flags, nvfp4=False, file=None, plain=False):
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.ExitStack() as undo:
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.ExitStack() as undo,
+    ):
         if nvfp4:
             import modelopt.torch.quantization.tensor_quant as tensor_quant
 
-            undo.callback(setattr, tensor_quant, "dynamic_block_quantize_op", tensor_quant.dynamic_block_quantize_op)
+            undo.callback(
+                setattr,
+                tensor_quant,
+                "dynamic_block_quantize_op",
+                tensor_quant.dynamic_block_quantize_op,
+            )
             undo.callback(setattr, quantize, "NEEDS_GPU", quantize.NEEDS_GPU)
             tensor_quant.dynamic_block_quantize_op, quantize.NEEDS_GPU = rounded_to_nvfp4, set()
         if file is not None:
-            undo.callback(resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE))
+            undo.callback(
+                resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+            )
             undo.callback(setattr, quantize, "export", quantize.export)
 
             def export(*args, before=quantize.export, **named):
@@ -68,7 +83,9 @@ def rounded_to_nvfp4(x, block, amax, *bits):
     """NVFP4 as NVIDIA defines it: a block's scale in E4M3 times the tensor's, values in E2M1."""
     whole = amax.float().max() / (6 * 448)
     blocks = x.float().reshape(*x.shape[:-1], -1, block)
-    scale = (blocks.abs().amax(-1, keepdim=True) / 6 / whole).clamp(max=448).to(torch.float8_e4m3fn).float() * whole
+    scale = (blocks.abs().amax(-1, keepdim=True) / 6 / whole).clamp(max=448).to(
+        torch.float8_e4m3fn
+    ).float() * whole
     steps = (blocks.abs() / scale.where(scale > 0, 1)).clamp(max=6)
     nearest = E2M1[(steps.unsqueeze(-1) - E2M1).abs().argmin(-1)]
     return (nearest * blocks.sign() * scale).reshape(x.shape).to(x.dtype)
@@ -85,10 +102,14 @@ def loss(folder, ids, samples, length, like=None):
                 weight, scale = (stored[f"{name}.{kind}"] for kind in ("weight", "weight_scale"))
                 whole = stored.get(f"{name}.weight_scale_2")
                 if whole is not None:  # two values a byte
-                    weight = torch.cat([E2M1, -E2M1])[torch.stack([weight & 15, weight >> 4], -1).long()].view(*scale.shape, 16)
+                    weight = torch.cat([E2M1, -E2M1])[
+                        torch.stack([weight & 15, weight >> 4], -1).long()
+                    ].view(*scale.shape, 16)
                     scale = scale.float().unsqueeze(-1) * whole
                 module.weight.data.copy_((weight.float() * scale).view(module.weight.shape))
-                module.register_forward_pre_hook(round_inputs(stored[f"{name}.input_scale"].float(), whole is not None))
+                module.register_forward_pre_hook(
+                    round_inputs(stored[f"{name}.input_scale"].float(), whole is not None)
+                )
     text = text_of(ids, samples, length)[1]
     with torch.no_grad():
         chances = model(text[:, :-1]).logits.float().log_softmax(-1)
@@ -97,7 +118,10 @@ def loss(folder, ids, samples, length, like=None):
 
 def text_of(ids, samples, length):
     """(the file's first ids, its last) [samples, length + 1] each"""
-    whole, need = torch.from_numpy(np.fromfile(ids, np.int32).astype(np.int64)), samples * (length + 1)
+    whole, need = (
+        torch.from_numpy(np.fromfile(ids, np.int32).astype(np.int64)),
+        samples * (length + 1),
+    )
     return whole[:need].view(samples, length + 1), whole[-need:].view(samples, length + 1)
 
 
@@ -107,7 +131,9 @@ def inputs(folder, ids, samples, length):
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(), []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.register_forward_pre_hook(lambda _, x, name=name: found[-1].update({name: x[0].abs().max().item()}))
+            module.register_forward_pre_hook(
+                lambda _, x, name=name: found[-1].update({name: x[0].abs().max().item()})
+            )
     for text in text_of(ids, samples, length):
         found.append({})
         with torch.no_grad():
@@ -152,7 +178,9 @@ def kill(flags, target, times):
             break
         shutil.rmtree(target, ignore_errors=True)
         process = run(flags)
-        time.sleep(moments.uniform(0, 1.2 * took * (1 + i // times)))  # a busy machine may need longer than the first time
+        time.sleep(
+            moments.uniform(0, 1.2 * took * (1 + i // times))
+        )  # a busy machine may need longer than the first time
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         if target.exists():
@@ -176,7 +204,9 @@ def main(jobs, answers):
         name = next(iter(job))
         first = job.pop(name)
         try:
-            done.append({"tool": tool, "loss": loss, "inputs": inputs, "kill": kill}[name](first, **job))
+            done.append(
+                {"tool": tool, "loss": loss, "inputs": inputs, "kill": kill}[name](first, **job)
+            )
         except Exception:  # the other jobs' tests go on
             done.append({"code": 1, "out": "", "err": traceback.format_exc()})
     Path(answers).write_text(json.dumps(done))

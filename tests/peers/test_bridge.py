@@ -9,8 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.bridge") is None:
-    pytest.skip("NOT RUN: Megatron-Bridge on NeMo exports; make test-bridge", allow_module_level=True)
+if (
+    importlib.util.find_spec("megatron") is None
+    or importlib.util.find_spec("megatron.bridge") is None
+):
+    pytest.skip(
+        "NOT RUN: Megatron-Bridge on NeMo exports; make test-bridge", allow_module_level=True
+    )
 
 import export_checkpoint
 from runner import ROOT
@@ -30,26 +35,47 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(zygote, corpus, tmp_path_factory):
-    """name -> folder with ck, answers.pt, the exports hf and nemo, and what Bridge made of them (ask_bridge.py)"""
+    """name -> folder with ck, answers.pt, the exports hf and nemo, and what Bridge made of them
+    (ask_bridge.py)
+    """
     from tokenizers import Tokenizer, models
 
     tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")).save(str(tokenizer))
+    Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")).save(
+        str(tokenizer)
+    )
     trained = Trained(zygote, corpus, tmp_path_factory.mktemp)
     made = {name: trained(name) for name in RUNS}
     for folder in made.values():
         given = ["--tokenizer", str(tokenizer)]
-        assert export_checkpoint.main(["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32", *given]) == 0
-        assert export_checkpoint.main(["nemo", str(folder / "ck"), str(folder / "nemo"), *given]) == 0
-    ask = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "ask_bridge.py"), *map(str, made.values())]
-    asked = subprocess.run(ask, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert (
+            export_checkpoint.main(
+                ["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32", *given]
+            )
+            == 0
+        )
+        assert (
+            export_checkpoint.main(["nemo", str(folder / "ck"), str(folder / "nemo"), *given]) == 0
+        )
+    ask = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).parent / "ask_bridge.py"),
+        *map(str, made.values()),
+    ]
+    asked = subprocess.run(
+        ask, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert asked.returncode == 0, asked.stderr[-3000:]
     return made
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bridge_loads_the_model(folders, name):
-    got, want = (torch.load(folders[name] / file, weights_only=True) for file in ("bridge.pt", "answers.pt"))
+    got, want = (
+        torch.load(folders[name] / file, weights_only=True) for file in ("bridge.pt", "answers.pt")
+    )
     assert (got["logits"][..., :VOCAB] - want["logits"]).abs().max() <= 2e-6
 
 
@@ -58,8 +84,12 @@ def test_bridge_loads_the_model(folders, name):
 def test_bridges_export_equals_ours(folders, name, how):
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(folders[name] / folder / "model.safetensors") for folder in ("hf", how))
-    if how == "bridge_auto" and "tied" in name:  # without a folder to name the tensors by, Bridge writes the head too
+    ours, theirs = (
+        load_file(folders[name] / folder / "model.safetensors") for folder in ("hf", how)
+    )
+    if (
+        how == "bridge_auto" and "tied" in name
+    ):  # without a folder to name the tensors by, Bridge writes the head too
         assert torch.equal(theirs.pop("lm_head.weight"), ours["model.embed_tokens.weight"])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -67,19 +97,30 @@ def test_bridges_export_equals_ours(folders, name, how):
 
 
 def test_bridge_exports_no_dense_layers_among_experts(folders):
-    """Bridge 0.6's Qwen3-MoE; docs/export.md says so. When this fails, it does, and the page is to be changed."""
+    """Bridge 0.6's Qwen3-MoE; docs/export.md says so. When this fails, it does, and the page is to
+    be changed.
+    """
     assert torch.load(folders[MIXED] / "bridge.pt", weights_only=True)["refusal"]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_bridge_resumes(folders, name):
-    """Bridge's pretrain starts where the run stopped, with its weights and optimizer state, and goes on."""
+    """Bridge's pretrain starts where the run stopped, with its weights and optimizer state, and
+    goes on.
+    """
     folder = folders[name]
     resumed = torch.load(folder / "bridge.pt", weights_only=True)["resumed"]
-    counts = {"step": 10, "consumed_train_samples": 40, "consumed_valid_samples": 16, "skipped_train_samples": 0}
+    counts = {
+        "step": 10,
+        "consumed_train_samples": 40,
+        "consumed_valid_samples": 16,
+        "skipped_train_samples": 0,
+    }
     assert counts.items() <= resumed["counts"].items()
     assert 4 < resumed["loss"] < 8 and 0 < resumed["grad_norm"] < 100
-    optimizer = "ep2" not in name  # Megatron finds an expert-parallel run's optimizer groups in such a run alone
+    optimizer = (
+        "ep2" not in name
+    )  # Megatron finds an expert-parallel run's optimizer groups in such a run alone
     nemo, again = Checkpoint(folder / "nemo"), Checkpoint(folder / "bridge_again/iter_0000010")
     found = differences(nemo, again, optimizer=optimizer)
     ends = {key for key in found if key.endswith(("word_embeddings.weight", "output_layer.weight"))}
@@ -93,5 +134,7 @@ def test_bridge_resumes(folders, name):
 def test_without_the_optimizer(folders, tmp_path):
     source = str(folders["llama"] / "ck")
     assert export_checkpoint.main(["nemo", source, str(tmp_path / "nemo"), "--drop-optimizer"]) == 0
-    assert not [key for key in Checkpoint(tmp_path / "nemo").tensors if key.startswith("optimizer.")]
+    assert not [
+        key for key in Checkpoint(tmp_path / "nemo").tensors if key.startswith("optimizer.")
+    ]
     assert "save_optim: false" in (tmp_path / "nemo/iter_0000010/run_config.yaml").read_text()

@@ -1,4 +1,5 @@
-"""examples/pretrain_gpt_tst.py, watched: every raw token that it trains on, and things that happen to it at a chosen iteration.
+"""examples/pretrain_gpt_tst.py, watched: every raw token that it trains on, and things that happen
+to it at a chosen iteration.
 
 TOKENS=FOLDER   each rank that fetches batches appends a line of JSON for each micro-batch: [iteration, token ids]
 AT=6:term       the last rank is sent SIGTERM while iteration 6 is computed
@@ -65,7 +66,9 @@ def train(*positional, **named):
 if __name__ == "__main__":
     folder, (when, what) = os.environ.get("TOKENS"), os.environ.get("AT", "0:").split(":")
     when = int(when)
-    loop._TRAIN_START_TIME = time.time()  # not when the zygote imported Megatron, half an hour ago on a slow machine
+    loop._TRAIN_START_TIME = (
+        time.time()
+    )  # not when the zygote imported Megatron, half an hour ago on a slow machine
     stock_batch, script.get_batch = script.get_batch, get_batch
     stock_loss, script.loss_func = script.loss_func, loss_func
     stock_train, loop.train = loop.train, train

@@ -20,22 +20,46 @@ def refused(run, *parts):
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        (["--tst-bag-size", "0", "--tst-iters", "6"], ["--tst-bag-size: expected a whole number >= 1, got 0"]),
+        (
+            ["--tst-bag-size", "0", "--tst-iters", "6"],
+            ["--tst-bag-size: expected a whole number >= 1, got 0"],
+        ),
         (["--tst-bag-size", "x", "--tst-iters", "6"], ["--tst-bag-size", "got x"]),
-        (["--tst-bag-size", "4", "--tst-step-ratio", "1.5"], ["--tst-step-ratio: expected a number in [0, 1), got 1.5"]),
-        (["--tst-bag-size", "4", "--tst-step-ratio", "0.3", "--tst-iters", "6"], ["--tst-step-ratio and --tst-iters: expected one of the two"]),
+        (
+            ["--tst-bag-size", "4", "--tst-step-ratio", "1.5"],
+            ["--tst-step-ratio: expected a number in [0, 1), got 1.5"],
+        ),
+        (
+            ["--tst-bag-size", "4", "--tst-step-ratio", "0.3", "--tst-iters", "6"],
+            ["--tst-step-ratio and --tst-iters: expected one of the two"],
+        ),
         (["--tst-bag-size", "4"], ["expected --tst-step-ratio or --tst-iters beside it"]),
-        (["--tst-bag-size", "4", "--tst-iters", "10"], ["--tst-iters: expected fewer than the 10 training iterations, got 10"]),
-        ([*TST, "--tst-loss", "mse"], ["--tst-loss: expected one of mce, mce-alt, bce, hinge, got 'mse'"]),
-        ([*TST, "--tst-loss", "bce", "--tst-fused-linear-loss"], ["--tst-fused-linear-loss with --tst-loss bce: expected --tst-loss mce or mce-alt"]),
+        (
+            ["--tst-bag-size", "4", "--tst-iters", "10"],
+            ["--tst-iters: expected fewer than the 10 training iterations, got 10"],
+        ),
+        (
+            [*TST, "--tst-loss", "mse"],
+            ["--tst-loss: expected one of mce, mce-alt, bce, hinge, got 'mse'"],
+        ),
+        (
+            [*TST, "--tst-loss", "bce", "--tst-fused-linear-loss"],
+            ["--tst-fused-linear-loss with --tst-loss bce: expected --tst-loss mce or mce-alt"],
+        ),
         ([*TST, "--tst-exit-at-boundary"], ["--tst-exit-at-boundary: expected --save beside it"]),
-        ([*TST, "--dataloader-type", "cyclic"], ["--dataloader-type with TST: expected single, got cyclic"]),
+        (
+            [*TST, "--dataloader-type", "cyclic"],
+            ["--dataloader-type with TST: expected single, got cyclic"],
+        ),
         ([*TST, "--reset-position-ids"], ["--reset-position-ids with TST"]),
         ([*TST, "--reset-attention-mask"], ["--reset-attention-mask with TST"]),
         ([*TST, "--rampup-batch-size", "2", "2", "8"], ["--rampup-batch-size with TST"]),
-        ([*TST, "--mtp-num-layers", "1", "--tst-fused-linear-loss"], ["--mtp-num-layers with --tst-fused-linear-loss"]),
+        (
+            [*TST, "--mtp-num-layers", "1", "--tst-fused-linear-loss"],
+            ["--mtp-num-layers with --tst-fused-linear-loss"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals_end_to_end(zygote, corpus, flags, parts):
     refused(zygote.train(*TINY, *data(corpus), *flags), *parts)
 
@@ -65,7 +89,12 @@ def copied(corpus, tmp_path):
 
 @pytest.mark.parametrize("tst", [TST, []])
 def test_missing_dataset(zygote, tmp_path, tst):
-    refused(zygote.train(*TINY, *tst, *data(tmp_path / "no")), "--data-path: expected", "no.idx", "tools/prepare_corpus.py")
+    refused(
+        zygote.train(*TINY, *tst, *data(tmp_path / "no")),
+        "--data-path: expected",
+        "no.idx",
+        "tools/prepare_corpus.py",
+    )
 
 
 def test_truncated_dataset(zygote, copied):
@@ -83,13 +112,25 @@ def test_vocabulary_mismatch(zygote, corpus):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_foreign_tokens_are_named_by_the_dataset_too(zygote, copied, workers):
-    """The check at start-up looks at 256 documents; the dataset looks at every sample that it gives out (here the first is off)."""
+    """The check at start-up looks at 256 documents; the dataset looks at every sample that it gives
+    out (here the first is off).
+    """
     with open(f"{copied}.bin", "r+b") as tokens:
         tokens.write(b"\xff\x7f" * (os.path.getsize(f"{copied}.bin") // 2))
-    refused(zygote.train(*TINY, *TST, *data(copied)), "token ids below the tokenizer's 512", "32767 in document 0")
+    refused(
+        zygote.train(*TINY, *TST, *data(copied)),
+        "token ids below the tokenizer's 512",
+        "32767 in document 0",
+    )
     script = copied.parent / "unchecked.py"
     script.write_text(
-        open(SCRIPT).read().replace("training.prepare()", "training.check_data_files = lambda *a: None; training.prepare()", 1)
+        open(SCRIPT)
+        .read()
+        .replace(
+            "training.prepare()",
+            "training.check_data_files = lambda *a: None; training.prepare()",
+            1,
+        )
     )
     flags = list(TINY)
     flags[flags.index("--num-workers") + 1] = workers
@@ -100,14 +141,21 @@ def test_foreign_tokens_are_named_by_the_dataset_too(zygote, copied, workers):
 def test_unwritable_output_folder(zygote, corpus, tmp_path):
     (tmp_path / "file").write_text("")
     refused(
-        zygote.train(*TINY, *TST, *data(corpus), "--save", tmp_path / "file" / "ck", "--save-interval", "5"),
+        zygote.train(
+            *TINY, *TST, *data(corpus), "--save", tmp_path / "file" / "ck", "--save-interval", "5"
+        ),
         "--save: expected a folder that can be written to",
     )
-    refused(zygote.train(*TINY, *TST, *data(corpus), "--tensorboard-dir", "/proc/tb"), "--tensorboard-dir: expected a folder")
+    refused(
+        zygote.train(*TINY, *TST, *data(corpus), "--tensorboard-dir", "/proc/tb"),
+        "--tensorboard-dir: expected a folder",
+    )
 
 
 def test_too_little_data(zygote, corpus):
-    """Several unweighted datasets are never repeated by Megatron: too few samples is said at start-up."""
+    """Several unweighted datasets are never repeated by Megatron: too few samples is said at
+    start-up.
+    """
     flags = data(corpus)
     flags.insert(2, str(corpus))
     refused(
@@ -128,10 +176,14 @@ def test_resume_with_other_settings(zygote, corpus, tmp_path):
     )
     refused(
         zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load),
-        "resuming with other phases: expected bag size 4 for 6 iterations, recovery for 4, got bag size 4 for 5",
+        "resuming with other phases: expected bag size 4 for 6 iterations, recovery for 4, got "
+        "bag size 4 for 5",
         "or --tst-override",
     )
-    refused(zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load), "tst_target_weighting")
+    refused(
+        zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load),
+        "tst_target_weighting",
+    )
     refused(
         zygote.train(*flags, *TST, *load, "--global-batch-size", "2", "--train-iters", "20"),
         "resuming with another global_batch_size: expected 4 as in the checkpoint, got 2",
@@ -142,22 +194,39 @@ def test_resume_with_other_settings(zygote, corpus, tmp_path):
 
 def test_resume_of_a_stock_checkpoint_with_tst(zygote, corpus, tmp_path):
     flags = [*TINY, *data(corpus)]
-    assert zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4").ok
+    assert zygote.train(
+        *flags, "--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4"
+    ).ok
     refused(
-        zygote.train(*flags, *TST, "--load", tmp_path / "ck"), "resuming with TST: expected a checkpoint of a TST run", "--finetune"
+        zygote.train(*flags, *TST, "--load", tmp_path / "ck"),
+        "resuming with TST: expected a checkpoint of a TST run",
+        "--finetune",
     )
 
 
 def test_a_script_that_took_stock_pretrain_is_stopped(zygote, corpus, tmp_path):
-    """Flags that would silently do nothing: the script binds Megatron's pretrain before megatron_tst is there."""
+    """Flags that would silently do nothing: the script binds Megatron's pretrain before
+    megatron_tst is there.
+    """
     script = tmp_path / "late.py"
     text = open(SCRIPT).read()
-    script.write_text(text.replace("from megatron_tst import training", "from megatron.training import pretrain as stock\nfrom megatron_tst import training")
-                      .replace("    pretrain(config,", "    stock(config,"))  # fmt: skip
+    script.write_text(
+        text.replace(
+            "from megatron_tst import training",
+            "from megatron.training import pretrain as stock\nfrom megatron_tst import training",
+        ).replace("    pretrain(config,", "    stock(config,")
+    )
     run = zygote.train(*TINY, *TST, *data(corpus), script=str(script))
-    refused(run, "the --tst flags: expected a script that calls the pretrain", "prepare() before importing megatron.training")
+    refused(
+        run,
+        "the --tst flags: expected a script that calls the pretrain",
+        "prepare() before importing megatron.training",
+    )
 
 
 def test_launch_says_what_it_wants(zygote):
     run = zygote.launch("no_such_script.py")
-    assert run.codes == [2] and "expected the path of a Megatron script, got 'no_such_script.py'" in run.log
+    assert (
+        run.codes == [2]
+        and "expected the path of a Megatron script, got 'no_such_script.py'" in run.log
+    )

@@ -1,4 +1,6 @@
-"""The block that rank 0 writes a few iterations after a boundary: every figure of it, in one process, over a restart, in layouts."""
+"""The block that rank 0 writes a few iterations after a boundary: every figure of it, in one
+process, over a restart, in layouts.
+"""
 
 import re
 
@@ -6,13 +8,28 @@ import pytest
 from runner import TINY, TST, data
 
 RUN = [*TINY, *TST, "--train-iters", "12"]
-MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type alltoall".split()
+MOE = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type "
+    "alltoall"
+).split()
 LAYOUTS = {
     "dp2": (2, []),
-    "tp2": (2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64", "--sequence-parallel"]),
+    "tp2": (
+        2,
+        [
+            "--tensor-model-parallel-size",
+            "2",
+            "--make-vocab-size-divisible-by",
+            "64",
+            "--sequence-parallel",
+        ],
+    ),
     "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
     "ep2": (2, ["--expert-model-parallel-size", "2"]),
-    "recomputed": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()),
+    "recomputed": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
+    ),
 }
 
 
@@ -35,11 +52,19 @@ def whole(zygote, corpus):
 
 def test_every_figure(whole):
     ((head, rows),) = blocks(whole)
-    assert head == " [tst] boundary: recovery since iteration 7, after bag size 4; 5 iterations later"
-    rate = {int(i): float(x) for i, x in re.findall(r"iteration +(\d+)/.*?learning rate: ([\d.E+-]+)", whole.log)}
+    assert (
+        head == " [tst] boundary: recovery since iteration 7, after bag size 4; 5 iterations later"
+    )
+    rate = {
+        int(i): float(x)
+        for i, x in re.findall(r"iteration +(\d+)/.*?learning rate: ([\d.E+-]+)", whole.log)
+    }
     assert rows.pop("learning rate") == f"{rate[6]:.6E} at the boundary, {rate[11]:.6E} now"
     losses = " ".join(whole.losses[i] for i in range(7, 12))
-    assert rows.pop("losses since") == f"{losses} | last validation loss: {whole.validation[5]} (next-token, iteration 5)"
+    assert (
+        rows.pop("losses since")
+        == f"{losses} | last validation loss: {whole.validation[5]} (next-token, iteration 5)"
+    )
     assert rows == {
         "raw tokens": "3072 at the boundary, 3712 now, 3840 at the end",
         "optimizer": "state kept: step 6 at the boundary, 11 now",
@@ -52,25 +77,56 @@ def test_every_figure(whole):
 
 def test_after_a_restart_at_the_boundary(zygote, corpus, whole, tmp_path):
     """What only the run before it knew comes from the checkpoint."""
-    flags = [*RUN, *data(corpus), "--tst-exit-at-boundary", "--save", tmp_path, "--save-interval", "1000"]
+    flags = [
+        *RUN,
+        *data(corpus),
+        "--tst-exit-at-boundary",
+        "--save",
+        tmp_path,
+        "--save-interval",
+        "1000",
+    ]
     first, second = zygote.train(*flags), zygote.train(*flags, "--load", tmp_path)
     assert first.ok and second.ok and not blocks(first) and blocks(second) == blocks(whole)
 
 
 def test_an_optimizer_that_was_not_kept_is_named(zygote, corpus, tmp_path):
-    flags = [*RUN, *data(corpus), "--tst-exit-at-boundary", "--save", tmp_path, "--save-interval", "1000"]
-    first, second = zygote.train(*flags), zygote.train(*flags, "--load", tmp_path, "--no-load-optim")
+    flags = [
+        *RUN,
+        *data(corpus),
+        "--tst-exit-at-boundary",
+        "--save",
+        tmp_path,
+        "--save-interval",
+        "1000",
+    ]
+    first, second = (
+        zygote.train(*flags),
+        zygote.train(*flags, "--load", tmp_path, "--no-load-optim"),
+    )
     assert first.ok and second.ok, second.log[-3000:]
-    assert blocks(second)[0][1]["optimizer"] == "state NOT kept, or steps were skipped: step 6 at the boundary, 5 now"
+    assert (
+        blocks(second)[0][1]["optimizer"]
+        == "state NOT kept, or steps were skipped: step 6 at the boundary, 5 now"
+    )
 
 
 def test_before_any_validation_and_at_the_end_of_the_run(zygote, corpus):
-    run = zygote.train(*TINY, "--tst-bag-size", "4,2", "--tst-iters", "2,6", "--eval-iters", "0", *data(corpus))
+    run = zygote.train(
+        *TINY, "--tst-bag-size", "4,2", "--tst-iters", "2,6", "--eval-iters", "0", *data(corpus)
+    )
     assert run.ok, run.log[-3000:]
     (one, first), (two, second) = blocks(run)
-    assert one == " [tst] boundary: bag size 2 since iteration 3, after bag size 4; 5 iterations later"
-    assert two == " [tst] boundary: recovery since iteration 9, after bag size 2; 2 iterations later"
-    assert first["losses since"] == " ".join(run.losses[i] for i in range(3, 8)) + " | last validation loss: none yet"
+    assert (
+        one == " [tst] boundary: bag size 2 since iteration 3, after bag size 4; 5 iterations later"
+    )
+    assert (
+        two == " [tst] boundary: recovery since iteration 9, after bag size 2; 2 iterations later"
+    )
+    assert (
+        first["losses since"]
+        == " ".join(run.losses[i] for i in range(3, 8)) + " | last validation loss: none yet"
+    )
     assert second["losses since"].split(" | ")[0] == f"{run.losses[9]} {run.losses[10]}"
 
 
@@ -88,13 +144,17 @@ def experts(zygote, corpus, tmp_path_factory):
 def test_expert_load(experts):
     load = blocks(experts[0])[0][1]["expert load"]
     figures = re.fullmatch(
-        r"busiest expert over the mean, median of the layers: ([\d.]+) \(worst layer ([\d.]+)\) before, ([\d.]+) \(worst layer ([\d.]+)\) since",
+        r"busiest expert over the mean, median of the layers: ([\d.]+) \(worst layer ([\d.]+)\) "
+        r"before, ([\d.]+) \(worst layer ([\d.]+)\) since",
         load,
     )
     before, worst_before, since, worst_since = map(float, figures.groups())
-    assert 1 < before <= worst_before < 2 and 1 < since <= worst_since < 2 and before != since  # 2: top 2 of 4
+    assert (
+        1 < before <= worst_before < 2 and 1 < since <= worst_since < 2 and before != since
+    )  # 2: top 2 of 4
     undecided = re.fullmatch(
-        r"over log\(experts\), median of the layers: ([\d.]+) before, ([\d.]+) since", blocks(experts[0])[0][1]["router entropy"]
+        r"over log\(experts\), median of the layers: ([\d.]+) before, ([\d.]+) since",
+        blocks(experts[0])[0][1]["router entropy"],
     )
     assert all(0.8 < float(x) <= 1 for x in undecided.groups())  # nearly untrained routers
 
@@ -104,12 +164,17 @@ def test_expert_load_is_the_same_in_layouts(zygote, corpus, experts, layout):
     """Layers on other stages, tokens on other ranks, activations computed twice."""
     run, folder = experts
     nproc, flags = LAYOUTS[layout]
-    other = zygote.train(*RUN, *MOE, *data(corpus), "--load", folder, "--no-load-optim", *flags, nproc=nproc)
+    other = zygote.train(
+        *RUN, *MOE, *data(corpus), "--load", folder, "--no-load-optim", *flags, nproc=nproc
+    )
     assert other.ok, other.log[-3000:]
     ((head, rows),), ((want_head, want),) = blocks(other), blocks(run)
     assert head == want_head and rows.keys() == want.keys()
     assert {name: rows[name] for name in rows if name != "losses since"} == {
         name: want[name] for name in want if name != "losses since"
     }
-    losses, others = ([float(x) for x in re.findall(r"\d\.\d+E[+-]\d+", each["losses since"])] for each in (want, rows))
+    losses, others = (
+        [float(x) for x in re.findall(r"\d\.\d+E[+-]\d+", each["losses since"])]
+        for each in (want, rows)
+    )
     assert others == pytest.approx(losses, rel=1e-6)

@@ -15,7 +15,9 @@ TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "6
 def plain(tmp_path_factory):
     """The example without its two lines: an ordinary script on megatron.training."""
     path = tmp_path_factory.mktemp("script") / "pretrain_plain.py"
-    path.write_text("".join(line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""')))
+    path.write_text(
+        "".join(line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""'))
+    )
     assert "megatron_tst" not in path.read_text().split('"""')[2]
     return path
 
@@ -43,13 +45,25 @@ def test_tensor_parallel_ranks_get_their_batches(zygote, corpus, plain, tmp_path
         assert float(two.losses[i]) == pytest.approx(float(one.losses[i]), rel=1e-6)
 
 
-def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parallelism(zygote, corpus, plain, tmp_path):
+def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parallelism(
+    zygote, corpus, plain, tmp_path
+):
     script = tmp_path / "other.py"
-    script.write_text(plain.read_text().replace("get_batch_on_this_tp_rank", "another_name").replace(
-        "import get_attr_wrapped_model, get_batch_on_this_cp_rank, another_name",
-        "import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank as another_name"))  # fmt: skip
+    script.write_text(
+        plain.read_text()
+        .replace("get_batch_on_this_tp_rank", "another_name")
+        .replace(
+            "import get_attr_wrapped_model, get_batch_on_this_cp_rank, another_name",
+            "import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank "
+            "as another_name",
+        )
+    )
     run = zygote.launch(script, *TINY, *TST, *data(corpus), *TP2, nproc=2)
-    assert run.codes == [2, 2] and "tensor parallelism with this script: expected a forward_step whose module calls" in run.error
+    assert (
+        run.codes == [2, 2]
+        and "tensor parallelism with this script: expected a forward_step whose module calls"
+        in run.error
+    )
 
 
 def test_hybrid_model_gives_the_digits_of_the_gpt_model(zygote, corpus, plain, tmp_path):
@@ -65,26 +79,46 @@ def test_hybrid_model_gives_the_digits_of_the_gpt_model(zygote, corpus, plain, t
 
 
 def test_a_launch_line_after_the_readmes_change(corpus, plain, tmp_path):
-    """README's diff, applied to the launch line of a user whose script knows nothing of TST: torchrun, two processes."""
-    before, after = re.search(r"^```diff\n- (.*)\n\+ (.*)\n```", (ROOT / "README.md").read_text(), re.M).groups()
+    """README's diff, applied to the launch line of a user whose script knows nothing of TST:
+    torchrun, two processes.
+    """
+    before, after = re.search(
+        r"^```diff\n- (.*)\n\+ (.*)\n```", (ROOT / "README.md").read_text(), re.M
+    ).groups()
     assert re.sub(" +", " ", before) == "torchrun ... pretrain_gpt.py $ARGS" and after.startswith(
         "torchrun ... -m megatron_tst.launch pretrain_gpt.py "
     )
     (tmp_path / "pretrain_gpt.py").write_text(plain.read_text())
-    line = after.replace("...", "--nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0")
-    environment = dict(os.environ, ARGS=" ".join([*TINY, *data(corpus)]), OMP_NUM_THREADS="1",
-                       PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))  # fmt: skip
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    line = after.replace(
+        "...", "--nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:0"
+    )
+    environment = dict(
+        os.environ,
+        ARGS=" ".join([*TINY, *data(corpus)]),
+        OMP_NUM_THREADS="1",
+        PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
+    )
+    done = subprocess.run(
+        ["bash", "-c", line], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     run = Run([done.returncode], done.stdout + done.stderr)
     assert run.ok and "[tst] on: bag size 6" in run.log, run.log[-3000:]
-    assert [run.phases[i][:2] for i in (1, 3, 4, 10)] == [("superposition", 6)] * 2 + [("recovery", 1)] * 2
+    assert [run.phases[i][:2] for i in (1, 3, 4, 10)] == [("superposition", 6)] * 2 + [
+        ("recovery", 1)
+    ] * 2
 
 
 def test_a_script_with_the_readmes_two_lines(zygote, corpus, plain, tmp_path):
-    lines = re.search(r"^```python\n(from megatron_tst import training\n.*?)```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    lines = re.search(
+        r"^```python\n(from megatron_tst import training\n.*?)```",
+        (ROOT / "README.md").read_text(),
+        re.M | re.S,
+    )[1]
     (tmp_path / "mine.py").write_text(lines + plain.read_text())
     run = zygote.train(*TINY, *TST, *data(corpus), script=str(tmp_path / "mine.py"))
-    assert run.ok and run.phases[6][0] == "superposition" and run.phases[7][0] == "recovery", run.log[-3000:]
+    assert run.ok and run.phases[6][0] == "superposition" and run.phases[7][0] == "recovery", (
+        run.log[-3000:]
+    )
 
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
@@ -95,9 +129,19 @@ def test_megatron_lms_own_script(checkout, script, corpus, tmp_path):
     flags = [*TINY, *TST, *data(corpus)]
     if script == "pretrain_hybrid.py":
         at = flags.index("--num-layers")
-        flags = [*flags[:at], *flags[at + 2 :], "--hybrid-layer-pattern", "*-*-", "--spec", "hybrid_spec", "hybrid_stack_spec"]
+        flags = [
+            *flags[:at],
+            *flags[at + 2 :],
+            "--hybrid-layer-pattern",
+            "*-*-",
+            "--spec",
+            "hybrid_spec",
+            "hybrid_stack_spec",
+        ]
     first = from_checkout(checkout / script, *flags, "--save", tmp_path, "--save-interval", "4")
     assert first.ok and len(first.losses) == 10, first.log[-3000:]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     again = from_checkout(checkout / script, *flags, "--load", tmp_path)
-    assert again.ok and again.losses == {i: first.losses[i] for i in range(5, 11)}, again.log[-3000:]
+    assert again.ok and again.losses == {i: first.losses[i] for i in range(5, 11)}, again.log[
+        -3000:
+    ]

@@ -1,4 +1,6 @@
-"""megatron.training.pretrain through both phases and the switch: phases, resuming, layouts, logs, equality with stock."""
+"""megatron.training.pretrain through both phases and the switch: phases, resuming, layouts, logs,
+equality with stock.
+"""
 
 import re
 import shutil
@@ -14,10 +16,20 @@ TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "6
 
 @pytest.fixture(scope="module")
 def whole(zygote, corpus, tmp_path_factory):
-    """The undisturbed run, with checkpoints before, at and after the boundary. -> (run, folder of checkpoints)"""
+    """The undisturbed run, with checkpoints before, at and after the boundary. -> (run, folder of
+    checkpoints)
+    """
     folder = tmp_path_factory.mktemp("whole")
     run = zygote.train(
-        *TINY, *TST, *data(corpus), "--save", folder / "ck", "--save-interval", "2", "--tensorboard-dir", folder / "tb"
+        *TINY,
+        *TST,
+        *data(corpus),
+        "--save",
+        folder / "ck",
+        "--save-interval",
+        "2",
+        "--tensorboard-dir",
+        folder / "tb",
     )
     assert run.ok, run.log[-3000:]
     return run, folder
@@ -38,8 +50,13 @@ def test_both_phases_and_what_is_said(whole, corpus):
         i: "superposition" if i <= 6 else "recovery" for i in range(1, 11)
     }
     assert [bag for _, bag, _ in run.phases.values()] == [4] * 6 + [1] * 4
-    assert [raw for _, _, raw in run.phases.values()] == [batch * L * (s * min(i, 6) + max(i - 6, 0)) for i in range(1, 11)]
-    assert "on: bag size 4 (both superposed), 6 iterations of superposition (24 samples, 3072 raw tokens)" in run.log
+    assert [raw for _, _, raw in run.phases.values()] == [
+        batch * L * (s * min(i, 6) + max(i - 6, 0)) for i in range(1, 11)
+    ]
+    assert (
+        "on: bag size 4 (both superposed), 6 iterations of superposition (24 samples, 3072 raw "
+        "tokens)" in run.log
+    )
     assert (
         run.log.count("[tst] boundary after iteration 6") == 1
         and "superposed on this rank: 12 embedding and 12 loss calls" in run.log
@@ -47,7 +64,9 @@ def test_both_phases_and_what_is_said(whole, corpus):
     excess = re.findall(r"iteration +(\d+)/.*mce minus bag entropy: ([\d.E+]+)", run.log)
     assert [int(i) for i, _ in excess] == [1, 2, 3, 4, 5, 6]
     assert all(0 < float(x) < float(run.losses[int(i)]) for i, x in excess if int(i) != 2)
-    assert "bag size 4" not in "".join(line for line in run.log.splitlines() if "UserWarning" in line)
+    assert "bag size 4" not in "".join(
+        line for line in run.log.splitlines() if "UserWarning" in line
+    )
 
 
 def test_learns_in_both_phases(whole):
@@ -77,7 +96,9 @@ def test_stopped_and_resumed_prints_the_same_losses(zygote, corpus, whole, tmp_p
     again = resume(zygote, corpus, folder, iteration, tmp_path)
     assert again.ok, again.log[-3000:]
     later = range(iteration + 1, 11)
-    assert again.losses == {i: run.losses[i] for i in later} and again.phases == {i: run.phases[i] for i in later}
+    assert again.losses == {i: run.losses[i] for i in later} and again.phases == {
+        i: run.phases[i] for i in later
+    }
     assert {i: again.grad_norms[i] for i in later} == {i: run.grad_norms[i] for i in later}
     assert again.validation == {i: run.validation[i] for i in run.validation if i > iteration}
 
@@ -92,7 +113,14 @@ def test_stopped_and_resumed_prints_the_same_losses(zygote, corpus, whole, tmp_p
         [*TP2, "--sequence-parallel", "--tst-fused-linear-loss"],
         ["--pipeline-model-parallel-size", "2", "--tst-fused-linear-loss"],
     ],
-    ids=["TP2", "TP2+SP", "PP2", "DP2, prefetch workers", "TP2+SP, fused linear", "PP2, fused linear"],
+    ids=[
+        "TP2",
+        "TP2+SP",
+        "PP2",
+        "DP2, prefetch workers",
+        "TP2+SP, fused linear",
+        "PP2, fused linear",
+    ],
 )
 def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
     run, folder = whole
@@ -109,7 +137,9 @@ def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
     ids=["torch", "in recovery", "fused linear"],
 )
 def test_every_kernel_trains_the_same(zygote, corpus, whole, flags):
-    """Both phases, gradients through DistributedDataParallel's buffers; nothing else depends on the kernel."""
+    """Both phases, gradients through DistributedDataParallel's buffers; nothing else depends on the
+    kernel.
+    """
     if "--tst-kernel-in-recovery" in flags and not extension.load().loaded:
         pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     run = zygote.train(*TINY, *TST, *data(corpus), *flags)
@@ -133,7 +163,9 @@ def test_skipped_iterations_reach_tensor_parallel_ranks(zygote, corpus, whole, t
 
 
 def test_attention_mask_from_the_dataloader(zygote, corpus, whole, tmp_path):
-    """Megatron's default: the mask has the latent length in both phases, and the losses do not change."""
+    """Megatron's default: the mask has the latent length in both phases, and the losses do not
+    change.
+    """
     flags = [f for f in TINY if f != "--no-create-attention-mask-in-dataloader"]
     here = tmp_path / "ck"
     shutil.copytree(whole[1] / "ck" / "iter_0000004", here / "iter_0000004")
@@ -151,34 +183,57 @@ def test_masked_end_of_document_and_samples_instead_of_iterations(zygote, corpus
     flags.insert(flags.index("--train-samples") + 1, "40")
     for name in ("--lr-wsd-decay-iters", "--lr-warmup-iters"):
         flags[flags.index(name)] = name.replace("iters", "samples")
-    run = zygote.train(*flags, "--tst-bag-size", "4", "--tst-step-ratio", "0.6", "--eod-mask-loss", *data(corpus))
+    run = zygote.train(
+        *flags, "--tst-bag-size", "4", "--tst-step-ratio", "0.6", "--eod-mask-loss", *data(corpus)
+    )
     assert run.ok, run.log[-3000:]
     assert [p for p, _, _ in run.phases.values()] == ["superposition"] * 6 + ["recovery"] * 4
 
 
 def test_bag_size_one_is_stock(zygote, corpus, tmp_path):
-    """The script without flags, and with bag size 1, against the same script on megatron.training.pretrain alone."""
+    """The script without flags, and with bag size 1, against the same script on
+    megatron.training.pretrain alone.
+    """
     stock = tmp_path / "stock.py"
     lines = [line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""')]
     assert len(lines) == len(list(open(SCRIPT))) - 2
-    built = "import megatron.core.datasets.utils\nmegatron.core.datasets.utils.compile_helpers = lambda: None\n"
+    built = (
+        "import megatron.core.datasets.utils\nmegatron.core.datasets.utils.compile_helpers = "
+        "lambda: None\n"
+    )
     stock.write_text("".join(lines).replace("if __name__", built + "if __name__"))
     want = zygote.train(*TINY, *data(corpus), script=str(stock))
     assert want.ok and len(want.stock_losses) == 10, want.log[-3000:]
     for flags in ([], ["--tst-bag-size", "1", "--tst-step-ratio", "0.3"]):
         got = zygote.train(*TINY, *data(corpus), *flags)
-        assert got.stock_losses == want.stock_losses and got.grad_norms == want.grad_norms and got.validation == want.validation
+        assert (
+            got.stock_losses == want.stock_losses
+            and got.grad_norms == want.grad_norms
+            and got.validation == want.validation
+        )
         assert "[tst]" not in got.log
 
 
 def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(zygote, corpus, whole, tmp_path):
-    """The boundary's checkpoint loads without TST and gives the validation loss that TST's own run gives, to the last digit."""
+    """The boundary's checkpoint loads without TST and gives the validation loss that TST's own run
+    gives, to the last digit.
+    """
     _, folder = whole
     weights = tmp_path / "ck"
     shutil.copytree(folder / "ck" / "iter_0000006", weights / "iter_0000006")
     (weights / "latest_checkpointed_iteration.txt").write_text("6")
-    stock = zygote.train(*TINY, *data(corpus), "--load", weights, "--finetune", "--no-load-optim", "--no-load-rng", "--train-iters", "1",
-                         "--skip-train")  # fmt: skip
+    stock = zygote.train(
+        *TINY,
+        *data(corpus),
+        "--load",
+        weights,
+        "--finetune",
+        "--no-load-optim",
+        "--no-load-rng",
+        "--train-iters",
+        "1",
+        "--skip-train",
+    )
     assert stock.ok, stock.log[-3000:]
     again = zygote.train(*TINY, *TST, *data(corpus), "--load", weights, "--skip-train")
     assert again.ok, again.log[-3000:]
@@ -188,12 +243,23 @@ def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(zygote, corpus, w
 
 def test_exit_at_boundary_and_resume(zygote, corpus, whole, tmp_path):
     run, _ = whole
-    flags = [*TINY, *TST, *data(corpus), "--tst-exit-at-boundary", "--save", tmp_path / "ck", "--save-interval", "1000"]
+    flags = [
+        *TINY,
+        *TST,
+        *data(corpus),
+        "--tst-exit-at-boundary",
+        "--save",
+        tmp_path / "ck",
+        "--save-interval",
+        "1000",
+    ]
     first = zygote.train(*flags)
     assert first.ok and sorted(first.losses) == [1, 2, 3, 4, 5, 6], first.log[-3000:]
     assert (tmp_path / "ck" / "latest_checkpointed_iteration.txt").read_text() == "6"
     second = zygote.train(*flags, "--load", tmp_path / "ck")
-    assert second.ok and second.losses == {i: run.losses[i] for i in range(7, 11)}, second.log[-3000:]
+    assert second.ok and second.losses == {i: run.losses[i] for i in range(7, 11)}, second.log[
+        -3000:
+    ]
     assert {**first.losses, **second.losses} == run.losses
 
 
@@ -202,7 +268,9 @@ def test_half_superposed_modes_train_and_resume(zygote, corpus, tmp_path, superp
     flags = [*TINY, *TST, *data(corpus), "--tst-superpose", superpose]
     run = zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4")
     assert run.ok and len(run.losses) == 10, run.log[-3000:]
-    assert float(run.losses[6]) < float(run.losses[1]) and float(run.losses[10]) < float(run.losses[7])
+    assert float(run.losses[6]) < float(run.losses[1]) and float(run.losses[10]) < float(
+        run.losses[7]
+    )
     raw = run.phases[6][2]
     assert raw == 6 * 4 * 32 * (4 if superpose == "input" else 1)
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("4")
@@ -213,12 +281,23 @@ def test_half_superposed_modes_train_and_resume(zygote, corpus, tmp_path, superp
 
 
 def test_mixture_of_experts(zygote, corpus, tmp_path):
-    moe = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2".split()
+    moe = (
+        "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 "
+        "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
+    ).split()
     flags = [*TINY, *TST, *data(corpus), *moe, "--moe-token-dispatcher-type", "alltoall"]
     run = zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4")
     assert run.ok and len(run.losses) == 10 and "load_balancing_loss" in run.log, run.log[-3000:]
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("4")
-    again = zygote.train(*flags, "--load", tmp_path / "ck", "--no-load-optim", "--expert-model-parallel-size", "2", nproc=2)
+    again = zygote.train(
+        *flags,
+        "--load",
+        tmp_path / "ck",
+        "--no-load-optim",
+        "--expert-model-parallel-size",
+        "2",
+        nproc=2,
+    )
     assert again.ok, again.log[-3000:]
     assert float(again.losses[5]) == pytest.approx(float(run.losses[5]), rel=1e-6)
 
@@ -229,7 +308,9 @@ def test_weights_hold_no_trace_of_tst(whole):
 
     keys = {
         k
-        for k in dcp.FileSystemReader(whole[1] / "ck" / "iter_0000006").read_metadata().state_dict_metadata
+        for k in dcp.FileSystemReader(whole[1] / "ck" / "iter_0000006")
+        .read_metadata()
+        .state_dict_metadata
         if "optimizer" not in k
     }
     assert keys and not [k for k in keys if "tst" in k.lower()]

@@ -1,7 +1,8 @@
-"""fp16 with Megatron's gradient scaler, and bf16: both phases and the switch, in every way that the loss can be computed.
+"""fp16 with Megatron's gradient scaler, and bf16: both phases and the switch, in every way that the
+loss can be computed.
 
-The scaler halves its scale where it finds an infinite or undefined gradient, and Megatron leaves the optimizer's step out; the samples of
-such an iteration are consumed all the same.
+The scaler halves its scale where it finds an infinite or undefined gradient, and Megatron leaves
+the optimizer's step out; the samples of such an iteration are consumed all the same.
 """
 
 import re
@@ -14,28 +15,55 @@ from runner import ROOT, TINY, TST, data
 from megatron_tst import extension
 
 SUPERPOSED, ITERATIONS, BATCH, MICRO_BATCHES = 6, 10, 4, 2
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--make-vocab-size-divisible-by", "64"]
+TP2 = [
+    "--tensor-model-parallel-size",
+    "2",
+    "--sequence-parallel",
+    "--make-vocab-size-divisible-by",
+    "64",
+]
 DYNAMIC = ["--fp16", "--initial-loss-scale", str(2**16)]
 RUNS = {
     "fp32": [],
     "fp16": DYNAMIC,
     "fp16, torch": [*DYNAMIC, "--tst-kernel", "torch"],
-    "fp16, constant scale, in recovery": ["--fp16", "--loss-scale", "1024", "--tst-kernel-in-recovery"],
+    "fp16, constant scale, in recovery": [
+        "--fp16",
+        "--loss-scale",
+        "1024",
+        "--tst-kernel-in-recovery",
+    ],
     "fp16, fused linear": [*DYNAMIC, "--tst-fused-linear-loss"],
-    "fp16, fused linear, fp32 sums": [*DYNAMIC, "--tst-fused-linear-loss", "--accumulate-allreduce-grads-in-fp32"],
+    "fp16, fused linear, fp32 sums": [
+        *DYNAMIC,
+        "--tst-fused-linear-loss",
+        "--accumulate-allreduce-grads-in-fp32",
+    ],
     "bf16": ["--bf16"],
     "bf16, torch": ["--bf16", "--tst-kernel", "torch"],
     "bf16, in recovery": ["--bf16", "--tst-kernel-in-recovery"],
     "bf16, fused linear, bf16 sums": ["--bf16", "--tst-fused-linear-loss", "--grad-reduce-in-bf16"],
 }
-# relative distance of losses (training and validation) and of gradient norms: from the fp32 run, and from the torch kernel in the same precision
+# relative distance of losses (training and validation) and of gradient norms: from the fp32 run,
+# and from the torch kernel in the same precision
 FROM_FP32 = {"fp16": (1e-5, 1e-3), "bf16": (1e-4, 5e-3)}
 FROM_TORCH = {"fp16": (5e-6, 2e-4), "bf16": (5e-5, 5e-4)}
-# overflows at first, and each time that two good iterations have doubled the scale, which falls from the second overflow on
+# overflows at first, and each time that two good iterations have doubled the scale, which falls
+# from the second overflow on
 FIRST_SCALE = 2.0**21
-OVERFLOWING = ["--fp16", "--initial-loss-scale", str(FIRST_SCALE), "--loss-scale-window", "2", "--hysteresis", "2"]
+OVERFLOWING = [
+    "--fp16",
+    "--initial-loss-scale",
+    str(FIRST_SCALE),
+    "--loss-scale-window",
+    "2",
+    "--hysteresis",
+    "2",
+]
 
-pytestmark = pytest.mark.skipif(not extension.load().loaded, reason=f"NOT RUN: the extension is {extension.load().description}")
+pytestmark = pytest.mark.skipif(
+    not extension.load().loaded, reason=f"NOT RUN: the extension is {extension.load().description}"
+)
 
 
 class Figures:
@@ -48,7 +76,11 @@ class Figures:
         self.validation = [losses["lm loss"] for losses in kept["validation"]]
         self.printed = [
             tuple(float(x) for x in line)
-            for line in re.findall(r"consumed samples: +(\d+) .*loss scale: ([\d.]+) .*number of skipped iterations: +(\d+)", log)
+            for line in re.findall(
+                r"consumed samples: +(\d+) .*loss scale: ([\d.]+) .*number of skipped iterations: "
+                r"+(\d+)",
+                log,
+            )
         ]  # (consumed samples, loss scale, skipped iterations)
 
 
@@ -59,7 +91,15 @@ def train(zygote, corpus, tmp_path_factory):
         kernel = [] if "--tst-kernel" in flags else ["--tst-kernel", kernel]
         script = str(ROOT / "tests/distributed/train.py")
         done = zygote.train(
-            folder, *TINY, *TST, *data(corpus), *kernel, *flags, nproc=nproc, script=script, env={"KEEP_BATCHES": "1"}
+            folder,
+            *TINY,
+            *TST,
+            *data(corpus),
+            *kernel,
+            *flags,
+            nproc=nproc,
+            script=script,
+            env={"KEEP_BATCHES": "1"},
         )
         assert done.ok, done.log[-3000:]
         return Figures(done.log, torch.load(folder / f"rank{nproc - 1}.pt", weights_only=True))
@@ -84,7 +124,9 @@ def run(train):
 def overflowing(train, tmp_path_factory):
     """-> (figures, folder of checkpoints of every iteration)"""
     folder = tmp_path_factory.mktemp("overflowing")
-    return train(*OVERFLOWING, "--tst-kernel-in-recovery", "--save", folder, "--save-interval", "1"), folder
+    return train(
+        *OVERFLOWING, "--tst-kernel-in-recovery", "--save", folder, "--save-interval", "1"
+    ), folder
 
 
 def distance(got, want):
@@ -94,7 +136,9 @@ def distance(got, want):
         assert len(some) == len(other) > 0
         return max(abs(a - b) / abs(b) for a, b in zip(some, other))
 
-    return relative(got.losses + got.validation, want.losses + want.validation), relative(got.norms, want.norms)
+    return relative(got.losses + got.validation, want.losses + want.validation), relative(
+        got.norms, want.norms
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "fp32"])
@@ -123,17 +167,29 @@ def test_overflows_are_skipped_in_both_phases(run, overflowing):
 
 
 def test_a_skipped_iteration_consumes_its_samples(run, overflowing):
-    """Samples, raw tokens, the boundary and every batch are those of the run without overflows; the learning rate waits."""
+    """Samples, raw tokens, the boundary and every batch are those of the run without overflows; the
+    learning rate waits.
+    """
     got, want = overflowing[0], run("fp32")
     assert [printed[0] for printed in got.printed] == [BATCH * i for i in range(1, ITERATIONS + 1)]
-    steps = [re.findall(r"\[tst\] iteration +\d+ \| phase: \w+ \| bag size: \d+ \| raw tokens: \d+", r.log) for r in (got, want)]
+    steps = [
+        re.findall(
+            r"\[tst\] iteration +\d+ \| phase: \w+ \| bag size: \d+ \| raw tokens: \d+", r.log
+        )
+        for r in (got, want)
+    ]
     assert len(steps[0]) == ITERATIONS and steps[0] == steps[1]
     boundary = "boundary after iteration 6: superposition is done (3072 raw tokens)"
     assert got.log.count(boundary) == want.log.count(boundary) == 1
     assert len(got.batches) == len(want.batches) == MICRO_BATCHES * ITERATIONS
     for mine, other in zip(got.batches, want.batches):
-        assert mine.keys() == other.keys() and all(torch.equal(mine[key], other[key]) for key in mine)
-    made = sum(norm is not None for norm in got.norms[:SUPERPOSED]), sum(norm is not None for norm in got.norms)
+        assert mine.keys() == other.keys() and all(
+            torch.equal(mine[key], other[key]) for key in mine
+        )
+    made = (
+        sum(norm is not None for norm in got.norms[:SUPERPOSED]),
+        sum(norm is not None for norm in got.norms),
+    )
     assert "steps were skipped: step {} at the boundary, {} now".format(*made) in got.log
 
 
@@ -146,15 +202,29 @@ def test_the_torch_kernel_overflows_where_the_extension_does(train, overflowing)
 
 
 def test_the_scaler_goes_on_over_a_resume(train, overflowing, tmp_path):
-    """From the middle of superposition, between two overflows: the second one halves the scale. To the last digit."""
+    """From the middle of superposition, between two overflows: the second one halves the scale. To
+    the last digit.
+    """
     want, folder = overflowing
-    stepped = next(i for i, norm in enumerate(want.norms, 1) if norm is not None)  # a checkpoint without Adam's state does not load
-    at = next(i for i, state in enumerate(want.scaler, 1) if i > stepped and state["hysteresis_tracker"] == 1)
+    stepped = next(
+        i for i, norm in enumerate(want.norms, 1) if norm is not None
+    )  # a checkpoint without Adam's state does not load
+    at = next(
+        i
+        for i, state in enumerate(want.scaler, 1)
+        if i > stepped and state["hysteresis_tracker"] == 1
+    )
     assert (
-        at < SUPERPOSED and want.norms[at - 1] is want.norms[at] is None and want.scaler[at]["scale"] < want.scaler[at - 1]["scale"]
+        at < SUPERPOSED
+        and want.norms[at - 1] is want.norms[at] is None
+        and want.scaler[at]["scale"] < want.scaler[at - 1]["scale"]
     )
     again = resumed(train, folder, at, tmp_path, "--tst-kernel-in-recovery")
-    assert again.scaler == want.scaler[at:] and again.losses == want.losses[at:] and again.norms == want.norms[at:]
+    assert (
+        again.scaler == want.scaler[at:]
+        and again.losses == want.losses[at:]
+        and again.norms == want.norms[at:]
+    )
     assert [line[:2] for line in again.printed] == [line[:2] for line in want.printed[at:]]
 
 
@@ -164,8 +234,12 @@ def test_tensor_parallel_ranks_share_the_scale(train, overflowing, tmp_path):
     at = next(i for i, state in enumerate(want.scaler, 1) if state["growth_tracker"] == 1)
     assert at < SUPERPOSED
     again = resumed(train, folder, at, tmp_path, "--tst-kernel-in-recovery", *TP2, nproc=2)
-    assert again.scaler == want.scaler[at:] and [n is None for n in again.norms] == [n is None for n in want.norms[at:]]
-    for got, expected, allowed in zip((again.losses, again.norms), (want.losses, want.norms), FROM_TORCH["fp16"]):
+    assert again.scaler == want.scaler[at:] and [n is None for n in again.norms] == [
+        n is None for n in want.norms[at:]
+    ]
+    for got, expected, allowed in zip(
+        (again.losses, again.norms), (want.losses, want.norms), FROM_TORCH["fp16"]
+    ):
         assert all(a == b or abs(a - b) / b < allowed for a, b in zip(got, expected[at:]))
 
 
@@ -176,10 +250,26 @@ def resumed(train, folder, iteration, here, *flags, nproc=1):
 
 
 def test_a_skipped_boundary_is_still_the_boundary(zygote, corpus, tmp_path):
-    """Every iteration of superposition overflows with Megatron's default scale of 2^32: the run saves and exits where it was told to."""
+    """Every iteration of superposition overflows with Megatron's default scale of 2^32: the run
+    saves and exits where it was told to.
+    """
     run = zygote.train(
-        *TINY, *TST, *data(corpus), "--tst-kernel", "extension", "--fp16", "--tst-exit-at-boundary", "--save", tmp_path, "--save-interval", "1000"
-    )  # fmt: skip
-    assert run.ok and run.phases.keys() == set(range(1, SUPERPOSED + 1)) and not run.grad_norms, run.log[-3000:]
-    assert re.findall(r"loss scale: ([\d.]+)", run.log) == [str(2.0**scale) for scale in (32, 31, 30, 29, 28, 27)]
+        *TINY,
+        *TST,
+        *data(corpus),
+        "--tst-kernel",
+        "extension",
+        "--fp16",
+        "--tst-exit-at-boundary",
+        "--save",
+        tmp_path,
+        "--save-interval",
+        "1000",
+    )
+    assert run.ok and run.phases.keys() == set(range(1, SUPERPOSED + 1)) and not run.grad_norms, (
+        run.log[-3000:]
+    )
+    assert re.findall(r"loss scale: ([\d.]+)", run.log) == [
+        str(2.0**scale) for scale in (32, 31, 30, 29, 28, 27)
+    ]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(SUPERPOSED)

@@ -1,4 +1,6 @@
-"""A schedule of bag sizes, and the switch that the loss decides: in one process, in layouts, over restarts."""
+"""A schedule of bag sizes, and the switch that the loss decides: in one process, in layouts, over
+restarts.
+"""
 
 import re
 import shutil
@@ -7,18 +9,30 @@ import pytest
 from runner import TINY, data
 
 LAYOUTS = {
-    "tp2 sp": (2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64", "--sequence-parallel"]),
+    "tp2 sp": (
+        2,
+        [
+            "--tensor-model-parallel-size",
+            "2",
+            "--make-vocab-size-divisible-by",
+            "64",
+            "--sequence-parallel",
+        ],
+    ),
     "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
     "dp2, prefetch workers": (2, ["--num-workers", "2"]),
     "tp2 pp2, fused linear": (
         4,
-        "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 64 --pipeline-model-parallel-size 2 --tst-fused-linear-loss".split(),
+        "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 64 "
+        "--pipeline-model-parallel-size 2 --tst-fused-linear-loss".split(),
     ),
 }
 SEVERAL = ["--tst-bag-size", "8,4,2", "--tst-iters", "3,2,2"]
 # the two averages are over 3 and 6 iterations and have settled after 12; no loss falls by so much
 LONG = [*TINY, "--train-iters", "30", "--eval-interval", "10"]
-AUTO = "--tst-bag-size 4 --tst-iters 25 --tst-switch auto --tst-switch-window 0.1 --tst-switch-slope 5".split()
+AUTO = (
+    "--tst-bag-size 4 --tst-iters 25 --tst-switch auto --tst-switch-window 0.1 --tst-switch-slope 5"
+).split()
 
 
 def resume(zygote, corpus, folder, iteration, tmp_path, *flags, nproc=1):
@@ -43,16 +57,25 @@ def test_a_schedule_of_bag_sizes(several):
     assert [bag for _, bag, _ in run.phases.values()] == [8] * 3 + [4] * 2 + [2] * 2 + [1] * 3
     raw = [128 * n for n in (8, 16, 24, 28, 32, 34, 36, 37, 38, 39)]
     assert [tokens for _, _, tokens in run.phases.values()] == raw
-    assert "on: bag size 8, 4, 2 (both superposed), 7 iterations of superposition (28 samples, 4608 raw tokens)" in run.log
-    ends = re.findall(r"\[tst\] boundary after iteration (\d+): ([^(]+) \(\d+ raw tokens\), ([^:;]+)", run.log)
+    assert (
+        "on: bag size 8, 4, 2 (both superposed), 7 iterations of superposition (28 samples, 4608 "
+        "raw tokens)" in run.log
+    )
+    ends = re.findall(
+        r"\[tst\] boundary after iteration (\d+): ([^(]+) \(\d+ raw tokens\), ([^:;]+)", run.log
+    )
     assert ends == [
-        ("3", "bag size 8 is done", "bag size 4 begins"), ("5", "bag size 4 is done", "bag size 2 begins"),
+        ("3", "bag size 8 is done", "bag size 4 begins"),
+        ("5", "bag size 4 is done", "bag size 2 begins"),
         ("7", "superposition is done", "recovery begins"),
-    ]  # fmt: skip
+    ]
     excess = re.findall(r"iteration +(\d+)/.*mce minus bag entropy: ([\d.E+]+)", run.log)
     assert [int(i) for i, _ in excess] == list(range(1, 8))
     losses = {i: float(loss) for i, loss in run.losses.items()}
-    assert all(0 < float(x) < losses[int(i)] for i, x in excess if int(i) != 2) and losses[10] < losses[8]
+    assert (
+        all(0 < float(x) < losses[int(i)] for i, x in excess if int(i) != 2)
+        and losses[10] < losses[8]
+    )
 
 
 @pytest.mark.parametrize("iteration", [2, 3, 4, 6, 7])
@@ -81,7 +104,16 @@ def test_a_schedule_half_superposed(zygote, corpus, superpose):
 
 
 def test_exit_comes_after_the_last_bag_size(zygote, corpus, several, tmp_path):
-    flags = [*TINY, *SEVERAL, *data(corpus), "--tst-exit-at-boundary", "--save", tmp_path, "--save-interval", "1000"]
+    flags = [
+        *TINY,
+        *SEVERAL,
+        *data(corpus),
+        "--tst-exit-at-boundary",
+        "--save",
+        tmp_path,
+        "--save-interval",
+        "1000",
+    ]
     run = zygote.train(*flags)
     assert run.ok and sorted(run.losses) == list(range(1, 8)), run.log[-3000:]
     again = zygote.train(*flags, "--load", tmp_path)
@@ -97,13 +129,17 @@ def auto(zygote, corpus, tmp_path_factory):
 
 
 DECIDED = re.compile(
-    r"\[tst\] --tst-switch auto at iteration (\d+): the loss falls by ([-\d.e]+) nats in a hundredth of the run, less than 5: "
-    r"bag size 4 ends after iteration (\d+) instead of 25 \| now: bag size 4 for \3 iterations, recovery for (\d+)"
+    r"\[tst\] --tst-switch auto at iteration (\d+): the loss falls by ([-\d.e]+) nats in a "
+    r"hundredth of the run, less than 5: "
+    r"bag size 4 ends after iteration (\d+) instead of 25 \| now: bag size 4 for \3 iterations, "
+    r"recovery for (\d+)"
 )
 
 
 def fall_of(losses, window, iterations):
-    """What switch.py is to find: the line through two exponential averages, each at the mean age of what is in it."""
+    """What switch.py is to find: the line through two exponential averages, each at the mean age of
+    what is in it.
+    """
     averages, ages = [], []
     for n in (window, 2 * window):
         weights = [(1 - 1 / n) ** i for i in range(len(losses))]
@@ -115,16 +151,27 @@ def fall_of(losses, window, iterations):
 def test_the_loss_decides_when(auto):
     run, _ = auto
     ((when, fall, end, rest),) = DECIDED.findall(run.log)
-    assert (when, end, rest) == ("12", "17", "13")  # as soon as the averages have settled, and five iterations to watch
-    assert float(fall) == pytest.approx(fall_of([float(run.losses[i]) for i in range(1, 13)], 3, 30), rel=2e-3)
+    assert (when, end, rest) == (
+        "12",
+        "17",
+        "13",
+    )  # as soon as the averages have settled, and five iterations to watch
+    assert float(fall) == pytest.approx(
+        fall_of([float(run.losses[i]) for i in range(1, 13)], 3, 30), rel=2e-3
+    )
     assert [bag for _, bag, _ in run.phases.values()] == [4] * 17 + [1] * 13
     assert run.phases[30][2] == 128 * (17 * 4 + 13)
-    assert "switch: auto, when the loss falls by less than 5 nats in a hundredth of the run (smoothed over 3 iterations)" in run.log
+    assert (
+        "switch: auto, when the loss falls by less than 5 nats in a hundredth of the run "
+        "(smoothed over 3 iterations)" in run.log
+    )
 
 
 @pytest.mark.parametrize("iteration", [8, 12, 14, 17, 20])
 def test_the_decision_survives_a_restart(zygote, corpus, auto, tmp_path, iteration):
-    """Before it (with half of the losses that it looks at), at it, before the boundary that it has set, at that and after it."""
+    """Before it (with half of the losses that it looks at), at it, before the boundary that it has
+    set, at that and after it.
+    """
     run, folder = auto
     again = resume(zygote, corpus, folder, iteration, tmp_path, *LONG, *AUTO)
     assert again.losses == {i: run.losses[i] for i in range(iteration + 1, 31)}
@@ -134,7 +181,9 @@ def test_the_decision_survives_a_restart(zygote, corpus, auto, tmp_path, iterati
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_decides_in_layouts(zygote, corpus, auto, tmp_path, layout):
-    """The last stage has the loss, rank 0 decides, every rank's batches follow; workers have fetched ahead by then."""
+    """The last stage has the loss, rank 0 decides, every rank's batches follow; workers have
+    fetched ahead by then.
+    """
     run, folder = auto
     nproc, flags = LAYOUTS[layout]
     again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags, nproc=nproc)
@@ -144,27 +193,47 @@ def test_the_loss_decides_in_layouts(zygote, corpus, auto, tmp_path, layout):
 
 
 def test_more_workers_than_the_boundary_waits_for(zygote, corpus, auto, tmp_path):
-    """With one micro-batch an iteration and four workers eight iterations may have been fetched: the boundary waits for them."""
+    """With one micro-batch an iteration and four workers eight iterations may have been fetched:
+    the boundary waits for them.
+    """
     run, folder = auto
     flags = ["--num-workers", "4", "--micro-batch-size", "4"]
     again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags)
     assert [bag for _, bag, _ in again.phases.values()] == [4] * 12 + [1] * 10  # 12 + 8
-    assert all(float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6) for i in range(9, 18))
+    assert all(
+        float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6)
+        for i in range(9, 18)
+    )
 
 
 def test_a_loss_that_falls_goes_on(zygote, corpus):
     flags = [flag if flag != "5" else "1e-9" for flag in AUTO]
     run = zygote.train(*LONG, *flags, *data(corpus))
-    assert run.ok and [bag for _, bag, _ in run.phases.values()] == [4] * 25 + [1] * 5, run.log[-3000:]
+    assert run.ok and [bag for _, bag, _ in run.phases.values()] == [4] * 25 + [1] * 5, run.log[
+        -3000:
+    ]
     assert "--tst-switch auto at" not in run.log
 
 
 def test_the_loss_ends_each_of_several_bag_sizes(zygote, corpus):
-    """A later phase ends where its long samples are read to their ends: for pairs of samples after an even number of iterations."""
-    flags = [*AUTO, "--tst-bag-size", "4,2", "--tst-iters", "22,22", "--tst-switch-window", "0.05"]  # averages over 3 and 6 of 60
+    """A later phase ends where its long samples are read to their ends: for pairs of samples after
+    an even number of iterations.
+    """
+    flags = [
+        *AUTO,
+        "--tst-bag-size",
+        "4,2",
+        "--tst-iters",
+        "22,22",
+        "--tst-switch-window",
+        "0.05",
+    ]  # averages over 3 and 6 of 60
     run = zygote.train(*LONG, *flags, "--train-iters", "60", *data(corpus))
     assert run.ok, run.log[-3000:]
-    ends = re.findall(r"auto at iteration (\d+): .*: bag size (\d) ends after iteration (\d+) instead of (\d+)", run.log)
+    ends = re.findall(
+        r"auto at iteration (\d+): .*: bag size (\d) ends after iteration (\d+) instead of (\d+)",
+        run.log,
+    )
     assert ends == [("12", "4", "17", "22"), ("29", "2", "35", "39")]
     assert [bag for _, bag, _ in run.phases.values()] == [4] * 17 + [2] * 18 + [1] * 25
 

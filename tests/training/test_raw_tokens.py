@@ -1,4 +1,6 @@
-"""Real training, real blends: which raw tokens a run has read, token by token, whoever read them and however often it stopped."""
+"""Real training, real blends: which raw tokens a run has read, token by token, whoever read them
+and however often it stopped.
+"""
 
 import collections
 import json
@@ -44,9 +46,24 @@ class Reader:
         self.starts += 1
         here = self.folder / f"start{self.starts}"
         here.mkdir(parents=True)
-        save = ["--save", self.folder / "ck", "--load", self.folder / "ck", "--save-interval", "1000"]
+        save = [
+            "--save",
+            self.folder / "ck",
+            "--load",
+            self.folder / "ck",
+            "--save-interval",
+            "1000",
+        ]
         stop = ["--exit-interval", str(until)] if until else []
-        run = self.zygote.train(*self.flags, *save, *stop, *flags, script=OBSERVED, nproc=nproc, env={"TOKENS": str(here)})
+        run = self.zygote.train(
+            *self.flags,
+            *save,
+            *stop,
+            *flags,
+            script=OBSERVED,
+            nproc=nproc,
+            env={"TOKENS": str(here)},
+        )
         assert run.ok, run.log[-3000:]
         return run
 
@@ -77,18 +94,28 @@ def without(flags, *names):
 
 
 @pytest.mark.parametrize("length", ["iterations", "samples"])
-@pytest.mark.parametrize("tst", ["--tst-bag-size 4 --tst-iters 6", "--tst-bag-size 4,2 --tst-iters 3,2"])
+@pytest.mark.parametrize(
+    "tst", ["--tst-bag-size 4 --tst-iters 6", "--tst-bag-size 4,2 --tst-iters 3,2"]
+)
 def test_every_raw_token_once(zygote, texts, tmp_path, tst, length):
-    """A blend; one process against three starts on 2, 4 and 1 data-parallel ranks, with and without prefetch workers."""
+    """A blend; one process against three starts on 2, 4 and 1 data-parallel ranks, with and without
+    prefetch workers.
+    """
     more = SAMPLES if length == "samples" else []
     whole = Reader(zygote, texts, tmp_path / "whole", *tst.split(), *more)
     parts = Reader(zygote, texts, tmp_path / "parts", *tst.split(), *more)
     if length == "samples":
         for reader in (whole, parts):
-            reader.flags = without(reader.flags, "--train-iters", "--lr-wsd-decay-iters", "--lr-warmup-iters")
+            reader.flags = without(
+                reader.flags, "--train-iters", "--lr-wsd-decay-iters", "--lr-warmup-iters"
+            )
     run = whole.train()
     raw = run.phases[10][2]
-    assert each_once(whole.read) == raw == L * BATCH * (34 - 6 if "," not in tst else 3 * 4 + 2 * 2 + 5)
+    assert (
+        each_once(whole.read)
+        == raw
+        == L * BATCH * (34 - 6 if "," not in tst else 3 * 4 + 2 * 2 + 5)
+    )
     share = sum(token < TOKENS for batch in whole.read.values() for token in batch) / raw
     assert 0.2 < share < 0.4  # the blend's 0.3
     parts.train("--num-workers", "2", nproc=2, until=4)
@@ -98,7 +125,9 @@ def test_every_raw_token_once(zygote, texts, tmp_path, tst, length):
 
 
 def test_nothing_is_left_out(zygote, texts, tmp_path):
-    """One corpus read to its end, 46 long samples of 128 tokens: every token of it but for what does not fill a long sample."""
+    """One corpus read to its end, 46 long samples of 128 tokens: every token of it but for what
+    does not fill a long sample.
+    """
     flags = ["--tst-bag-size", "4,2", "--tst-iters", "6,6", "--train-iters", "22"]
     reader = Reader(zygote, texts, tmp_path, "--data-path", texts[0], *flags)
     reader.train(nproc=2)
@@ -110,7 +139,8 @@ def test_a_boundary_moved_to_now(zygote, texts, tmp_path):
     reader.train("--tst-bag-size", "4", "--tst-iters", "6", until=3)
     run = reader.train("--tst-bag-size", "4", "--tst-iters", "3", "--tst-override")
     assert (
-        "[tst] --tst-override at iteration 3: bag size 4 for 6 iterations, recovery for 4 (3584 raw tokens in all) -> "
+        "[tst] --tst-override at iteration 3: bag size 4 for 6 iterations, recovery for 4 (3584 "
+        "raw tokens in all) -> "
         "bag size 4 for 3 iterations, recovery for 7 (2432 raw tokens in all)"
     ) in run.log and [run.phases[i][0] for i in run.phases] == ["recovery"] * 7
     assert each_once(reader.read) == run.phases[10][2] == 2432
@@ -121,7 +151,9 @@ def test_a_later_boundary_and_a_longer_recovery(zygote, texts, tmp_path):
     reader = Reader(zygote, texts, tmp_path, *flags)
     reader.train("--tst-bag-size", "4", "--tst-iters", "6", until=5)
     later = reader.train("--tst-bag-size", "4,2", "--tst-iters", "7,2", nproc=2, until=8)
-    assert "-> bag size 4 for 7 iterations, bag size 2 for 2 iterations, recovery for 1 (" in later.log
+    assert (
+        "-> bag size 4 for 7 iterations, bag size 2 for 2 iterations, recovery for 1 (" in later.log
+    )
     assert [later.phases[i][1] for i in (6, 7, 8)] == [4, 4, 2]
     reader.train("--tst-bag-size", "4,2", "--tst-iters", "7,2")
     longer = reader.train("--tst-bag-size", "4,2", "--tst-iters", "7,2", "--train-iters", "12")
@@ -131,20 +163,33 @@ def test_a_later_boundary_and_a_longer_recovery(zygote, texts, tmp_path):
 
 def test_a_later_boundary_that_would_read_text_twice(zygote, texts, tmp_path):
     """Where the longer run needs another epoch, Megatron would shuffle everything anew."""
-    flags = ["--data-path", texts[0], "--tst-bag-size", "8", "--train-iters", "12", "--tst-override"]
+    flags = [
+        "--data-path",
+        texts[0],
+        "--tst-bag-size",
+        "8",
+        "--train-iters",
+        "12",
+        "--tst-override",
+    ]
     reader = Reader(zygote, texts, tmp_path, *flags)
     reader.train("--tst-iters", "3", until=2)  # 12 + 5 long samples of 256; the corpus has 23
     reader.starts += 1
     save = ["--load", tmp_path / "ck"]
     run = zygote.train(*reader.flags, *save, "--tst-iters", "6")
-    assert run.codes == [2] and "--tst-override: expected at most the 17 long samples of 256 tokens" in run.error, run.log[-2000:]
+    assert (
+        run.codes == [2]
+        and "--tst-override: expected at most the 17 long samples of 256 tokens" in run.error
+    ), run.log[-2000:]
     assert "text would be read twice" in run.error
     assert zygote.train(*reader.flags, *save, "--tst-iters", "4").ok
 
 
 def test_control_the_observer_sees_text_read_twice(zygote, texts, tmp_path):
     """More epochs than one: the same check fails."""
-    reader = Reader(zygote, texts, tmp_path, "--data-path", texts[0], "--tst-bag-size", "8", "--tst-iters", "8")
+    reader = Reader(
+        zygote, texts, tmp_path, "--data-path", texts[0], "--tst-bag-size", "8", "--tst-iters", "8"
+    )
     reader.train()
     with pytest.raises(AssertionError):
         each_once(reader.read)

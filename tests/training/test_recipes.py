@@ -1,4 +1,6 @@
-"""The launch scripts in examples/: their commands go through Megatron's and TST's validation, with the paper's numbers in them. Nothing trains."""
+"""The launch scripts in examples/: their commands go through Megatron's and TST's validation, with
+the paper's numbers in them. Nothing trains.
+"""
 
 import gzip
 import json
@@ -15,7 +17,8 @@ EXAMPLES = ROOT / "examples"
 sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
 import dry_run
 
-# The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens and millions of parameters follow from it.
+# The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens
+# and millions of parameters follow from it.
 PAPER = {
     "270m": (20000, 6000, 6, 2**21, 2e-3, 104.86e9, 267.2),
     "600m": (20000, 6000, 6, 2**21, 1e-3, 104.86e9, 600.2),
@@ -27,12 +30,22 @@ SETTINGS = {
     "fp8": {"PRECISION": "fp8"},
     "mxfp8": {"GPU": "b200"},
 }
-SCRIPTS = sorted(p.name for p in EXAMPLES.glob("*.sh")) + [f"slurm/{p.name}" for p in (EXAMPLES / "slurm").glob("*.sbatch")]
+SCRIPTS = sorted(p.name for p in EXAMPLES.glob("*.sh")) + [
+    f"slurm/{p.name}" for p in (EXAMPLES / "slurm").glob("*.sbatch")
+]
 
 
 def recipe(name, *flags, **variables):
-    """What a recipe prints and its exit code; variables as in its environment, DRY_RUN=print unless given."""
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "PYTHONPATH": str(ROOT), "DRY_RUN": "print", **variables}
+    """What a recipe prints and its exit code; variables as in its environment, DRY_RUN=print unless
+    given.
+    """
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/nonexistent",
+        "PYTHONPATH": str(ROOT),
+        "DRY_RUN": "print",
+        **variables,
+    }
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment["PATH"]])
     command = ["bash", str(EXAMPLES / f"{name}.sh"), *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
@@ -66,22 +79,45 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
     variables = SETTINGS[setting] | ({"BASELINE": "1"} if baseline else {})
     args = validated(name, **variables)
     steps, superposed, bag, batch, lr, text, size = PAPER[name]
-    assert (args.train_iters, args.lr, args.global_batch_size * args.seq_length) == (steps, lr, batch)
+    assert (args.train_iters, args.lr, args.global_batch_size * args.seq_length) == (
+        steps,
+        lr,
+        batch,
+    )
     assert (args.lr_decay_style, args.lr_warmup_iters, args.lr_decay_iters) == ("WSD", 2000, steps)
-    assert args.lr_wsd_decay_iters == steps // 10 and (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
-    assert dry_run.parameters(args) / 1e6 == pytest.approx(size, rel=1e-3) and args.padded_vocab_size == 128256
-    assert args.untie_embeddings_and_output_weights and args.save == args.load and args.exit_signal_handler
+    assert args.lr_wsd_decay_iters == steps // 10 and (args.adam_beta1, args.adam_beta2) == (
+        0.9,
+        0.95,
+    )
+    assert (
+        dry_run.parameters(args) / 1e6 == pytest.approx(size, rel=1e-3)
+        and args.padded_vocab_size == 128256
+    )
+    assert (
+        args.untie_embeddings_and_output_weights
+        and args.save == args.load
+        and args.exit_signal_handler
+    )
     assert (args.fp8, args.fp8_recipe if args.fp8 else None) == {
-        "bf16": (None, None), "fp8": ("hybrid", "tensorwise"), "mxfp8": ("e4m3", "mxfp8"),
-    }[setting]  # fmt: skip
-    assert (args.fp8_param_gather, args.reuse_grad_buf_for_mxfp8_param_ag) == (setting == "mxfp8",) * 2
+        "bf16": (None, None),
+        "fp8": ("hybrid", "tensorwise"),
+        "mxfp8": ("e4m3", "mxfp8"),
+    }[setting]
+    assert (args.fp8_param_gather, args.reuse_grad_buf_for_mxfp8_param_ag) == (
+        setting == "mxfp8",
+    ) * 2
     config = dry_run.TSTConfig.from_args(args)
     assert config.enabled is not baseline and args.bf16
     if not baseline:
         schedule = config.schedule(args)
-        assert (config.bag_size, schedule.superposition_samples) == (bag, superposed * args.global_batch_size)
+        assert (config.bag_size, schedule.superposition_samples) == (
+            bag,
+            superposed * args.global_batch_size,
+        )
         assert schedule.raw_tokens(schedule.train_samples) == pytest.approx(text, rel=1e-3)
-        assert schedule.raw_tokens(schedule.train_samples) == batch * (bag * superposed + steps - superposed)
+        assert schedule.raw_tokens(schedule.train_samples) == batch * (
+            bag * superposed + steps - superposed
+        )
 
 
 def test_the_paper_s_longer_run():
@@ -94,68 +130,132 @@ def test_the_expert_model_is_the_one_that_the_export_is_measured_on():
 
     args, shape = validated("moe_10b_a1b"), SHAPES["10b-a1b"]
     assert {
-        "num_hidden_layers": args.num_layers, "hidden_size": args.hidden_size, "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_query_groups, "head_dim": args.kv_channels, "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk, "moe_intermediate_size": args.moe_ffn_hidden_size, "rope_theta": args.rotary_base,
-        "rms_norm_eps": args.layernorm_epsilon, "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
+        "num_hidden_layers": args.num_layers,
+        "hidden_size": args.hidden_size,
+        "num_attention_heads": args.num_attention_heads,
+        "num_key_value_heads": args.num_query_groups,
+        "head_dim": args.kv_channels,
+        "num_experts": args.num_experts,
+        "num_experts_per_tok": args.moe_router_topk,
+        "moe_intermediate_size": args.moe_ffn_hidden_size,
+        "rope_theta": args.rotary_base,
+        "rms_norm_eps": args.layernorm_epsilon,
+        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "max_position_embeddings": args.max_position_embeddings,
-    }.items() <= shape.items()  # fmt: skip
+    }.items() <= shape.items()
 
 
-@pytest.mark.parametrize("name, variables", [
-    ("270m", {"NNODES": "8", "GPU": "b200"}),
-    ("600m", {"GPUS_PER_NODE": "1"}),
-    ("3b", {"TP": "2", "CP": "2", "SEQ": "8192"}),
-    ("3b", {"TP": "2", "PP": "2", "NNODES": "4"}),
-    ("3b", {"TP": "2", "PRECISION": "fp8-blockwise"}),
-    ("3b", {"TP": "2", "GPU": "b200", "PRECISION": "mxfp8"}),
-    ("moe_10b_a1b", {"NNODES": "8", "GPU": "b200"}),
-    ("moe_10b_a1b", {"NNODES": "2", "TP": "2", "CP": "2", "PP": "2", "EP": "4"}),
-    ("3b", {"MOCK_DATA": "1", "STEPS": "50", "TST_STEPS": "15"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, variables",
+    [
+        ("270m", {"NNODES": "8", "GPU": "b200"}),
+        ("600m", {"GPUS_PER_NODE": "1"}),
+        ("3b", {"TP": "2", "CP": "2", "SEQ": "8192"}),
+        ("3b", {"TP": "2", "PP": "2", "NNODES": "4"}),
+        ("3b", {"TP": "2", "PRECISION": "fp8-blockwise"}),
+        ("3b", {"TP": "2", "GPU": "b200", "PRECISION": "mxfp8"}),
+        ("moe_10b_a1b", {"NNODES": "8", "GPU": "b200"}),
+        ("moe_10b_a1b", {"NNODES": "2", "TP": "2", "CP": "2", "PP": "2", "EP": "4"}),
+        ("3b", {"MOCK_DATA": "1", "STEPS": "50", "TST_STEPS": "15"}),
+    ],
+)
 def test_other_layouts(name, variables):
     args = validated(name, **variables)
     world = int(variables.get("NNODES", 1)) * int(variables.get("GPUS_PER_NODE", 8))
     assert args.world_size == world and args.padded_vocab_size == 128256
     assert args.seq_length % (2 * args.context_parallel_size) == 0
-    assert not args.sequence_parallel or args.seq_length % (args.context_parallel_size * args.tensor_model_parallel_size) == 0
+    assert (
+        not args.sequence_parallel
+        or args.seq_length % (args.context_parallel_size * args.tensor_model_parallel_size) == 0
+    )
 
 
-@pytest.mark.parametrize("name, flags, variables, message", [
-    ("3b", ["--no-such-flag", "3"], {}, "unrecognized arguments: --no-such-flag"),
-    ("3b", [], {"TP": "3", "SEQ": "4096", "BASELINE": "1"}, "world size (8) is not divisible by total_model_size"),
-    ("3b", [], {"TP": "3", "SEQ": "4096"}, "--seq-length with --tensor-model-parallel-size 3"),
-    ("270m", [], {"TP": "2"}, "num_attention_heads (9) must be a multiple of tensor_model_parallel_size (2)"),
-    ("3b", [], {"PP": "8"}, "Number of layers should be divisible by the pipeline-model-parallel size"),
-    ("3b", [], {"MICRO_BATCH": "3"}, "must be divisible by eval_micro_batch_size (3)"),
-    ("moe_10b_a1b", [], {"EP": "3"}, "Number of experts should be a multiple of expert model parallel_size"),
-    ("3b", ["--fp8-format", "hybrid", "--fp4-format", "e2m1"], {}, "cannot be used simultaneously"),
-    ("3b", [], {"BAG_SIZE": "0"}, "--tst-bag-size: expected a whole number >= 1"),
-    ("3b", [], {"TST_STEPS": "20000"}, "--tst-iters: expected fewer than the 20000 training iterations"),
-    ("3b", ["--reset-position-ids"], {}, "--reset-position-ids with TST"),
-    ("600m", [], {"PRECISION": "fp8-blockwise"}, "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 960"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, flags, variables, message",
+    [
+        ("3b", ["--no-such-flag", "3"], {}, "unrecognized arguments: --no-such-flag"),
+        (
+            "3b",
+            [],
+            {"TP": "3", "SEQ": "4096", "BASELINE": "1"},
+            "world size (8) is not divisible by total_model_size",
+        ),
+        ("3b", [], {"TP": "3", "SEQ": "4096"}, "--seq-length with --tensor-model-parallel-size 3"),
+        (
+            "270m",
+            [],
+            {"TP": "2"},
+            "num_attention_heads (9) must be a multiple of tensor_model_parallel_size (2)",
+        ),
+        (
+            "3b",
+            [],
+            {"PP": "8"},
+            "Number of layers should be divisible by the pipeline-model-parallel size",
+        ),
+        ("3b", [], {"MICRO_BATCH": "3"}, "must be divisible by eval_micro_batch_size (3)"),
+        (
+            "moe_10b_a1b",
+            [],
+            {"EP": "3"},
+            "Number of experts should be a multiple of expert model parallel_size",
+        ),
+        (
+            "3b",
+            ["--fp8-format", "hybrid", "--fp4-format", "e2m1"],
+            {},
+            "cannot be used simultaneously",
+        ),
+        ("3b", [], {"BAG_SIZE": "0"}, "--tst-bag-size: expected a whole number >= 1"),
+        (
+            "3b",
+            [],
+            {"TST_STEPS": "20000"},
+            "--tst-iters: expected fewer than the 20000 training iterations",
+        ),
+        ("3b", ["--reset-position-ids"], {}, "--reset-position-ids with TST"),
+        (
+            "600m",
+            [],
+            {"PRECISION": "fp8-blockwise"},
+            "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 960",
+        ),
+    ],
+)
 def test_a_wrong_setting_is_refused(name, flags, variables, message):
     with pytest.raises(dry_run.Refused) as refused:
         validated(name, *flags, **variables)
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("variables, message", [
-    ({"PRECISION": "mxfp8"}, "Hopper has no MXFP8"),
-    ({"PRECISION": "fp4"}, "PRECISION: expected bf16, fp8, fp8-blockwise or mxfp8"),
-    ({"SEQ": "5000"}, "BATCH_TOKENS: expected a multiple of SEQ=5000"),
-    ({"DRY_RUN": ""}, "DATA_PATH: expected what prepare_data.sh printed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"PRECISION": "mxfp8"}, "Hopper has no MXFP8"),
+        ({"PRECISION": "fp4"}, "PRECISION: expected bf16, fp8, fp8-blockwise or mxfp8"),
+        ({"SEQ": "5000"}, "BATCH_TOKENS: expected a multiple of SEQ=5000"),
+        ({"DRY_RUN": ""}, "DATA_PATH: expected what prepare_data.sh printed"),
+    ],
+)
 def test_what_the_scripts_refuse_themselves(variables, message):
     done = recipe("3b", **variables)
     assert done.returncode == 2 and message in done.stderr
 
 
 def test_the_launchers():
-    torchrun, flags = flags_of("3b", "--seed", "7", NNODES="4", NODE_RANK="2", MASTER_ADDR="n0", DATA_PATH="0.5 a 0.5 b")
-    assert " ".join(torchrun).startswith("torchrun --nnodes 4 --nproc-per-node 8 --node-rank 2 --master-addr n0")
-    assert flags[-2:] == ["--seed", "7"] and flags[flags.index("--data-path") :][:5] == ["--data-path", "0.5", "a", "0.5", "b"]
+    torchrun, flags = flags_of(
+        "3b", "--seed", "7", NNODES="4", NODE_RANK="2", MASTER_ADDR="n0", DATA_PATH="0.5 a 0.5 b"
+    )
+    assert " ".join(torchrun).startswith(
+        "torchrun --nnodes 4 --nproc-per-node 8 --node-rank 2 --master-addr n0"
+    )
+    assert flags[-2:] == ["--seed", "7"] and flags[flags.index("--data-path") :][:5] == [
+        "--data-path",
+        "0.5",
+        "a",
+        "0.5",
+        "b",
+    ]
     assert flags_of("3b", RANK="3")[0] == ["python"]
     done = recipe("3b", MEGATRON_LM="/lm")
     assert "-m megatron_tst.launch /lm/pretrain_gpt.py" in done.stdout
@@ -175,9 +275,15 @@ def test_dry_run_from_the_shell():
 
 
 def test_exit_code_and_message_of_a_refusal(capsys):
-    assert dry_run.main(["--world-size", "8", "--gpu", "h100", "--", *flags_of("270m", TP="2")[1]]) == 2
+    assert (
+        dry_run.main(["--world-size", "8", "--gpu", "h100", "--", *flags_of("270m", TP="2")[1]])
+        == 2
+    )
     error = capsys.readouterr().err
-    assert error.startswith("dry run: REFUSED: transformer_config.py:") and "num_attention_heads (9)" in error
+    assert (
+        error.startswith("dry run: REFUSED: transformer_config.py:")
+        and "num_attention_heads (9)" in error
+    )
 
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
@@ -197,7 +303,9 @@ def test_prepare_data(tmp_path):
     words = {word: i for i, word in enumerate(["<end>", "one", "two", "three"])}
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<end>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>").save_pretrained(tmp_path / "tokenizer")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<end>").save_pretrained(
+        tmp_path / "tokenizer"
+    )
     (tmp_path / "dclm" / "part").mkdir(parents=True)
     (tmp_path / "edu").mkdir()
 
@@ -210,7 +318,11 @@ def test_prepare_data(tmp_path):
 
     def prepare(*corpora):
         environment = dict(
-            os.environ, MEGATRON_LM=str(CHECKOUTS[0]), OUT=str(tmp_path / "out"), TOKENIZER=str(tmp_path / "tokenizer"), WORKERS="1"
+            os.environ,
+            MEGATRON_LM=str(CHECKOUTS[0]),
+            OUT=str(tmp_path / "out"),
+            TOKENIZER=str(tmp_path / "tokenizer"),
+            WORKERS="1",
         )
         command = ["bash", str(EXAMPLES / "prepare_data.sh"), *corpora]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
@@ -222,7 +334,9 @@ def test_prepare_data(tmp_path):
     blend = shlex.split(line)[0].removeprefix("DATA_PATH=").split()
     weights = {Path(prefix).name: float(weight) for weight, prefix in zip(blend[::2], blend[1::2])}
     assert weights == pytest.approx({"part_a_text_document": 0.5, "c_text_document": 0.5})
-    assert [list(map(int, x)) for x in IndexedDataset(str(tmp_path / "out/dclm/part_a_text_document"))] == [[1, 2, 0], [3, 0]]
+    assert [
+        list(map(int, x)) for x in IndexedDataset(str(tmp_path / "out/dclm/part_a_text_document"))
+    ] == [[1, 2, 0], [3, 0]]
     assert validated("3b", DATA_PATH=" ".join(blend)).data_path == blend
 
     (tmp_path / "edu" / "d.jsonl").write_text("no json\n")

@@ -1,4 +1,6 @@
-"""Whatever ends, skips or repeats iterations around the boundary: the run that goes on is the undisturbed one, to the last digit."""
+"""Whatever ends, skips or repeats iterations around the boundary: the run that goes on is the
+undisturbed one, to the last digit.
+"""
 
 import re
 from pathlib import Path
@@ -8,7 +10,12 @@ from runner import TINY, TST, data
 
 OBSERVED = str(Path(__file__).parent / "observed.py")
 PP2 = ["--pipeline-model-parallel-size", "2"]
-AROUND = (4, 6, 7)  # the boundary is after 6; an hour that passes before the validation after 5 ends that, as in stock
+AROUND = (
+    4,
+    6,
+    7,
+    # the boundary is after 6; an hour that passes before the validation after 5 ends that, as in stock
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +37,10 @@ def goes_on(zygote, corpus, folder, whole, after, *flags, nproc=1):
     assert again.ok, again.log[-3000:]
     rest = range(after + 1, 11)
     assert again.phases == {i: whole.phases[i] for i in rest}
-    assert again.losses == {i: whole.losses[i] for i in rest} and again.validation[10] == whole.validation[10]
+    assert (
+        again.losses == {i: whole.losses[i] for i in rest}
+        and again.validation[10] == whole.validation[10]
+    )
     assert again.grad_norms == {i: whole.grad_norms[i] for i in rest}
 
 
@@ -42,19 +52,37 @@ def whole_pp2(zygote, corpus):
 
 
 @pytest.mark.parametrize(
-    "how, when, nproc", [*(("term", when, 1) for when in AROUND), ("hour", 6, 1), ("hour", 7, 1), ("term", 6, 2), ("hour", 6, 2)]
+    "how, when, nproc",
+    [
+        *(("term", when, 1) for when in AROUND),
+        ("hour", 6, 1),
+        ("hour", 7, 1),
+        ("term", 6, 2),
+        ("hour", 6, 2),
+    ],
 )
 def test_signal_and_duration(zygote, corpus, whole, whole_pp2, tmp_path, how, when, nproc):
     layout = PP2 if nproc == 2 else []
     flags = ["--exit-signal-handler"] if how == "term" else ["--exit-duration-in-mins", "30"]
     said = "after receiving SIGTERM" if how == "term" else "exiting program after"
     run = train(zygote, corpus, tmp_path, *flags, *layout, nproc=nproc, env={"AT": f"{when}:{how}"})
-    assert run.ok and said in run.log and sorted(run.losses) == list(range(1, when + 1)), run.log[-3000:]
-    goes_on(zygote, corpus, tmp_path, whole if nproc == 1 else whole_pp2, when, *layout, nproc=nproc)
+    assert run.ok and said in run.log and sorted(run.losses) == list(range(1, when + 1)), run.log[
+        -3000:
+    ]
+    goes_on(
+        zygote, corpus, tmp_path, whole if nproc == 1 else whole_pp2, when, *layout, nproc=nproc
+    )
 
 
 def test_signal_at_the_boundary_that_exits_anyway(zygote, corpus, whole, tmp_path):
-    run = train(zygote, corpus, tmp_path, "--exit-signal-handler", "--tst-exit-at-boundary", env={"AT": "6:term"})
+    run = train(
+        zygote,
+        corpus,
+        tmp_path,
+        "--exit-signal-handler",
+        "--tst-exit-at-boundary",
+        env={"AT": "6:term"},
+    )
     assert run.ok and sorted(run.losses) == [1, 2, 3, 4, 5, 6], run.log[-3000:]
     goes_on(zygote, corpus, tmp_path, whole, 6, "--tst-exit-at-boundary")
 
@@ -68,31 +96,44 @@ def test_exit_interval(zygote, corpus, whole, tmp_path, interval):
 
 @pytest.mark.parametrize("skipped", [(6,), (5, 6, 7)], ids=str)
 def test_skipped_iterations(zygote, corpus, whole, tmp_path, skipped):
-    """The skipped batches are read and dropped: phases and raw tokens stay, and a restart in between changes nothing."""
+    """The skipped batches are read and dropped: phases and raw tokens stay, and a restart in
+    between changes nothing.
+    """
     skip = ["--iterations-to-skip", *map(str, skipped)]
     run = train(zygote, corpus, tmp_path / "a", *skip)
     assert run.ok, run.log[-3000:]
     left = [i for i in range(1, 11) if i not in skipped]
     assert run.phases == {i: whole.phases[i] for i in left} and sorted(run.losses) == left
     assert {i: run.losses[i] for i in left if i < 6} == {i: whole.losses[i] for i in left if i < 6}
-    assert run.log.count("[tst] boundary after iteration 6: superposition is done (3072 raw tokens)") == 1
+    assert (
+        run.log.count("[tst] boundary after iteration 6: superposition is done (3072 raw tokens)")
+        == 1
+    )
     stopped = train(zygote, corpus, tmp_path / "b", *skip, "--exit-interval", "4")
     again = train(zygote, corpus, tmp_path / "b", *skip)
     assert stopped.ok and again.ok and {**stopped.losses, **again.losses} == run.losses
 
 
 def test_rerunning_every_iteration(zygote, corpus, whole, tmp_path):
-    """Megatron's report of determinism computes each iteration twice, the second time from the micro-batches that it has kept."""
+    """Megatron's report of determinism computes each iteration twice, the second time from the
+    micro-batches that it has kept.
+    """
     run = train(zygote, corpus, tmp_path, "--check-for-spiky-loss", env={"AT": "1:twice"})
     assert run.ok and "REPORT_DETERMINISM_STATS" in run.log, run.log[-3000:]
-    assert run.losses == whole.losses and run.grad_norms == whole.grad_norms and run.phases == whole.phases
+    assert (
+        run.losses == whole.losses
+        and run.grad_norms == whole.grad_norms
+        and run.phases == whole.phases
+    )
     excess = [re.findall(r"mce minus bag entropy: ([\d.E+-]+)", r.log) for r in (run, whole)]
     assert excess[0] == excess[1] and len(excess[0]) == 6
 
 
 @pytest.mark.parametrize("when", [6, 7])
 def test_an_undefined_loss_that_goes_away(zygote, corpus, whole, tmp_path, when):
-    """Megatron runs the iteration again, finds another result and ends the job; the next start goes on from the last checkpoint."""
+    """Megatron runs the iteration again, finds another result and ends the job; the next start goes
+    on from the last checkpoint.
+    """
     run = train(zygote, corpus, tmp_path, "--save-interval", "2", env={"AT": f"{when}:nan"})
     assert run.codes == [17] and "Possible transient error" in run.log, run.log[-3000:]
     goes_on(zygote, corpus, tmp_path, whole, (when - 1) // 2 * 2)
@@ -100,7 +141,9 @@ def test_an_undefined_loss_that_goes_away(zygote, corpus, whole, tmp_path, when)
 
 @pytest.mark.parametrize("when", [6, 7])
 def test_an_undefined_loss_that_stays(zygote, corpus, whole, tmp_path, when):
-    """Megatron saves before the iteration, its micro-batches included, and asks for another machine: there it computes the same batch."""
+    """Megatron saves before the iteration, its micro-batches included, and asks for another
+    machine: there it computes the same batch.
+    """
     run = train(zygote, corpus, tmp_path, env={"AT": f"{when}:nans"})
     assert run.codes == [16] and "rerun the last iteration" in run.log, run.log[-3000:]
     judged = train(zygote, corpus, tmp_path, env={"AT": f"{when}:elsewhere"})
@@ -109,9 +152,13 @@ def test_an_undefined_loss_that_stays(zygote, corpus, whole, tmp_path, when):
 
 
 def test_asynchronous_saves(zygote, corpus, whole, tmp_path):
-    """Written by another process while training goes on, over the boundary too: what is in a checkpoint is its own iteration's."""
+    """Written by another process while training goes on, over the boundary too: what is in a
+    checkpoint is its own iteration's.
+    """
     persistent = ["--async-save", "--async-strategy", "mcore", "--use-persistent-ckpt-worker"]
-    run = train(zygote, corpus, tmp_path, *persistent, "--save-interval", "3", "--exit-interval", "7")
+    run = train(
+        zygote, corpus, tmp_path, *persistent, "--save-interval", "3", "--exit-interval", "7"
+    )
     assert run.ok and run.log.count("scheduled an async checkpoint save") == 3, run.log[-3000:]
     for after in (7, 6, 3):
         (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(after))

@@ -1,4 +1,6 @@
-"""A HybridModel layer spec of local modules (Megatron ships Transformer Engine's alone). --spec hybrid_spec hybrid_stack_spec"""
+"""A HybridModel layer spec of local modules (Megatron ships Transformer Engine's alone). --spec
+hybrid_spec hybrid_stack_spec
+"""
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -11,11 +13,17 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayerSubmodules,
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 _gpt = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
 _norm = _gpt.input_layernorm
-_moe = get_gpt_layer_local_spec(num_experts=2, normalization="RMSNorm").submodules  # the number is the configuration's
+_moe = get_gpt_layer_local_spec(
+    num_experts=2, normalization="RMSNorm"
+).submodules  # the number is the configuration's
 
 hybrid_stack_spec = ModuleSpec(
     module=HybridStack,
@@ -26,7 +34,9 @@ hybrid_stack_spec = ModuleSpec(
                 input_layernorm=_gpt.input_layernorm,
                 self_attention=_gpt.self_attention,
                 self_attn_bda=_gpt.self_attn_bda,
-                sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+                sharded_state_dict_keys_map={
+                    "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+                },
             ),
         ),
         mlp_layer=ModuleSpec(
@@ -40,7 +50,9 @@ hybrid_stack_spec = ModuleSpec(
         ),
         moe_layer=ModuleSpec(
             module=MoETransformerLayer,
-            submodules=TransformerLayerSubmodules(pre_mlp_layernorm=_moe.pre_mlp_layernorm, mlp=_moe.mlp, mlp_bda=_moe.mlp_bda),
+            submodules=TransformerLayerSubmodules(
+                pre_mlp_layernorm=_moe.pre_mlp_layernorm, mlp=_moe.mlp, mlp_bda=_moe.mlp_bda
+            ),
         ),
         mtp_block_spec=ModuleSpec(
             module=MultiTokenPredictionBlock,
@@ -49,7 +61,11 @@ hybrid_stack_spec = ModuleSpec(
                     ModuleSpec(
                         module=MultiTokenPredictionLayer,
                         submodules=MultiTokenPredictionLayerSubmodules(
-                            enorm=_norm, hnorm=_norm, eh_proj=ColumnParallelLinear, mtp_model_layer=None, layer_norm=_norm
+                            enorm=_norm,
+                            hnorm=_norm,
+                            eh_proj=ColumnParallelLinear,
+                            mtp_model_layer=None,
+                            layer_norm=_norm,
                         ),
                     )
                 ]

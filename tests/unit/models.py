@@ -1,4 +1,6 @@
-"""Tiny real GPTModel and HybridModel on local layer specs, with the same weights where they are the same network."""
+"""Tiny real GPTModel and HybridModel on local layer specs, with the same weights where they are the
+same network.
+"""
 
 import torch
 
@@ -7,26 +9,49 @@ def config(**changes):
     from megatron.core.transformer import TransformerConfig
 
     defaults = dict(
-        num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=64, add_bias_linear=False, normalization="RMSNorm",
-        hidden_dropout=0.0, attention_dropout=0.0, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-        use_cpu_initialization=True, masked_softmax_fusion=False, persist_layer_norm=False, bias_activation_fusion=False,
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=True,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+    )
     return TransformerConfig(**(defaults | changes))
 
 
-def gpt(vocab=96, seed=0, tied=False, position="rope", dtype=torch.float32, experts=None, **changes):
+def gpt(
+    vocab=96, seed=0, tied=False, position="rope", dtype=torch.float32, experts=None, **changes
+):
     """GPTModel, untied and rotary unless told otherwise."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     torch.manual_seed(seed)
     if experts:
-        changes |= dict(num_moe_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=32, moe_token_dispatcher_type="alltoall")
+        changes |= dict(
+            num_moe_experts=experts,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=32,
+            moe_token_dispatcher_type="alltoall",
+        )
     model = GPTModel(
         config=config(params_dtype=dtype, bf16=dtype == torch.bfloat16, **changes),
-        transformer_layer_spec=get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm"),
-        vocab_size=vocab, max_sequence_length=64, position_embedding_type=position, share_embeddings_and_output_weights=tied,
-    )  # fmt: skip
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=experts, normalization="RMSNorm"
+        ),
+        vocab_size=vocab,
+        max_sequence_length=64,
+        position_embedding_type=position,
+        share_embeddings_and_output_weights=tied,
+    )
     return model.to(dtype)
 
 
@@ -37,9 +62,14 @@ def hybrid(vocab=96, seed=0, **changes):
 
     torch.manual_seed(seed)
     return HybridModel(
-        config=config(num_layers=4, **changes), hybrid_stack_spec=hybrid_stack_spec, vocab_size=vocab, max_sequence_length=64,
-        hybrid_layer_pattern="*-*-", position_embedding_type="rope", share_embeddings_and_output_weights=False,
-    )  # fmt: skip
+        config=config(num_layers=4, **changes),
+        hybrid_stack_spec=hybrid_stack_spec,
+        vocab_size=vocab,
+        max_sequence_length=64,
+        hybrid_layer_pattern="*-*-",
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
 
 
 def copy_gpt_to_hybrid(source, target):
@@ -48,17 +78,21 @@ def copy_gpt_to_hybrid(source, target):
     for name, tensor in source.state_dict().items():
         if name.startswith("decoder.layers."):
             _, _, layer, rest = name.split(".", 3)
-            half = 2 * int(layer) + (0 if rest.startswith(("input_layernorm", "self_attention")) else 1)
+            half = 2 * int(layer) + (
+                0 if rest.startswith(("input_layernorm", "self_attention")) else 1
+            )
             name = f"decoder.layers.{half}.{rest}"
         weights[name.replace("decoder.final_layernorm", "decoder.final_norm")] = tensor
-    missing = {k for k in target.state_dict() if "_extra_state" not in k} ^ {k for k in weights if "_extra_state" not in k}
+    missing = {k for k in target.state_dict() if "_extra_state" not in k} ^ {
+        k for k in weights if "_extra_state" not in k
+    }
     assert not missing, missing
     target.load_state_dict(weights, strict=False)
 
 
 def batch(raw, s, superpose="both"):
     """raw [b, n] token ids -> keyword arguments of model.forward; s = None: an ordinary batch."""
-    from megatron_tst.bags import superposed_sample
+    from megatron_tst.data.bags import superposed_sample
 
     rows = []
     for row in raw:
@@ -71,5 +105,8 @@ def batch(raw, s, superpose="both"):
         rows.append(sample)
     stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     return {
-        "input_ids": stacked["tokens"], "position_ids": stacked["position_ids"], "attention_mask": None, "labels": stacked["labels"],
-    }  # fmt: skip
+        "input_ids": stacked["tokens"],
+        "position_ids": stacked["position_ids"],
+        "attention_mask": None,
+        "labels": stacked["labels"],
+    }

@@ -7,14 +7,37 @@ import dry_run
 import plan as tool
 
 ROOT = Path(tool.__file__).resolve().parent.parent
-SMALL = "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --swiglu --vocab-size 50000 --seq-length 1024 --train-iters 1000 --global-batch-size 64".split()  # fmt: skip
+SMALL = (
+    "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --swiglu --vocab-size 50000 "
+    "--seq-length 1024 --train-iters 1000 --global-batch-size 64"
+).split()
 EXPERTS = [*SMALL, *"--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256".split()]
-BESIDE = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--disable-bias-linear", "--lr", "1e-3"]
+BESIDE = [
+    "--mock-data",
+    "--tokenizer-type",
+    "NullTokenizer",
+    "--disable-bias-linear",
+    "--lr",
+    "1e-3",
+]
 HF = {
-    "model_type": "qwen3_moe", "hidden_act": "silu", "num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 8, "head_dim": 32,
-    "num_key_value_heads": 2, "intermediate_size": 512, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-    "vocab_size": 32000, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128, "norm_topk_prob": True,
-}  # fmt: skip
+    "model_type": "qwen3_moe",
+    "hidden_act": "silu",
+    "num_hidden_layers": 8,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+    "num_key_value_heads": 2,
+    "intermediate_size": 512,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "vocab_size": 32000,
+    "num_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+}
 
 
 def planned(*argv):

@@ -1,4 +1,6 @@
-"""The ablations' losses, bce and hinge, against the fp64 reference and against formulas written out: values, gradients, shards of the vocabulary."""
+"""The ablations' losses, bce and hinge, against the fp64 reference and against formulas written
+out: values, gradients, shards of the vocabulary.
+"""
 
 import math
 
@@ -9,40 +11,67 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loss import IGNORE, draw, grad_of
 
-from megatron_tst import TSTConfig, patch, reference
-from megatron_tst.config import ABLATIONS, TARGET_WEIGHTINGS
-from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst import TSTConfig
+from megatron_tst.loop import patch
+from megatron_tst.ops import reference
+from megatron_tst.ops.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst.ops.names import ABLATIONS, TARGET_WEIGHTINGS
 
 pytestmark = pytest.mark.parametrize("loss", ABLATIONS)
 
 
 def compare(logits, labels, weighting, loss, upstream, atol, rtol):
     s = labels.shape[-1]
-    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, s), loss=loss), logits, upstream)
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, s), loss=loss),
+        logits,
+        upstream,
+    )
     exact = reference.target_weights(weighting, s)
-    want, want_grad = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss), logits.double(), upstream)
+    want, want_grad = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss),
+        logits.double(),
+        upstream,
+    )
     assert got.dtype == torch.float32 and torch.allclose(got.double(), want, atol=1e-4, rtol=1e-6)
     assert torch.allclose(grad.double(), want_grad.nan_to_num(), atol=atol, rtol=rtol)
 
 
 def off_the_kink(logits):
-    """The hinge's slope jumps at 1 and -1: a rounded logit must not lie on the other side of it than in fp64."""
+    """The hinge's slope jumps at 1 and -1: a rounded logit must not lie on the other side of it
+    than in fp64.
+    """
     return torch.where((logits.abs() - 1).abs() < 1e-3, 0.5, logits)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(0, 7), vocab=st.integers(1, 70), s=st.integers(1, 9), seed=st.integers(0, 999), ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    weighting=st.sampled_from(TARGET_WEIGHTINGS), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)  # fmt: skip
+    n=st.integers(0, 7),
+    vocab=st.integers(1, 70),
+    s=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    weighting=st.sampled_from(TARGET_WEIGHTINGS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_equals_the_reference(loss, n, vocab, s, seed, ignored, weighting, dtype):
     logits, labels = draw((n,), vocab, s, seed, ignored, few=max(1, vocab // 2))
     half_ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8}[dtype]
-    compare(off_the_kink(logits).to(dtype), labels, weighting, loss, torch.randn(n), 3e-6, 1.01 * half_ulp + 2e-6)
+    compare(
+        off_the_kink(logits).to(dtype),
+        labels,
+        weighting,
+        loss,
+        torch.randn(n),
+        3e-6,
+        1.01 * half_ulp + 2e-6,
+    )
 
 
 def test_the_reference_is_the_formula_written_out(loss):
-    """A bag of distinct tokens, equal weights: torch's own multi-label loss for bce, the hinge by hand; and its gradient is that of its value."""
+    """A bag of distinct tokens, equal weights: torch's own multi-label loss for bce, the hinge by
+    hand; and its gradient is that of its value.
+    """
     logits, labels = torch.randn(5, 9).double(), torch.tensor([[1, 3, 8]]).expand(5, 3)
     hot = torch.zeros(5, 9).double()
     hot[:, [1, 3, 8]] = 1
@@ -53,7 +82,8 @@ def test_the_reference_is_the_formula_written_out(loss):
     assert torch.allclose(reference.multi_hot_cross_entropy(logits, labels, loss=loss), want)
     weights = reference.target_weights("power-law", 3)
     assert torch.autograd.gradcheck(
-        lambda z: reference.multi_hot_cross_entropy(z, labels, weights, loss), off_the_kink(logits).requires_grad_()
+        lambda z: reference.multi_hot_cross_entropy(z, labels, weights, loss),
+        off_the_kink(logits).requires_grad_(),
     )
 
 
@@ -62,15 +92,24 @@ def test_start_and_duplicates(loss):
     at_zero = multi_hot_cross_entropy(torch.zeros(1, 6), labels, loss=loss)
     assert at_zero.item() == pytest.approx(6 * math.log(2) if loss == "bce" else 6)
     logits = torch.randn(1, 6)
-    assert torch.equal(multi_hot_cross_entropy(logits, labels, loss=loss), multi_hot_cross_entropy(logits, torch.tensor([[0, 2]]), loss=loss))  # fmt: skip
+    assert torch.equal(
+        multi_hot_cross_entropy(logits, labels, loss=loss),
+        multi_hot_cross_entropy(logits, torch.tensor([[0, 2]]), loss=loss),
+    )
 
 
 def test_ignored_rows_padding_and_a_nan_stay_alone(loss):
     logits, labels = draw((5,), 20, 3, ignored=0)
     labels.clamp_(max=15)
     labels[2], logits[1, 0], logits[:, 16:] = IGNORE, torch.nan, -torch.inf
-    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5))
-    assert got.isnan().tolist() == [False, True, False, False, False] and got[2] == 0 and (grad[2] == 0).all()
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5)
+    )
+    assert (
+        got.isnan().tolist() == [False, True, False, False, False]
+        and got[2] == 0
+        and (grad[2] == 0).all()
+    )
     rest = [0, 2, 3, 4]
     assert (grad[rest, 16:] == 0).all() and grad[rest].isfinite().all() and got[[0, 3, 4]].all()
 
@@ -78,7 +117,9 @@ def test_ignored_rows_padding_and_a_nan_stay_alone(loss):
 def test_logits_are_untouched_unless_asked(loss):
     logits, labels = draw((8,), 40, 3)
     before = logits.clone()
-    _, apart = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(8))
+    _, apart = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(8)
+    )
     assert torch.equal(logits, before)
     inner = logits.requires_grad_() * 1.0
     total = multi_hot_cross_entropy(inner, labels, loss=loss, inplace_backward=True).sum()
@@ -89,12 +130,18 @@ def test_logits_are_untouched_unless_asked(loss):
 
 
 def test_the_extension_is_refused(loss):
-    with pytest.raises(ValueError, match=f"expected kernel 'auto' or 'torch' with loss '{loss}', got 'extension'"):
-        multi_hot_cross_entropy(torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64), loss=loss, kernel="extension")
+    with pytest.raises(
+        ValueError, match=f"expected kernel 'auto' or 'torch' with loss '{loss}', got 'extension'"
+    ):
+        multi_hot_cross_entropy(
+            torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64), loss=loss, kernel="extension"
+        )
 
 
 def test_the_model_trains_with_it(megatron, loss):
-    """Through the patch, bags of one included: those must not fall back to Megatron's cross entropy."""
+    """Through the patch, bags of one included: those must not fall back to Megatron's cross
+    entropy.
+    """
     from models import gpt
 
     for s in (1, 3):
@@ -109,26 +156,37 @@ def test_the_model_trains_with_it(megatron, loss):
 
 
 def rank_compares_with_the_whole(loss):
-    """One rank of a group: its shard's loss and gradient against the fp64 reference of the whole vocabulary."""
+    """One rank of a group: its shard's loss and gradient against the fp64 reference of the whole
+    vocabulary.
+    """
     import torch.distributed as dist
 
     rank, size = dist.get_rank(), dist.get_world_size()
     for few, weighting in ((None, "uniform"), (6, "power-law"), (None, "power-law")):
-        logits, labels = draw((3, 7), 12 * size, 5, seed=5, few=few)  # few: every label on the first rank
+        logits, labels = draw(
+            (3, 7), 12 * size, 5, seed=5, few=few
+        )  # few: every label on the first rank
         logits[..., -3:] = -torch.inf
         labels = labels.masked_fill(labels >= 12 * size - 3, IGNORE)
         logits, upstream = off_the_kink(logits), torch.randn(3, 7)
         want, want_grad = grad_of(
-            lambda z: reference.multi_hot_cross_entropy(z, labels, reference.target_weights(weighting, 5), loss),
+            lambda z: reference.multi_hot_cross_entropy(
+                z, labels, reference.target_weights(weighting, 5), loss
+            ),
             logits.double(),
             upstream,
         )
         got, grad = grad_of(
-            lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, 5), tp_group=dist.group.WORLD, loss=loss),
-            logits.chunk(size, -1)[rank], upstream,
-        )  # fmt: skip
+            lambda z: multi_hot_cross_entropy(
+                z, labels, target_weights(weighting, 5), tp_group=dist.group.WORLD, loss=loss
+            ),
+            logits.chunk(size, -1)[rank],
+            upstream,
+        )
         assert torch.allclose(got.double(), want, rtol=1e-6), (got - want).abs().max()
-        assert torch.allclose(grad.double(), want_grad.nan_to_num().chunk(size, -1)[rank], atol=2e-6)
+        assert torch.allclose(
+            grad.double(), want_grad.nan_to_num().chunk(size, -1)[rank], atol=2e-6
+        )
 
 
 def test_vocabulary_split_over_ranks(zygote, loss):

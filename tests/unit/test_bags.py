@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megatron_tst
-from megatron_tst import reference
-from megatron_tst.bags import IGNORE, bag_entropy, bag_view, ordinary_slice, superposed_sample
-from megatron_tst.loss import target_weights
+from megatron_tst.data.bags import bag_entropy, bag_view, ordinary_slice, superposed_sample
+from megatron_tst.ops import reference
+from megatron_tst.ops.loss import target_weights
+from megatron_tst.ops.names import IGNORE
 
 
 def sample(raw, mask=None):
-    return {"tokens": raw[:-1], "labels": raw[1:], "loss_mask": torch.ones(len(raw) - 1) if mask is None else mask}
+    return {
+        "tokens": raw[:-1],
+        "labels": raw[1:],
+        "loss_mask": torch.ones(len(raw) - 1) if mask is None else mask,
+    }
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,7 +44,10 @@ def test_last_bag_has_one_label_unless_the_loader_has_more():
 @pytest.mark.parametrize(
     "raw, message",
     [
-        (torch.arange(12).view(1, -1), r"at least bag_size\*seq_length \+ 1 = 13 tokens a row .* got 12"),
+        (
+            torch.arange(12).view(1, -1),
+            r"at least bag_size\*seq_length \+ 1 = 13 tokens a row .* got 12",
+        ),
         (torch.arange(13), "expected int64 token ids"),
         (torch.ones(1, 13), "expected int64 token ids"),
     ],
@@ -64,7 +72,11 @@ def test_sample_view_equals_bag_view(s):
     got = superposed_sample({**sample(raw), "dataset_id": 7}, L, s, "both", torch.ones(s))
     tokens, labels = bag_view(raw.view(1, -1), L, s)
     assert torch.equal(got["tokens"], tokens[0]) and torch.equal(got["labels"], labels[0])
-    assert got["position_ids"].tolist() == list(range(L)) and got["loss_mask"].tolist() == [1] * L and got["dataset_id"] == 7
+    assert (
+        got["position_ids"].tolist() == list(range(L))
+        and got["loss_mask"].tolist() == [1] * L
+        and got["dataset_id"] == 7
+    )
     assert all(got[key].is_contiguous() for key in ("tokens", "labels", "loss_mask"))
 
 
@@ -101,7 +113,9 @@ def test_the_given_sample_is_left_as_it_was():
     given_ = sample(torch.arange(9))
     before = {key: value.clone() for key, value in given_.items()}
     for mode in ("both", "input", "output"):
-        superposed_sample(given_, 4 if mode != "output" else 8, 2, mode, target_weights("first-token", 2))
+        superposed_sample(
+            given_, 4 if mode != "output" else 8, 2, mode, target_weights("first-token", 2)
+        )
     ordinary_slice(given_, 1, 4)
     assert given_.keys() == before.keys()
     assert all(torch.equal(given_[key], before[key]) for key in before)
@@ -115,16 +129,24 @@ def test_ordinary_slices_are_stock_samples():
     assert all(p["position_ids"].tolist() == [0, 1, 2, 3] for p in parts)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "power-law", "exponential", "first-token", "fitted-power-law"])
+@pytest.mark.parametrize(
+    "weighting", ["uniform", "power-law", "exponential", "first-token", "fitted-power-law"]
+)
 def test_bag_entropy(weighting):
     torch.manual_seed(0)
     labels = torch.randint(0, 4, (7, 5, 6))
     labels[torch.rand(labels.shape) < 0.3] = IGNORE
     labels[0, 0] = IGNORE
     got = bag_entropy(labels, target_weights(weighting, 6))
-    assert torch.allclose(got.double(), reference.bag_entropy(labels, reference.target_weights(weighting, 6)), atol=1e-6)
+    assert torch.allclose(
+        got.double(),
+        reference.bag_entropy(labels, reference.target_weights(weighting, 6)),
+        atol=1e-6,
+    )
 
 
 def test_entropy_of_distinct_labels_is_log_s():
-    assert bag_entropy(torch.tensor([[3, 1, 2, 9]]), torch.ones(4)).item() == pytest.approx(math.log(4))
+    assert bag_entropy(torch.tensor([[3, 1, 2, 9]]), torch.ones(4)).item() == pytest.approx(
+        math.log(4)
+    )
     assert bag_entropy(torch.tensor([[3, 3, 3, 3]]), torch.ones(4)).item() == 0

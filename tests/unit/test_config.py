@@ -6,18 +6,32 @@ import warnings
 
 import pytest
 
-from megatron_tst.config import TSTConfig, TSTError, add_tst_arguments
-from megatron_tst.refusals import check_arguments
-from megatron_tst.resume import check_resume, store
+from megatron_tst.checkpoint.phases import store
+from megatron_tst.checks.refusals import check_arguments
+from megatron_tst.config import TSTConfig, add_tst_arguments
+from megatron_tst.errors import TSTError
+from megatron_tst.loop.resume import check_resume
 
 
 def arguments(**changes):
     """Megatron's arguments as far as TST looks at them, for a run that is fine."""
     fine = dict(
-        train_iters=1000, train_samples=None, global_batch_size=8, seq_length=128, save="somewhere", dataloader_type="single",
-        mtp_num_layers=None, sft=False, reset_position_ids=False, reset_attention_mask=False, rampup_batch_size=None,
-        cross_entropy_loss_fusion=False, cross_entropy_fusion_impl="native", cuda_graph_impl="none", gtp_weight_remat_size=1,
-    )  # fmt: skip
+        train_iters=1000,
+        train_samples=None,
+        global_batch_size=8,
+        seq_length=128,
+        save="somewhere",
+        dataloader_type="single",
+        mtp_num_layers=None,
+        sft=False,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        rampup_batch_size=None,
+        cross_entropy_loss_fusion=False,
+        cross_entropy_fusion_impl="native",
+        cuda_graph_impl="none",
+        gtp_weight_remat_size=1,
+    )
     return argparse.Namespace(**(fine | changes))
 
 
@@ -27,13 +41,17 @@ FINE = TSTConfig(bag_size=6, step_ratio=0.3)
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(bag_size=0), r"--tst-bag-size: expected a whole number >= 1, got 0\. The paper found 4 to 8"),
+        (
+            dict(bag_size=0),
+            r"--tst-bag-size: expected a whole number >= 1, got 0\. The paper found 4 to 8",
+        ),
         (dict(bag_size=-3), "--tst-bag-size: .* got -3"),
         (dict(bag_size=2.5), "--tst-bag-size: .* got 2.5"),
         (dict(bag_size="six"), "--tst-bag-size: .* got six"),
         (
             dict(bag_size=4, step_ratio=1.0),
-            r"--tst-step-ratio: expected a number in \[0, 1\), got 1.0\. The paper found 0.2 to 0.4",
+            r"--tst-step-ratio: expected a number in \[0, 1\), got 1.0\. The paper found 0.2 to "
+            r"0.4",
         ),
         (dict(bag_size=4, step_ratio=-0.1), "--tst-step-ratio: .* got -0.1"),
         (dict(bag_size=4, step_ratio="half"), "--tst-step-ratio: .* got half"),
@@ -41,26 +59,41 @@ FINE = TSTConfig(bag_size=6, step_ratio=0.3)
         (dict(bag_size=4, iters=1.5), "--tst-iters: .* got 1.5"),
         (
             dict(bag_size=4, step_ratio=0.3, iters=5),
-            "--tst-step-ratio and --tst-iters: expected one of the two, got 0.3 and 5. Leave one out",
+            "--tst-step-ratio and --tst-iters: expected one of the two, got 0.3 and 5. Leave one "
+            "out",
         ),
-        (dict(target_weighting="linear"), "--tst-target-weighting: expected one of uniform, .*fitted-power-law, got 'linear'"),
+        (
+            dict(target_weighting="linear"),
+            "--tst-target-weighting: expected one of uniform, .*fitted-power-law, got 'linear'",
+        ),
         (dict(superpose="all"), "--tst-superpose: expected one of both, input, output, got 'all'"),
         (dict(loss="mse"), "--tst-loss: expected one of mce, mce-alt, bce, hinge, got 'mse'"),
-        (dict(kernel="triton"), "--tst-kernel: expected one of auto, extension, torch, got 'triton'"),
+        (
+            dict(kernel="triton"),
+            "--tst-kernel: expected one of auto, extension, torch, got 'triton'",
+        ),
         (
             dict(bag_size=(16, 8, 1)),
-            "--tst-bag-size: expected bags of 2 and more in a list, got 16,8,1. The recovery phase follows",
+            "--tst-bag-size: expected bags of 2 and more in a list, got 16,8,1. The recovery "
+            "phase follows",
         ),
         (
             dict(bag_size=(16, 8), iters=5),
-            "--tst-iters: expected one for each of the bag sizes 16,8, got 5. Separate them by commas",
+            "--tst-iters: expected one for each of the bag sizes 16,8, got 5. Separate them by "
+            "commas",
         ),
-        (dict(bag_size=8, step_ratio=(0.1, 0.2)), "--tst-step-ratio: expected one for each of the bag sizes 8, got 0.1,0.2"),
+        (
+            dict(bag_size=8, step_ratio=(0.1, 0.2)),
+            "--tst-step-ratio: expected one for each of the bag sizes 8, got 0.1,0.2",
+        ),
         (dict(bag_size=(16, 8), step_ratio=(0.1, 1.2)), "--tst-step-ratio: .* got 1.2"),
         (dict(bag_size=(16, "x"), step_ratio=(0.1, 0.2)), "--tst-bag-size: .* got x"),
         (dict(switch="soon"), "--tst-switch: expected one of fixed, auto, got 'soon'"),
         (dict(switch="auto", switch_slope=0), "--tst-switch-slope: expected a number > 0, got 0"),
-        (dict(switch="auto", switch_window=0.5), "--tst-switch-window: expected a number > 0, at most 0.1, got 0.5"),
+        (
+            dict(switch="auto", switch_window=0.5),
+            "--tst-switch-window: expected a number > 0, at most 0.1, got 0.5",
+        ),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -73,23 +106,38 @@ def test_settings_out_of_range(settings, message):
     [
         (
             dict(seq_length=132, context_parallel_size=4),
-            "--seq-length with --context-parallel-size 4: expected a multiple of 8, got 132. It counts positions",
+            "--seq-length with --context-parallel-size 4: expected a multiple of 8, got 132. It "
+            "counts positions",
         ),
         (
             dict(seq_length=126, tensor_model_parallel_size=4, sequence_parallel=True),
-            "--seq-length with --tensor-model-parallel-size 4 --sequence-parallel: expected a multiple of 4, got 126",
+            "--seq-length with --tensor-model-parallel-size 4 --sequence-parallel: expected a "
+            "multiple of 4, got 126",
         ),
         (
-            dict(seq_length=24, context_parallel_size=2, tensor_model_parallel_size=8, sequence_parallel=True),
-            "--context-parallel-size 2 and --tensor-model-parallel-size 8 --sequence-parallel: expected a multiple of 16, got 24",
+            dict(
+                seq_length=24,
+                context_parallel_size=2,
+                tensor_model_parallel_size=8,
+                sequence_parallel=True,
+            ),
+            "--context-parallel-size 2 and --tensor-model-parallel-size 8 --sequence-parallel: "
+            "expected a multiple of 16, got 24",
         ),
         (dict(sft=True), "--sft with TST: expected plain pre-training data, got packed sequences"),
-        (dict(reset_position_ids=True), "--reset-position-ids with TST: expected unset, got set. Bags would mix documents"),
+        (
+            dict(reset_position_ids=True),
+            "--reset-position-ids with TST: expected unset, got set. Bags would mix documents",
+        ),
         (dict(reset_attention_mask=True), "--reset-attention-mask with TST"),
-        (dict(dataloader_inter_document_masking=True), "--dataloader-inter-document-masking with TST"),
+        (
+            dict(dataloader_inter_document_masking=True),
+            "--dataloader-inter-document-masking with TST",
+        ),
         (
             dict(rampup_batch_size=[2, 2, 100]),
-            r"--rampup-batch-size with TST: expected none, got \[2, 2, 100\]. .* constant --global-batch-size",
+            r"--rampup-batch-size with TST: expected none, got \[2, 2, 100\]. .* constant "
+            r"--global-batch-size",
         ),
         (dict(step_batch_size_schedule="0:2 100:4"), "--step-batch-size-schedule with TST"),
         (dict(decrease_batch_size_if_needed=True), "--decrease-batch-size-if-needed with TST"),
@@ -97,16 +145,28 @@ def test_settings_out_of_range(settings, message):
             dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te"),
             "cross-entropy fusion with TST: .* got --cross-entropy-fusion-impl te",
         ),
-        (dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"), "cross-entropy fusion with TST"),
-        (dict(fuse_linear_cross_entropy=True), "cross-entropy fusion with TST: .* got fuse_linear_cross_entropy"),
+        (
+            dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"),
+            "cross-entropy fusion with TST",
+        ),
+        (
+            dict(fuse_linear_cross_entropy=True),
+            "cross-entropy fusion with TST: .* got fuse_linear_cross_entropy",
+        ),
         (
             dict(cuda_graph_impl="full_iteration"),
             "--cuda-graph-impl with TST: expected none or a per-layer graph, got full_iteration",
         ),
         (dict(cuda_graph_scope=["full_iteration"]), "--cuda-graph-impl with TST"),
-        (dict(cuda_graph_scope=[types.SimpleNamespace(name="full_iteration")]), "--cuda-graph-impl with TST"),
+        (
+            dict(cuda_graph_scope=[types.SimpleNamespace(name="full_iteration")]),
+            "--cuda-graph-impl with TST",
+        ),
         (dict(dataloader_type="cyclic"), "--dataloader-type with TST: expected single, got cyclic"),
-        (dict(dataloader_type="external"), "--dataloader-type with TST: expected single, got external"),
+        (
+            dict(dataloader_type="external"),
+            "--dataloader-type with TST: expected single, got external",
+        ),
         (dict(label_smoothing=0.1), "label smoothing with TST: expected 0, got 0.1"),
         (dict(hybrid_context_parallel=True), "--hybrid-context-parallel with TST"),
         (dict(fim_data=True), "--fim-data with TST"),
@@ -115,7 +175,10 @@ def test_settings_out_of_range(settings, message):
         (dict(modelopt_enabled=True), "ModelOpt with TST"),
         (dict(gtp_weight_remat_size=2), "--gtp-weight-remat-size with TST: expected 1, got 2"),
         (dict(phase_transition_iterations=[5]), "--phase-transition-iterations with TST"),
-        (dict(fp8="hybrid", fp8_recipe="tensorwise"), "--fp8-recipe tensorwise: expected an NVIDIA GPU and Transformer Engine"),
+        (
+            dict(fp8="hybrid", fp8_recipe="tensorwise"),
+            "--fp8-recipe tensorwise: expected an NVIDIA GPU and Transformer Engine",
+        ),
         (dict(fp4="e2m1"), "--fp4-format: expected an NVIDIA GPU and Transformer Engine"),
     ],
 )
@@ -134,23 +197,37 @@ def test_ablations_are_in_torch_alone(loss):
         (dict(kernel="extension"), "--tst-kernel extension"),
         (dict(fused_linear_loss=True), "--tst-fused-linear-loss"),
     ):
-        message = f"{flag} with --tst-loss {loss}: expected --tst-loss mce or mce-alt, got {loss}. It is an ablation"
+        message = (
+            f"{flag} with --tst-loss {loss}: expected --tst-loss mce or mce-alt, got "
+            f"{loss}. It is an ablation"
+        )
         with pytest.raises(TSTError, match=message):
             check_arguments(TSTConfig(6, 0.3, loss=loss, **changes), arguments())
 
 
 def test_layouts_that_divide_are_let_through():
     for changes in (
-        dict(seq_length=136, context_parallel_size=4), dict(seq_length=127), dict(seq_length=126, tensor_model_parallel_size=4),
-        dict(seq_length=16, context_parallel_size=2, tensor_model_parallel_size=8, sequence_parallel=True), dict(mtp_num_layers=2),
-    ):  # fmt: skip
+        dict(seq_length=136, context_parallel_size=4),
+        dict(seq_length=127),
+        dict(seq_length=126, tensor_model_parallel_size=4),
+        dict(
+            seq_length=16,
+            context_parallel_size=2,
+            tensor_model_parallel_size=8,
+            sequence_parallel=True,
+        ),
+        dict(mtp_num_layers=2),
+    ):
         check_arguments(FINE, arguments(**changes))
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(eod_mask_loss=True), "weighs a label by how many its rank has. Add --calculate-per-token-loss"),
+        (
+            dict(eod_mask_loss=True),
+            "weighs a label by how many its rank has. Add --calculate-per-token-loss",
+        ),
         (dict(mtp_num_layers=1), "averages the heads' losses over each rank's own positions"),
     ],
 )
@@ -160,29 +237,50 @@ def test_averages_that_hang_on_context_parallelism_are_named(changes, message):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_arguments(FINE, arguments(**changes))
-        check_arguments(FINE, arguments(context_parallel_size=2, calculate_per_token_loss=True, eod_mask_loss=True))
+        check_arguments(
+            FINE,
+            arguments(context_parallel_size=2, calculate_per_token_loss=True, eod_mask_loss=True),
+        )
 
 
 def test_fusions_and_graphs_that_work_are_let_through():
-    check_arguments(FINE, arguments(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="native", cuda_graph_impl="local"))
+    check_arguments(
+        FINE,
+        arguments(
+            cross_entropy_loss_fusion=True,
+            cross_entropy_fusion_impl="native",
+            cuda_graph_impl="local",
+        ),
+    )
 
 
 def test_bag_size_without_a_length_of_the_phase():
-    with pytest.raises(TSTError, match="--tst-bag-size: expected --tst-step-ratio or --tst-iters beside it, got 6"):
+    with pytest.raises(
+        TSTError, match="--tst-bag-size: expected --tst-step-ratio or --tst-iters beside it, got 6"
+    ):
         check_arguments(TSTConfig(bag_size=6), arguments())
 
 
 def test_recovery_must_have_iterations():
     for iters in (1000, 1001):
-        with pytest.raises(TSTError, match=f"--tst-iters: expected fewer than the 1000 training iterations, got {iters}"):
+        with pytest.raises(
+            TSTError,
+            match=f"--tst-iters: expected fewer than the 1000 training iterations, got {iters}",
+        ):
             check_arguments(TSTConfig(bag_size=6, iters=iters), arguments())
-    with pytest.raises(TSTError, match="--tst-step-ratio: expected at least half an iteration of 10, got 0.01"):
+    with pytest.raises(
+        TSTError, match="--tst-step-ratio: expected at least half an iteration of 10, got 0.01"
+    ):
         check_arguments(TSTConfig(bag_size=6, step_ratio=0.01), arguments(train_iters=10))
 
 
 def test_exit_at_boundary_needs_a_checkpoint():
-    with pytest.raises(TSTError, match="--tst-exit-at-boundary: expected --save beside it, got none"):
-        check_arguments(TSTConfig(bag_size=6, iters=300, exit_at_boundary=True), arguments(save=None))
+    with pytest.raises(
+        TSTError, match="--tst-exit-at-boundary: expected --save beside it, got none"
+    ):
+        check_arguments(
+            TSTConfig(bag_size=6, iters=300, exit_at_boundary=True), arguments(save=None)
+        )
 
 
 def warned(config, **changes):
@@ -193,48 +291,88 @@ def warned(config, **changes):
 
 
 def test_a_schedule_must_leave_room_and_have_no_empty_phase():
-    with pytest.raises(TSTError, match="--tst-iters: expected fewer than the 1000 training iterations, got 1100"):
+    with pytest.raises(
+        TSTError, match="--tst-iters: expected fewer than the 1000 training iterations, got 1100"
+    ):
         check_arguments(TSTConfig(bag_size=(8, 4), iters=(500, 600)), arguments())
-    with pytest.raises(TSTError, match="--tst-iters: expected at least one iteration of each bag size, got 5,0"):
+    with pytest.raises(
+        TSTError, match="--tst-iters: expected at least one iteration of each bag size, got 5,0"
+    ):
         check_arguments(TSTConfig(bag_size=(8, 4), iters=(5, 0)), arguments())
-    with pytest.raises(TSTError, match="--tst-step-ratio: expected at least half an iteration of 1000, got 0.3,0.0001"):
+    with pytest.raises(
+        TSTError,
+        match="--tst-step-ratio: expected at least half an iteration of 1000, got 0.3,0.0001",
+    ):
         check_arguments(TSTConfig(bag_size=(8, 4), step_ratio=(0.3, 0.0001)), arguments())
 
 
 def test_settings_of_the_boundary_that_would_do_nothing():
-    with pytest.raises(TSTError, match="--tst-switch-slope: expected --tst-switch auto beside it, got fixed"):
+    with pytest.raises(
+        TSTError, match="--tst-switch-slope: expected --tst-switch auto beside it, got fixed"
+    ):
         check_arguments(TSTConfig(bag_size=6, step_ratio=0.3, switch_slope=0.1), arguments())
     at_boundary = TSTConfig(bag_size=6, step_ratio=0.3, exit_at_boundary=True)
     check_arguments(at_boundary, arguments(iterations_to_skip=[299, 301]))
-    with pytest.raises(TSTError, match="--iterations-to-skip with --tst-exit-at-boundary: expected other iterations .* got 300"):
+    with pytest.raises(
+        TSTError,
+        match="--iterations-to-skip with --tst-exit-at-boundary: expected other iterations .* got "
+        "300",
+    ):
         check_arguments(at_boundary, arguments(iterations_to_skip=[300]))
-    with pytest.raises(TSTError, match="--tst-exit-at-boundary: expected --save beside it, got none"):
+    with pytest.raises(
+        TSTError, match="--tst-exit-at-boundary: expected --save beside it, got none"
+    ):
         check_arguments(at_boundary, arguments(save=None))
 
 
 def test_warnings_outside_the_papers_range():
-    assert warned(FINE) == warned(TSTConfig(bag_size=8, step_ratio=0.4)) == warned(TSTConfig(bag_size=4, iters=200)) == []
-    assert "bag size 16: the paper found 4 to 8 robust, and up to 16 at 10B" in warned(TSTConfig(bag_size=16, step_ratio=0.3))[0]
+    assert (
+        warned(FINE)
+        == warned(TSTConfig(bag_size=8, step_ratio=0.4))
+        == warned(TSTConfig(bag_size=4, iters=200))
+        == []
+    )
+    assert (
+        "bag size 16: the paper found 4 to 8 robust, and up to 16 at 10B"
+        in warned(TSTConfig(bag_size=16, step_ratio=0.3))[0]
+    )
     assert "bag size 2" in warned(TSTConfig(bag_size=2, step_ratio=0.3))[0]
     assert "step ratio 0.500" in warned(TSTConfig(bag_size=6, iters=500))[0]
     assert "have no effect" in warned(TSTConfig(step_ratio=0.3))[0]
     assert "no iteration is superposed" in warned(TSTConfig(bag_size=6, iters=0))[0]
     assert warned(TSTConfig(bag_size=(8, 4), step_ratio=(0.2, 0.2))) == []
-    assert "bag sizes 4, 8: expected to fall" in warned(TSTConfig(bag_size=(4, 8), step_ratio=(0.2, 0.2)))[0]
-    assert "least common multiple is 210: each sample is cut from 26880 tokens" in warned(TSTConfig((7, 6, 5), (0.1, 0.1, 0.1)))[0]
+    assert (
+        "bag sizes 4, 8: expected to fall"
+        in warned(TSTConfig(bag_size=(4, 8), step_ratio=(0.2, 0.2)))[0]
+    )
+    assert (
+        "least common multiple is 210: each sample is cut from 26880 tokens"
+        in warned(TSTConfig((7, 6, 5), (0.1, 0.1, 0.1)))[0]
+    )
 
 
 def test_flags():
     parse = add_tst_arguments(argparse.ArgumentParser()).parse_args
     assert TSTConfig.from_args(parse([])) == TSTConfig() and not TSTConfig().enabled
-    given = "--tst-bag-size 6 --tst-step-ratio 0.3 --tst-target-weighting power-law --tst-superpose input --tst-loss mce-alt --tst-exit-at-boundary"
-    assert TSTConfig.from_args(parse(given.split())) == TSTConfig(6, 0.3, None, "power-law", "input", "mce-alt", True)
+    given = (
+        "--tst-bag-size 6 --tst-step-ratio 0.3 --tst-target-weighting power-law "
+        "--tst-superpose input --tst-loss mce-alt --tst-exit-at-boundary"
+    )
+    assert TSTConfig.from_args(parse(given.split())) == TSTConfig(
+        6, 0.3, None, "power-law", "input", "mce-alt", True
+    )
     assert TSTConfig.from_args(parse(["--tst-bag-size", "4", "--tst-iters", "7"])).iters == 7
     assert TSTConfig.from_args(argparse.Namespace()) == TSTConfig()  # a script without the flags
     several = TSTConfig.from_args(
-        parse("--tst-bag-size 16,8,4 --tst-step-ratio 0.1,0.1,0.05 --tst-switch auto --tst-switch-slope 1e-3".split())
+        parse(
+            "--tst-bag-size 16,8,4 --tst-step-ratio 0.1,0.1,0.05 --tst-switch auto "
+            "--tst-switch-slope 1e-3".split()
+        )
     )
-    assert several == TSTConfig((16, 8, 4), (0.1, 0.1, 0.05), switch="auto", switch_slope=0.001) and several.enabled
+    assert (
+        several == TSTConfig((16, 8, 4), (0.1, 0.1, 0.05), switch="auto", switch_slope=0.001)
+        and several.enabled
+    )
     with pytest.raises(TSTError, match="got six"):  # and not a page of usage
         TSTConfig.from_args(parse(["--tst-bag-size", "six"]))
 
@@ -255,17 +393,35 @@ def recorded(config, consumed=0, **changes):
     "config, changes, setting",
     [
         (TSTConfig(8, step_ratio=0.3), {}, "another tst_bag_size: expected 6"),
-        (TSTConfig(6, step_ratio=0.2), {}, "other phases: expected bag size 6 for 300 iterations, recovery for 700, got bag size 6 for 200 iterations, recovery for 800"),
-        (FINE, dict(train_iters=2000), "other phases: .* got bag size 6 for 600 iterations, recovery for 1400"),
-        (TSTConfig(6, iters=300), dict(train_iters=2000), "other phases: .* recovery for 1700. Give the first run's --tst-iters .* or --tst-override"),
-        (FINE, dict(global_batch_size=16), "another global_batch_size: expected 8 as in the checkpoint, got 16"),
+        (
+            TSTConfig(6, step_ratio=0.2),
+            {},
+            "other phases: expected bag size 6 for 300 iterations, recovery for 700, got bag size "
+            "6 for 200 iterations, recovery for 800",
+        ),
+        (
+            FINE,
+            dict(train_iters=2000),
+            "other phases: .* got bag size 6 for 600 iterations, recovery for 1400",
+        ),
+        (
+            TSTConfig(6, iters=300),
+            dict(train_iters=2000),
+            "other phases: .* recovery for 1700. Give the first run's --tst-iters .* or "
+            "--tst-override",
+        ),
+        (
+            FINE,
+            dict(global_batch_size=16),
+            "another global_batch_size: expected 8 as in the checkpoint, got 16",
+        ),
         (FINE, dict(seq_length=64), "another seq_length"),
         (TSTConfig(6, 0.3, superpose="input"), {}, "another tst_superpose"),
         (TSTConfig(6, 0.3, target_weighting="power-law"), {}, "another tst_target_weighting"),
         (TSTConfig(6, 0.3, loss="mce-alt"), {}, "another tst_loss"),
         (TSTConfig(6, 0.3, switch="auto"), {}, "another tst_switch: expected fixed"),
     ],
-)  # fmt: skip
+)
 def test_resume_with_other_settings(config, changes, setting):
     assert check_resume(recorded(FINE), recorded(FINE)) == FINE.schedule(arguments())
     with pytest.raises(TSTError, match=f"resuming with {setting}"):
@@ -275,18 +431,24 @@ def test_resume_with_other_settings(config, changes, setting):
 def test_resume_across_having_tst_at_all():
     stock = arguments()
     assert check_resume(stock, stock) is None
-    with pytest.raises(TSTError, match="resuming with TST: expected a checkpoint of a TST run, .*--finetune"):
+    with pytest.raises(
+        TSTError, match="resuming with TST: expected a checkpoint of a TST run, .*--finetune"
+    ):
         check_resume(recorded(FINE), stock)
     with pytest.raises(TSTError, match="resuming without TST: .* Add --tst-bag-size 6"):
         check_resume(stock, recorded(FINE))
 
 
 def overridden(bag_size=6, iters=300, before=FINE, at=0, then=None, **changes):
-    """The phases of a run that goes on from iteration `at` of the run `before` (or of its phases `then`) with --tst-override."""
+    """The phases of a run that goes on from iteration `at` of the run `before` (or of its phases
+    `then`) with --tst-override.
+    """
     checkpoint = recorded(before, at * 8)
     if then:
         store(checkpoint, then)
-    plan = check_resume(recorded(TSTConfig(bag_size, iters=iters, override=True), **changes), checkpoint)
+    plan = check_resume(
+        recorded(TSTConfig(bag_size, iters=iters, override=True), **changes), checkpoint
+    )
     return plan.bag_sizes, tuple(n // 8 for n in plan.samples)
 
 
@@ -294,15 +456,26 @@ SEVERAL = TSTConfig((16, 8, 4), iters=(100, 100, 100))
 
 
 def test_override_moves_the_boundary():
-    assert overridden(iters=200, at=200) == overridden(iters=200, at=100) == ((6, 1), (200, 800))  # now, and soon
+    assert (
+        overridden(iters=200, at=200) == overridden(iters=200, at=100) == ((6, 1), (200, 800))
+    )  # now, and soon
     assert (
         overridden(iters=400, at=299) == overridden(iters=400, at=300) == ((6, 1), (400, 600))
     )  # later, from the boundary itself too
     assert overridden(iters=300, at=100, train_iters=2000) == ((6, 1), (300, 1700))
-    assert overridden((6, 3, 2), (250, 50, 10), at=250) == ((6, 3, 2, 1), (250, 50, 10, 690))  # a schedule ahead
+    assert overridden((6, 3, 2), (250, 50, 10), at=250) == (
+        (6, 3, 2, 1),
+        (250, 50, 10, 690),
+    )  # a schedule ahead
     for places in ((100, 60, 20), (100, 60, 100)):
-        assert overridden((16, 8, 4), places, before=SEVERAL, at=150) == ((16, 8, 4, 1), (*places, 1000 - sum(places)))
-    assert overridden((16, 8, 2), (100, 100, 50), before=SEVERAL, at=200) == ((16, 8, 2, 1), (100, 100, 50, 750))
+        assert overridden((16, 8, 4), places, before=SEVERAL, at=150) == (
+            (16, 8, 4, 1),
+            (*places, 1000 - sum(places)),
+        )
+    assert overridden((16, 8, 2), (100, 100, 50), before=SEVERAL, at=200) == (
+        (16, 8, 2, 1),
+        (100, 100, 50, 750),
+    )
 
 
 def test_override_in_recovery_changes_its_length():
@@ -310,8 +483,13 @@ def test_override_in_recovery_changes_its_length():
         (6, 1),
         (300, 700),
     )  # shorter: the same text in the same order, and an earlier end
-    assert overridden(at=400, train_iters=1200) == ((6, 1, 1), (300, 700, 200))  # longer: more text at the end
-    early = FINE.schedule(arguments()).ending(FINE.schedule(arguments()).phases[0], 200 * 8)  # --tst-switch auto ended it at 200
+    assert overridden(at=400, train_iters=1200) == (
+        (6, 1, 1),
+        (300, 700, 200),
+    )  # longer: more text at the end
+    early = FINE.schedule(arguments()).ending(
+        FINE.schedule(arguments()).phases[0], 200 * 8
+    )  # --tst-switch auto ended it at 200
     assert overridden(at=400, then=early, train_iters=1200) == ((6, 1, 1), (200, 800, 200))
     assert overridden(at=400, then=early) == ((6, 1), (200, 800))  # the flags are the first run's
 
@@ -319,32 +497,58 @@ def test_override_in_recovery_changes_its_length():
 @pytest.mark.parametrize(
     "message, given",
     [
-        ("--tst-override: expected bag size 6 from iteration 1 to 250 as in the checkpoint, got bag size 6 for 200", dict(iters=200, at=250)),
-        ("--tst-override: .* The run is in recovery: superposition cannot be taken up again", dict(iters=400, at=301)),
-        ("--tst-bag-size with --tst-override: expected divisors of 6, got 6,4", dict(bag_size=(6, 4), iters=(250, 50), at=250)),
-        ("--tst-override: expected bag size 6 from iteration 1 to 250", dict(bag_size=3, iters=300, at=250)),
         (
-            r"--tst-override: expected bag size 8 from iteration 101 to 151 as in the checkpoint, to its end after iteration 100 \+ a multiple of 2, "
+            "--tst-override: expected bag size 6 from iteration 1 to 250 as in the checkpoint, "
+            "got bag size 6 for 200",
+            dict(iters=200, at=250),
+        ),
+        (
+            "--tst-override: .* The run is in recovery: superposition cannot be taken up again",
+            dict(iters=400, at=301),
+        ),
+        (
+            "--tst-bag-size with --tst-override: expected divisors of 6, got 6,4",
+            dict(bag_size=(6, 4), iters=(250, 50), at=250),
+        ),
+        (
+            "--tst-override: expected bag size 6 from iteration 1 to 250",
+            dict(bag_size=3, iters=300, at=250),
+        ),
+        (
+            r"--tst-override: expected bag size 8 from iteration 101 to 151 as in the checkpoint, "
+            r"to its end after iteration 100 \+ a multiple of 2, "
             "got bag size 16 for 100 iterations, bag size 8 for 51",
             dict(bag_size=(16, 8, 4), iters=(100, 51, 100), before=SEVERAL, at=151),
         ),
-        ("--tst-override: expected bag size 8 from", dict(bag_size=(16, 8, 4), iters=(90, 100, 100), before=SEVERAL, at=150)),
+        (
+            "--tst-override: expected bag size 8 from",
+            dict(bag_size=(16, 8, 4), iters=(90, 100, 100), before=SEVERAL, at=150),
+        ),
         ("another global_batch_size", dict(global_batch_size=16, at=100)),
     ],
-)  # fmt: skip
+)
 def test_override_cannot_change_what_lies_behind(message, given):
     with pytest.raises(TSTError, match=message):
         overridden(**given)
 
 
 @pytest.mark.parametrize(
-    "name", ["use_mup", "defer_embedding_wgrad_compute", "overlap_moe_expert_parallel_comm", "use_megatron_fsdp"]
+    "name",
+    [
+        "use_mup",
+        "defer_embedding_wgrad_compute",
+        "overlap_moe_expert_parallel_comm",
+        "use_megatron_fsdp",
+    ],
 )
 def test_what_the_fused_linear_loss_does_not_work_with(name):
     config = TSTConfig(bag_size=6, step_ratio=0.3, fused_linear_loss=True)
     check_arguments(config, arguments())
     check_arguments(FINE, arguments(**{name: True}))
-    with pytest.raises(TSTError, match=f"--{name.replace('_', '-')} with --tst-fused-linear-loss: expected unset, got set"):
+    with pytest.raises(
+        TSTError,
+        match=f"--{name.replace('_', '-')} with --tst-fused-linear-loss: expected unset, got set",
+    ):
         check_arguments(config, arguments(**{name: True}))
 
 
@@ -354,14 +558,26 @@ def test_kernels_that_are_not_there_are_refused_before_training(monkeypatch):
     def settings(**changes):
         return TSTConfig(bag_size=6, step_ratio=0.3, **changes)
 
-    for there, device in ((False, "1"), (True, "0")):  # no extension; an extension without CUDA kernels, on a GPU
+    for there, device in (
+        (False, "1"),
+        (True, "0"),
+    ):  # no extension; an extension without CUDA kernels, on a GPU
         monkeypatch.setenv("MEGATRON_TST_CPU", device)
-        monkeypatch.setattr(extension, "load", lambda there=there: extension.Extension(there, False, "without CUDA"))
+        monkeypatch.setattr(
+            extension, "load", lambda there=there: extension.Extension(there, False, "without CUDA")
+        )
         check_arguments(settings(), arguments())
         for asked in (dict(kernel="extension"), dict(kernel_in_recovery=True)):
-            with pytest.raises(TSTError, match="--tst-kernel.*: expected the extension's c.* kernels, got an extension that is"):
+            with pytest.raises(
+                TSTError,
+                match="--tst-kernel.*: expected the extension's c.* kernels, got an extension "
+                "that is",
+            ):
                 check_arguments(settings(**asked), arguments())
-    with pytest.raises(TSTError, match="--tst-kernel-in-recovery: expected the extension's .* got --tst-kernel torch"):
+    with pytest.raises(
+        TSTError,
+        match="--tst-kernel-in-recovery: expected the extension's .* got --tst-kernel torch",
+    ):
         check_arguments(settings(kernel="torch", kernel_in_recovery=True), arguments())
 
 
@@ -369,23 +585,26 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
     """The distributed optimizer with torch's Adam, on a GPU; on CPU cpu.py mends it."""
     from megatron.core.optimizer import distrib_optimizer
 
-    from megatron_tst import cpu, training
+    from megatron_tst import cpu
+    from megatron_tst.loop import entry
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     args = arguments(load=str(tmp_path), use_distributed_optimizer=True, ckpt_step=None)
-    training._check_resumed_optimizer(FINE, args)  # cpu.py
+    entry._check_resumed_optimizer(FINE, args)  # cpu.py
     monkeypatch.setattr(cpu, "asked_for", lambda: False)
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
     with pytest.raises(
-        TSTError, match="--load with --use-distributed-optimizer: expected the Adam of Transformer Engine or Apex, got torch's"
+        TSTError,
+        match="--load with --use-distributed-optimizer: expected the Adam of Transformer Engine "
+        "or Apex, got torch's",
     ):
-        training._check_resumed_optimizer(FINE, args)
+        entry._check_resumed_optimizer(FINE, args)
     for changes in (
         dict(no_load_optim=True),
         dict(finetune=True),
         dict(load=str(tmp_path / "new")),
         dict(use_distributed_optimizer=False),
     ):
-        training._check_resumed_optimizer(FINE, argparse.Namespace(**vars(args) | changes))
+        entry._check_resumed_optimizer(FINE, argparse.Namespace(**vars(args) | changes))
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    training._check_resumed_optimizer(FINE, args)
+    entry._check_resumed_optimizer(FINE, args)

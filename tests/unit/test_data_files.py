@@ -7,8 +7,10 @@ import types
 import prepare_corpus
 import pytest
 
-from megatron_tst.config import TSTConfig, TSTError
-from megatron_tst.data import check_data_files, check_output_folder, phased_provider
+from megatron_tst.checks.files import check_data_files, check_output_folder
+from megatron_tst.config import TSTConfig
+from megatron_tst.data.dataset import phased_provider
+from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
 
 
@@ -26,7 +28,9 @@ def test_a_good_dataset_passes(copied):
 
 def test_missing(tmp_path):
     with pytest.raises(
-        TSTError, match=r"--data-path: expected .*no.bin and .*no.idx, got no file .*no.idx\. Give the prefix without"
+        TSTError,
+        match=r"--data-path: expected .*no.bin and .*no.idx, got no file .*no.idx\. Give the "
+        r"prefix without",
     ):
         check_data_files([str(tmp_path / "no")], 512)
 
@@ -40,19 +44,26 @@ def test_one_of_the_pair_missing(copied):
 @pytest.mark.parametrize("left", [0, 5, 40, 1000])
 def test_truncated_index(copied, left):
     os.truncate(copied + ".idx", left)
-    with pytest.raises(TSTError, match="text.idx: expected a whole Megatron index, got one that cannot be read"):
+    with pytest.raises(
+        TSTError, match="text.idx: expected a whole Megatron index, got one that cannot be read"
+    ):
         check_data_files([copied], 512)
 
 
 def test_truncated_tokens(copied):
     size = os.path.getsize(copied + ".bin")
     os.truncate(copied + ".bin", size - 1000)
-    with pytest.raises(TSTError, match=rf"text.bin: expected {size} bytes as its index says, got {size - 1000}"):
+    with pytest.raises(
+        TSTError, match=rf"text.bin: expected {size} bytes as its index says, got {size - 1000}"
+    ):
         check_data_files([copied], 512)
 
 
 def test_vocabulary_mismatch(copied):
-    with pytest.raises(TSTError, match="vocabulary of .*: expected token ids below the tokenizer's 500, got 511 in document"):
+    with pytest.raises(
+        TSTError,
+        match="vocabulary of .*: expected token ids below the tokenizer's 500, got 511 in document",
+    ):
         check_data_files([copied], 500)
 
 
@@ -61,18 +72,28 @@ def test_output_folders(tmp_path):
     assert (tmp_path / "new" / "folder").is_dir() and not os.listdir(tmp_path / "new" / "folder")
     check_output_folder("--save", None)
     (tmp_path / "file").write_text("")
-    with pytest.raises(TSTError, match="--save: expected a folder that can be written to, got .*file/below: Not a directory"):
+    with pytest.raises(
+        TSTError,
+        match="--save: expected a folder that can be written to, got .*file/below: Not a directory",
+    ):
         check_output_folder("--save", str(tmp_path / "file" / "below"))
-    with pytest.raises(TSTError, match="--save: expected a folder that can be written to, got /proc/nowhere"):
+    with pytest.raises(
+        TSTError, match="--save: expected a folder that can be written to, got /proc/nowhere"
+    ):
         check_output_folder("--save", "/proc/nowhere")
 
 
 def test_prepare_corpus_round_trip(corpus):
-    """Megatron reads back what was written: the tokenizer decodes the documents, each ended by the end-of-document id."""
+    """Megatron reads back what was written: the tokenizer decodes the documents, each ended by the
+    end-of-document id.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
     from tokenizers import Tokenizer
 
-    dataset, tokenizer = IndexedDataset(str(corpus)), Tokenizer.from_file(f"{corpus}.tokenizer.json")
+    dataset, tokenizer = (
+        IndexedDataset(str(corpus)),
+        Tokenizer.from_file(f"{corpus}.tokenizer.json"),
+    )
     texts = [tokenizer.decode(dataset[i].tolist()) for i in range(len(dataset))]
     assert all(dataset[i][-1] == 511 and 511 not in dataset[i][:-1] for i in range(len(dataset)))
     import json
@@ -86,7 +107,9 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     for name in ("a.py", "site-packages/b.py", "c.bin"):
         (tmp_path / name).write_text("x")
     assert [path.name for path in prepare_corpus.find_files([tmp_path])] == ["a.py"]
-    assert [path.name for path in prepare_corpus.find_files([tmp_path / "site-packages"])] == ["b.py"]
+    assert [path.name for path in prepare_corpus.find_files([tmp_path / "site-packages"])] == [
+        "b.py"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -95,12 +118,20 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
         (["--output", "{new}", "--vocab-size", "10"], "expected at least 300"),
         (["--output", "{corpus}"], "expected a new prefix, got .* which exists"),
         (["--output", "{new}", "--input", "{empty}"], "expected text files .* found none"),
-        (["--output", "/proc/no/place", "--input", "{source}"], "expected a place that can be written to"),
+        (
+            ["--output", "/proc/no/place", "--input", "{source}"],
+            "expected a place that can be written to",
+        ),
     ],
 )
 def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
-    places = dict(new=tmp_path / "new", corpus=corpus, empty=tmp_path / "empty", source=prepare_corpus.__file__)
+    places = dict(
+        new=tmp_path / "new",
+        corpus=corpus,
+        empty=tmp_path / "empty",
+        source=prepare_corpus.__file__,
+    )
     assert prepare_corpus.main([a.format(**places) for a in arguments]) == 2
     captured = capsys.readouterr()
     import re
@@ -116,11 +147,18 @@ def test_provider_is_asked_for_long_training_samples_and_stock_validation():
     asked = []
 
     def provider(sizes, vp_stage=None):
-        asked.append((list(sizes), args.seq_length, args.create_attention_mask_in_dataloader, vp_stage))
+        asked.append(
+            (list(sizes), args.seq_length, args.create_attention_mask_in_dataloader, vp_stage)
+        )
         return None, "valid", "test"
 
     provider.is_distributed = True
-    wrapped = phased_provider(provider, args, TSTConfig(bag_size=4, iters=6), lambda: schedule, None)
+    wrapped = phased_provider(
+        provider, args, TSTConfig(bag_size=4, iters=6), lambda: schedule, None
+    )
     assert wrapped.is_distributed and wrapped([40, 17, None], vp_stage=1) == (None, "valid", "test")
-    assert asked == [([schedule.long_samples, 1, None], schedule.long_sample_length, False, 1), ([1, 17, None], 32, True, 1)]
+    assert asked == [
+        ([schedule.long_samples, 1, None], schedule.long_sample_length, False, 1),
+        ([1, 17, None], 32, True, 1),
+    ]
     assert (args.seq_length, args.create_attention_mask_in_dataloader) == (32, True)

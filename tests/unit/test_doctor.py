@@ -1,4 +1,6 @@
-"""tools/doctor.py: real runs with broken packages in front of the real ones, and its judgements of GPUs that are not here."""
+"""tools/doctor.py: real runs with broken packages in front of the real ones, and its judgements of
+GPUs that are not here.
+"""
 
 import json
 import os
@@ -16,6 +18,7 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 from megatron_tst import compat, extension
+from megatron_tst.loop import seams
 
 ROOT = Path(doctor.__file__).resolve().parent.parent
 BUILT = "8.0 9.0 10.0+PTX"  # setup.py's default
@@ -24,7 +27,9 @@ HALF = "assert False, 'Could not find shared object file for Transformer Engine 
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """Puts packages before the real ones, for processes started in this test: packages({"apex/__init__.py": source, ...})."""
+    """Puts packages before the real ones, for processes started in this test:
+    packages({"apex/__init__.py": source, ...}).
+    """
 
     def write(sources):
         for name, source in sources.items():
@@ -42,7 +47,9 @@ def packages(tmp_path, monkeypatch):
 def run(*arguments, python=(), cpu="1"):
     """-> exit code, what was printed"""
     command = [sys.executable, *python, doctor.__file__, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MEGATRON_TST_CPU": cpu})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"MEGATRON_TST_CPU": cpu}
+    )
     assert not done.stderr
     return done.returncode, done.stdout
 
@@ -62,30 +69,51 @@ def test_a_healthy_environment_and_that_what_is_said_is_true(packages):
     assert max(map(len, lines)) <= doctor.WIDTH and 12 <= lines.index("") <= 16
 
     def said(name):
-        return re.search(rf"^ *{name} +(?:ok|note)? *(.*(?:\n {{28}}\S.*)*)", text, re.MULTILINE)[1].split()
+        return re.search(rf"^ *{name} +(?:ok|note)? *(.*(?:\n {{28}}\S.*)*)", text, re.MULTILINE)[
+            1
+        ].split()
 
     assert " ".join(said("extension")) == extension.load().description
-    assert said("torch")[0] == f"{torch.__version__}," and said("megatron-core")[0] == compat.megatron_version()
+    assert (
+        said("torch")[0] == f"{torch.__version__},"
+        and said("megatron-core")[0] == compat.megatron_version()
+    )
     assert said("megatron-tst")[1] == str(ROOT / "megatron_tst")
     kernel = extension.choose("auto", "cpu")
     assert ("extension" in " ".join(said(r"superposed loss on CPU"))) == (kernel == "extension")
     assert said("Adam") == [f"torch.optim.{torch.optim.AdamW.__module__.split('.')[-1]}.AdamW"]
     assert set(said("flags for what is absent")) == {
-        "--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion", "--no-masked-softmax-fusion",
+        "--transformer-impl",
+        "local",
+        "--no-persist-layer-norm",
+        "--no-rope-fusion",
+        "--no-masked-softmax-fusion",
         "--no-gradient-accumulation-fusion",
-    }  # fmt: skip
+    }
 
 
-def test_half_a_transformer_engine_and_a_foreign_apex_are_named_and_hide_nothing_else(packages, tmp_path):
+def test_half_a_transformer_engine_and_a_foreign_apex_are_named_and_hide_nothing_else(
+    packages, tmp_path
+):
     packages({"apex/__init__.py": "", "transformer_engine/__init__.py": HALF})
     code, text = run("--json")
     report = json.loads(text)
     rows = rows_of(report)
-    assert code == 1 and not report["would_train"] and faults_of(report) == {"Transformer Engine", "apex"}
+    assert (
+        code == 1
+        and not report["would_train"]
+        and faults_of(report) == {"Transformer Engine", "apex"}
+    )
     assert "AssertionError: Could not find shared object" in rows["Transformer Engine"]["found"]
     assert "in one version, or uninstall all of them" in rows["Transformer Engine"]["do"]
-    assert str(tmp_path / "packages/apex") in rows["apex"]["found"] and "pip uninstall apex" in rows["apex"]["do"]
-    assert rows["megatron-core"]["found"] == compat.megatron_version() and rows["seams of Megatron"]["state"] == "ok"
+    assert (
+        str(tmp_path / "packages/apex") in rows["apex"]["found"]
+        and "pip uninstall apex" in rows["apex"]["do"]
+    )
+    assert (
+        rows["megatron-core"]["found"] == compat.megatron_version()
+        and rows["seams of Megatron"]["state"] == "ok"
+    )
     assert report["will_use"]["Adam"].startswith("unknown")
 
 
@@ -94,15 +122,30 @@ def test_a_megatron_out_of_range_and_a_machine_without_a_device(packages):
     code, text = run(cpu="0")
     text = " ".join(text.split())
     assert code == 1 and "2 faults: training would fail" in text
-    assert "megatron-core: expected >=0.18,<0.20, got 0.17.1. `pip install 'megatron-core>=0.18,<0.20'`." in text
+    assert (
+        "megatron-core: expected >=0.18,<0.20, got 0.17.1. `pip install "
+        "'megatron-core>=0.18,<0.20'`." in text
+    )
     assert "set MEGATRON_TST_CPU=1: on CPU with gloo" in text
 
 
 def test_a_resiliency_extension_that_megatron_cannot_import_beside(packages):
     """As PyPI's newest, 0.4.1, has no __version__."""
-    asked = ("__init__", "core", "cached_metadata_filesystem_reader", "filesystem_async", "state_dict_saver")
+    asked = (
+        "__init__",
+        "core",
+        "cached_metadata_filesystem_reader",
+        "filesystem_async",
+        "state_dict_saver",
+    )
     inner = {f"nvidia_resiliency_ext/checkpointing/async_ckpt/{name}.py": "" for name in asked}
-    packages({"nvidia_resiliency_ext/__init__.py": "", "nvidia_resiliency_ext/checkpointing/__init__.py": "", **inner})
+    packages(
+        {
+            "nvidia_resiliency_ext/__init__.py": "",
+            "nvidia_resiliency_ext/checkpointing/__init__.py": "",
+            **inner,
+        }
+    )
     row = rows_of(json.loads(run("--json", cpu="0")[1]))["megatron-core"]
     assert row["state"] == "FAULT" and "has no attribute '__version__'" in row["found"]
     assert "pip uninstall nvidia-resiliency-ext" in row["do"]
@@ -112,9 +155,16 @@ def test_nothing_but_python(packages):
     code, text = run(python=("-I", "-S"))
     again, report = run("--json", python=("-I", "-S"))
     report = json.loads(report)
-    assert (code, again) == (1, 1) and faults_of(report) == {"megatron-tst", "torch", "megatron-core"}
+    assert (code, again) == (1, 1) and faults_of(report) == {
+        "megatron-tst",
+        "torch",
+        "megatron-core",
+    }
     assert doctor.screen(report) == text.rstrip("\n")
-    assert "torch: expected `import torch` to work, got ModuleNotFoundError: No module named 'torch'. `pip install" in text
+    assert (
+        "torch: expected `import torch` to work, got ModuleNotFoundError: No module named "
+        "'torch'. `pip install" in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,7 +174,10 @@ def test_nothing_but_python(packages):
         ("import os; os._exit(7)", "a crash (exit code 7)"),
         ("raise SystemExit('no')", "SystemExit: no"),
         ("import time; time.sleep(600)", "no answer within 5 s"),
-        (HALF, "AssertionError: Could not find shared object file for Transformer Engine torch lib."),
+        (
+            HALF,
+            "AssertionError: Could not find shared object file for Transformer Engine torch lib.",
+        ),
     ],
 )
 def test_whatever_an_import_does_is_reported(packages, monkeypatch, source, error):
@@ -132,7 +185,9 @@ def test_whatever_an_import_does_is_reported(packages, monkeypatch, source, erro
     if "sleep" in source:
         monkeypatch.setattr(doctor, "TIMEOUT", 5)
     found = doctor.ask("packages", "transformer_engine")
-    assert found["packages"]["megatron-tst"]["folder"] == str(ROOT / "megatron_tst")  # what was found before is kept
+    assert found["packages"]["megatron-tst"]["folder"] == str(
+        ROOT / "megatron_tst"
+    )  # what was found before is kept
     assert found["transformer_engine"]["error"] == error
     assert doctor.judge_transformer_engine(found["transformer_engine"]).state == "FAULT"
 
@@ -140,8 +195,14 @@ def test_whatever_an_import_does_is_reported(packages, monkeypatch, source, erro
 @pytest.mark.parametrize(
     "source, said",
     [
-        ("torch_version, cuda_architectures = '1.0.0', ''", "built with torch 1.0.0, this is torch"),
-        ("raise ImportError('_C.so: undefined symbol: _ZN3c10')", "built but not loadable with torch"),
+        (
+            "torch_version, cuda_architectures = '1.0.0', ''",
+            "built with torch 1.0.0, this is torch",
+        ),
+        (
+            "raise ImportError('_C.so: undefined symbol: _ZN3c10')",
+            "built but not loadable with torch",
+        ),
     ],
 )
 def test_an_extension_that_does_not_fit_this_torch(packages, tmp_path, source, said):
@@ -150,7 +211,11 @@ def test_an_extension_that_does_not_fit_this_torch(packages, tmp_path, source, s
         shutil.copy(file, tmp_path / "packages/megatron_tst")
     found = doctor.ask("extension")["extension"]
     row = doctor.judge_extension(found, [])
-    assert row.state == "FAULT" and row.found.startswith(said) and "Build it again: `pip install" in row.do
+    assert (
+        row.state == "FAULT"
+        and row.found.startswith(said)
+        and "Build it again: `pip install" in row.do
+    )
     assert doctor.will_use(found, {}, [])["superposed loss on CPU"].startswith("torch kernels")
 
 
@@ -158,27 +223,51 @@ def test_a_changed_seam_is_named(monkeypatch):
     """In this process, whose Megatron can be changed."""
     found = {}
     doctor.probe_megatron(found)
-    assert doctor.judge_seams(found).state == "ok" and doctor.judge_megatron(found, ">=0.18,<0.20").state == "ok"
-    owner = compat.EMBEDDING.owner()
+    assert (
+        doctor.judge_seams(found).state == "ok"
+        and doctor.judge_megatron(found, ">=0.18,<0.20").state == "ok"
+    )
+    owner = seams.EMBEDDING.owner()
     monkeypatch.setattr(owner, "forward", lambda self, ids: None)
     doctor.probe_megatron(found)
     row = doctor.judge_seams(found)
-    assert row.state == "FAULT" and row.found.startswith("1 that do not: ") and str(compat.EMBEDDING) in row.found
+    assert (
+        row.state == "FAULT"
+        and row.found.startswith("1 that do not: ")
+        and str(seams.EMBEDDING) in row.found
+    )
     assert "0.19.2" in row.do
 
 
-APEX = {"torch.py": "", "apex/__init__.py": "", "apex/normalization/__init__.py": "", "apex/normalization/fused_layer_norm.py": ""}
+APEX = {
+    "torch.py": "",
+    "apex/__init__.py": "",
+    "apex/normalization/__init__.py": "",
+    "apex/normalization/fused_layer_norm.py": "",
+}
 
 
 @pytest.mark.parametrize(
     "sources, state, said",
     [
         ({}, "note", "absent: train with --no-gradient-accumulation-fusion"),
-        ({"apex/read.me": ""}, "FAULT", "another package of that name"),  # a folder: Megatron's `import apex` takes it
-        ({"apex/__init__.py": "import pyramid"}, "FAULT", "ModuleNotFoundError: No module named 'pyramid'"),
+        (
+            {"apex/read.me": ""},
+            "FAULT",
+            "another package of that name",
+        ),  # a folder: Megatron's `import apex` takes it
+        (
+            {"apex/__init__.py": "import pyramid"},
+            "FAULT",
+            "ModuleNotFoundError: No module named 'pyramid'",
+        ),
         (APEX, "FAULT", "NVIDIA's without amp_C"),
         (APEX | {"amp_C.py": ""}, "note", "without fused_weight_gradient_mlp_cuda"),
-        (APEX | {"amp_C.py": "raise OSError", "fused_weight_gradient_mlp_cuda.py": ""}, "FAULT", "NVIDIA's without amp_C"),
+        (
+            APEX | {"amp_C.py": "raise OSError", "fused_weight_gradient_mlp_cuda.py": ""},
+            "FAULT",
+            "NVIDIA's without amp_C",
+        ),
         (APEX | {"amp_C.py": "", "fused_weight_gradient_mlp_cuda.py": ""}, "ok", "NVIDIA's: "),
     ],
 )
@@ -190,7 +279,9 @@ def test_which_apex(packages, sources, state, said):
 
 def test_packages_are_looked_for_where_python_m_looks_first(packages, tmp_path):
     packages({"torch.py": ""})
-    (tmp_path / "apex").mkdir()  # apex's own repository, say: Megatron's `import apex` takes the folder
+    (
+        tmp_path / "apex"
+    ).mkdir()  # apex's own repository, say: Megatron's `import apex` takes the folder
     assert doctor.ask("apex")["apex"]["folder"] == str(tmp_path / "apex")
 
 
@@ -198,20 +289,33 @@ def test_packages_are_looked_for_where_python_m_looks_first(packages, tmp_path):
     "versions, state, said",
     [
         ({}, "note", "absent: no FP8"),
-        ({"transformer_engine_cu13": "2.20.2"}, "FAULT", "(transformer-engine-cu13 2.20.2)"),  # and nothing to import
+        (
+            {"transformer_engine_cu13": "2.20.2"},
+            "FAULT",
+            "(transformer-engine-cu13 2.20.2)",
+        ),  # and nothing to import
         (
             dict.fromkeys(("", "_cu13", "_torch"), "2.20.2"),
             "ok",
             "whole: transformer-engine 2.20.2, transformer-engine-cu13 2.20.2",
         ),
-        ({"": "2.20.2", "_cu13": "2.19.0", "_torch": "2.20.2"}, "FAULT", "half-installed: transformer-engine 2.20.2"),
+        (
+            {"": "2.20.2", "_cu13": "2.19.0", "_torch": "2.20.2"},
+            "FAULT",
+            "half-installed: transformer-engine 2.20.2",
+        ),
     ],
 )
 def test_which_transformer_engine(packages, versions, state, said):
     packages({"torch.py": ""})
     for part, version in versions.items():
         name = part if part.startswith("transformer") else f"transformer_engine{part}"
-        packages({f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"})
+        packages(
+            {
+                f"{name}-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: "
+                f"{name}\nVersion: {version}\n"
+            }
+        )
     if "" in versions:
         packages({"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": ""})
     row = doctor.judge_transformer_engine(doctor.ask("transformer_engine")["transformer_engine"])
@@ -223,21 +327,37 @@ def gpu(capability, **more):
 
 
 def torch_with(*gpus, cuda="13.0", nvidia_smi=("NVIDIA X, 580.65.06",)):
-    return {"version": "2.11.0+cu130", "cuda": cuda, "gpus": list(gpus), "nvidia_smi": list(nvidia_smi)}
+    return {
+        "version": "2.11.0+cu130",
+        "cuda": cuda,
+        "gpus": list(gpus),
+        "nvidia_smi": list(nvidia_smi),
+    }
 
 
 def built(architectures=BUILT, **more):
-    found = {"built": True, "loaded": True, "cuda": bool(architectures), "architectures": architectures, "errors": {}}
+    found = {
+        "built": True,
+        "loaded": True,
+        "cuda": bool(architectures),
+        "architectures": architectures,
+        "errors": {},
+    }
     return (
         found
-        | {"description": "CPU kernels", "auto": {"cpu": "extension", "cuda": "extension" if architectures else "torch"}}
+        | {
+            "description": "CPU kernels",
+            "auto": {"cpu": "extension", "cuda": "extension" if architectures else "torch"},
+        }
         | more
     )
 
 
 @pytest.mark.parametrize("exit_code", [0, 9])
 def test_what_the_gpu_probe_asks(monkeypatch, tmp_path, exit_code):
-    """In this process, with CUDA calls that answer as two GPUs would, one of which torch has no kernels for."""
+    """In this process, with CUDA calls that answer as two GPUs would, one of which torch has no
+    kernels for.
+    """
     smi = tmp_path / "nvidia-smi"
     smi.write_text(f"#!/bin/sh\necho 'NVIDIA X, 580.65.06'\nexit {exit_code}\n")
     smi.chmod(0o755)
@@ -255,7 +375,10 @@ def test_what_the_gpu_probe_asks(monkeypatch, tmp_path, exit_code):
     monkeypatch.setattr(torch, "ones", ones)
     found = {}
     doctor.probe_torch(found)
-    assert found["gpus"] == [gpu((9, 0)), gpu((9, 0), error="RuntimeError: no kernel image; torch is built for sm_80")]
+    assert found["gpus"] == [
+        gpu((9, 0)),
+        gpu((9, 0), error="RuntimeError: no kernel image; torch is built for sm_80"),
+    ]
     assert found["nvidia_smi"] == ([] if exit_code else ["NVIDIA X, 580.65.06"])
     assert (found["version"], found["cuda"]) == (torch.__version__, torch.version.cuda)
 
@@ -275,16 +398,21 @@ def test_what_the_gpu_probe_asks(monkeypatch, tmp_path, exit_code):
 def test_what_a_gpu_can_do(capability, cuda, state, said):
     row = doctor.judge_gpu(torch_with(gpu(capability), gpu(capability), cuda=cuda), cpu_asked=False)
     sm = f"sm_{capability[0]}{capability[1]}"
-    assert row.state == state and row.found.startswith(f"2 x NVIDIA X ({sm}, 79 GiB); driver 580.65.06; ")
+    assert row.state == state and row.found.startswith(
+        f"2 x NVIDIA X ({sm}, 79 GiB); driver 580.65.06; "
+    )
     assert row.found.endswith(said)
 
 
 def test_two_kinds_of_gpu_are_judged_by_the_lower():
     row = doctor.judge_gpu(torch_with(gpu((9, 0)), gpu((8, 0))), cpu_asked=False)
-    assert row.found.startswith("1 x NVIDIA X (sm_90, 79 GiB), 1 x NVIDIA X (sm_80, 79 GiB)") and row.found.endswith(
-        "recipes: none"
+    assert row.found.startswith(
+        "1 x NVIDIA X (sm_90, 79 GiB), 1 x NVIDIA X (sm_80, 79 GiB)"
+    ) and row.found.endswith("recipes: none")
+    assert (
+        doctor.judge_extension(built("9.0"), [gpu((9, 0)), gpu((8, 0))]).expected
+        == "CUDA kernels for compute capability 8.0"
     )
-    assert doctor.judge_extension(built("9.0"), [gpu((9, 0)), gpu((8, 0))]).expected == "CUDA kernels for compute capability 8.0"
 
 
 @pytest.mark.parametrize(
@@ -294,8 +422,18 @@ def test_two_kinds_of_gpu_are_judged_by_the_lower():
         (torch_with(), True, "note", "on CPU with gloo"),  # hidden from torch, on purpose
         (torch_with(nvidia_smi=()), False, "FAULT", "none"),
         (torch_with(), False, "FAULT", "none that torch 2.11.0+cu130 (CUDA 13.0) sees"),
-        (torch_with(gpu((9, 0))), True, "FAULT", "MEGATRON_TST_CPU=1 and NVIDIA X"),  # cpu.py ends the process
-        (torch_with(gpu((7, 0), error="no kernel image; torch is built for sm_75 sm_80")), False, "FAULT", "no kernel image"),
+        (
+            torch_with(gpu((9, 0))),
+            True,
+            "FAULT",
+            "MEGATRON_TST_CPU=1 and NVIDIA X",
+        ),  # cpu.py ends the process
+        (
+            torch_with(gpu((7, 0), error="no kernel image; torch is built for sm_75 sm_80")),
+            False,
+            "FAULT",
+            "no kernel image",
+        ),
     ],
 )
 def test_whether_there_is_a_device_to_train_on(probe, cpu_asked, state, said):
@@ -306,12 +444,23 @@ def test_whether_there_is_a_device_to_train_on(probe, cpu_asked, state, said):
 @pytest.mark.parametrize(
     "architectures, capability, way",
     [
-        (BUILT, (8, 0), "binary"), (BUILT, (8, 9), "binary"), (BUILT, (9, 0), "binary"), (BUILT, (10, 0), "binary"),
-        (BUILT, (10, 3), "binary"), (BUILT, (12, 0), "PTX"), (BUILT, (7, 0), "not"), (BUILT, (7, 5), "not"),
-        ("8.0 9.0", (10, 0), "not"), ("8.0;9.0+PTX", (10, 0), "PTX"), ("8.6", (8, 0), "not"), ("9.0+PTX", (8, 9), "not"),
-        ("10.0+PTX 12.0", (12, 0), "binary"), ("Hopper", (9, 0), "unknown"), ("9.0a", (9, 0), "unknown"),
+        (BUILT, (8, 0), "binary"),
+        (BUILT, (8, 9), "binary"),
+        (BUILT, (9, 0), "binary"),
+        (BUILT, (10, 0), "binary"),
+        (BUILT, (10, 3), "binary"),
+        (BUILT, (12, 0), "PTX"),
+        (BUILT, (7, 0), "not"),
+        (BUILT, (7, 5), "not"),
+        ("8.0 9.0", (10, 0), "not"),
+        ("8.0;9.0+PTX", (10, 0), "PTX"),
+        ("8.6", (8, 0), "not"),
+        ("9.0+PTX", (8, 9), "not"),
+        ("10.0+PTX 12.0", (12, 0), "binary"),
+        ("Hopper", (9, 0), "unknown"),
+        ("9.0a", (9, 0), "unknown"),
     ],
-)  # fmt: skip
+)
 def test_whether_the_extension_runs_on_a_gpu(architectures, capability, way):
     assert doctor.how_it_runs(architectures, list(capability)) == way
     row = doctor.judge_extension(built(architectures), [gpu(capability)])
@@ -329,18 +478,32 @@ def test_an_extension_with_a_gpu_in_other_states():
     assert doctor.judge_extension(broken, here).found == "RuntimeError: no kernel image"
     assert "do not run here" in doctor.will_use(broken, {}, here)["superposed loss on GPU"]
     on_cpu = built("")
-    assert doctor.judge_extension(on_cpu, here).state == "note" and "toolkit" in doctor.judge_extension(on_cpu, here).found
+    assert (
+        doctor.judge_extension(on_cpu, here).state == "note"
+        and "toolkit" in doctor.judge_extension(on_cpu, here).found
+    )
     assert doctor.judge_extension(on_cpu, []).state == "ok"
     assert doctor.will_use(on_cpu, {}, here)["superposed loss on GPU"].startswith("torch kernels")
-    absent = built("", built=False, loaded=False, description="not built", auto={"cpu": "torch", "cuda": "torch"})
+    absent = built(
+        "",
+        built=False,
+        loaded=False,
+        description="not built",
+        auto={"cpu": "torch", "cuda": "torch"},
+    )
     assert doctor.judge_extension(absent, []).state == "note"
     assert doctor.judge_extension({"error": "a crash (SIGSEGV)"}, []).state == "FAULT"
 
 
 def test_what_could_not_be_looked_at_is_not_blamed(monkeypatch):
     absent = {"error": "ModuleNotFoundError: No module named 'megatron_tst'"}
-    found = {"packages": {"megatron-core": {"version": "0.19.2", "folder": "/x"}}, "torch": torch_with(gpu((9, 0)))}
-    monkeypatch.setattr(doctor, "ask_all", lambda: found | {"extension": absent, "megatron": absent})
+    found = {
+        "packages": {"megatron-core": {"version": "0.19.2", "folder": "/x"}},
+        "torch": torch_with(gpu((9, 0))),
+    }
+    monkeypatch.setattr(
+        doctor, "ask_all", lambda: found | {"extension": absent, "megatron": absent}
+    )
     report = doctor.examine()
     assert faults_of(report) == {"megatron-tst"} and not report["would_train"]
     assert rows_of(report)["extension"]["found"] == "not looked at: see megatron-tst"
@@ -350,10 +513,18 @@ def test_what_could_not_be_looked_at_is_not_blamed(monkeypatch):
 @pytest.mark.parametrize(
     "version, wanted",
     [
-        ("0.18.0", ">=0.18,<0.20"), ("0.17.9", ">=0.18,<0.20"), ("0.19.2+1a2b3c", ">=0.18,<0.20"), ("0.20.0", ">=0.18,<0.20"),
-        ("1.0", ">=0.18,<0.20"), ("2.6.0+cpu", ">=2.6"), ("2.10.0", ">=2.6"), ("2.5.1", ">=2.6"), ("3.11.9", ">=3.12"), ("3.12.0", ">=3.12"),
+        ("0.18.0", ">=0.18,<0.20"),
+        ("0.17.9", ">=0.18,<0.20"),
+        ("0.19.2+1a2b3c", ">=0.18,<0.20"),
+        ("0.20.0", ">=0.18,<0.20"),
+        ("1.0", ">=0.18,<0.20"),
+        ("2.6.0+cpu", ">=2.6"),
+        ("2.10.0", ">=2.6"),
+        ("2.5.1", ">=2.6"),
+        ("3.11.9", ">=3.12"),
+        ("3.12.0", ">=3.12"),
     ],
-)  # fmt: skip
+)
 def test_versions_are_compared_as_pip_does(version, wanted):
     assert doctor.fits(version, wanted) == (version in SpecifierSet(wanted))
 
@@ -362,7 +533,9 @@ def test_wanted_versions_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = doctor.needs()
     assert wanted.pop("python") == project["requires-python"]
-    assert {name + versions for name, versions in wanted.items()} < set(project["dependencies"]) and len(wanted) == 2
+    assert {name + versions for name, versions in wanted.items()} < set(
+        project["dependencies"]
+    ) and len(wanted) == 2
 
 
 def test_python_and_untested_megatron():
@@ -370,6 +543,11 @@ def test_python_and_untested_megatron():
     assert doctor.judge_python((3, 11, 2), ">=3.12").found == "3.11.2"
     megatron = {"version": "0.19.1", "tested": ["0.18.2", "0.19.2"], "problems": [], "seams": 16}
     assert doctor.judge_megatron(megatron, ">=0.18,<0.20").state == "note"
-    row = doctor.judge_megatron({"error": "ModuleNotFoundError: No module named 'einops'"}, ">=0.18,<0.20")
+    row = doctor.judge_megatron(
+        {"error": "ModuleNotFoundError: No module named 'einops'"}, ">=0.18,<0.20"
+    )
     assert row.state == "FAULT" and "einops" in row.found
-    assert doctor.judge_torch({"version": "2.5.1", "cuda": "12.4", "gpus": []}, ">=2.6").state == "FAULT"
+    assert (
+        doctor.judge_torch({"version": "2.5.1", "cuda": "12.4", "gpus": []}, ">=2.6").state
+        == "FAULT"
+    )

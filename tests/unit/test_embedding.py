@@ -1,9 +1,11 @@
-"""The superposed embedding against the fp64 reference and against Megatron's own, on one rank and over gloo."""
+"""The superposed embedding against the fp64 reference and against Megatron's own, on one rank and
+over gloo.
+"""
 
 import pytest
 import torch
 
-from megatron_tst import reference
+from megatron_tst.ops import reference
 
 
 def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, group=None):
@@ -12,9 +14,18 @@ def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, grou
 
     size = megatron.get_tensor_model_parallel_world_size()
     config = ModelParallelConfig(
-        tensor_model_parallel_size=size, sequence_parallel=scatter, params_dtype=dtype, use_cpu_initialization=True
+        tensor_model_parallel_size=size,
+        sequence_parallel=scatter,
+        params_dtype=dtype,
+        use_cpu_initialization=True,
     )
-    return VocabParallelEmbedding(vocab, width, init_method=torch.nn.init.normal_, reduce_scatter_embeddings=scatter, config=config)
+    return VocabParallelEmbedding(
+        vocab,
+        width,
+        init_method=torch.nn.init.normal_,
+        reduce_scatter_embeddings=scatter,
+        config=config,
+    )
 
 
 @pytest.mark.parametrize("s", [1, 2, 3, 7])
@@ -28,13 +39,17 @@ def test_equals_the_reference(patched, megatron, s):
     table = module.weight.detach().double().requires_grad_()
     want = reference.superposed_embedding(table, tokens)
     (want_grad,) = torch.autograd.grad((want * upstream).sum(), table)
-    assert out.shape == (3, 5, 32) and (out - want).abs().max() < 1e-6 and (grad - want_grad).abs().max() < 1e-5
+    assert (
+        out.shape == (3, 5, 32)
+        and (out - want).abs().max() < 1e-6
+        and (grad - want_grad).abs().max() < 1e-5
+    )
     assert patched.status().superposed_embeddings == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bag_of_one_and_plain_ids_are_stock_bit_for_bit(megatron, dtype):
-    from megatron_tst import patch
+    from megatron_tst.loop import patch
 
     torch.manual_seed(0)
     module = build(megatron, dtype=dtype)
@@ -43,7 +58,10 @@ def test_bag_of_one_and_plain_ids_are_stock_bit_for_bit(megatron, dtype):
     patch.apply()
     try:
         assert torch.equal(module(ids), stock) and patch.status().superposed_embeddings == 0
-        assert torch.equal(module(ids.unsqueeze(-1)), stock) and patch.status().superposed_embeddings == 1
+        assert (
+            torch.equal(module(ids.unsqueeze(-1)), stock)
+            and patch.status().superposed_embeddings == 1
+        )
     finally:
         patch.remove()
 
@@ -54,7 +72,11 @@ def test_order_in_a_bag_and_share_of_each_member(patched, megatron):
     bag = torch.tensor([[[5, 9, 5, 2]]])
     assert torch.allclose(module(bag), module(bag.flip(-1)), atol=1e-7)
     (grad,) = torch.autograd.grad(module(bag).sum(), module.weight)
-    assert grad[5].tolist() == [0.5] * 32 and grad[9].tolist() == grad[2].tolist() == [0.25] * 32 and grad.sum() == 32
+    assert (
+        grad[5].tolist() == [0.5] * 32
+        and grad[9].tolist() == grad[2].tolist() == [0.25] * 32
+        and grad.sum() == 32
+    )
 
 
 def test_bf16_output_is_one_rounding_of_the_exact_mean(patched, megatron):
@@ -66,7 +88,9 @@ def test_bf16_output_is_one_rounding_of_the_exact_mean(patched, megatron):
 
 
 def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
-    """Zipf-distributed ids, a gradient with nonzero mean: bf16 accumulation loses most of the frequent rows' gradient."""
+    """Zipf-distributed ids, a gradient with nonzero mean: bf16 accumulation loses most of the
+    frequent rows' gradient.
+    """
     torch.manual_seed(0)
     vocab, shape = 1000, (8, 512, 8)
     probabilities = 1 / torch.arange(1, vocab + 1).double()
@@ -75,7 +99,9 @@ def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
     upstream = (0.1 + torch.randn(*shape[:2], 32)).bfloat16()
     (grad,) = torch.autograd.grad(module(tokens), module.weight, upstream)
     table = module.weight.detach().double().requires_grad_()
-    (want,) = torch.autograd.grad(reference.superposed_embedding(table, tokens), table, upstream.double())
+    (want,) = torch.autograd.grad(
+        reference.superposed_embedding(table, tokens), table, upstream.double()
+    )
     assert ((grad.double() - want).norm() / want.norm()).item() < 4e-3
     frequent = (grad.double() - want)[0].norm() / want[0].norm()
     assert frequent < 4e-3
@@ -87,7 +113,9 @@ def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_goes_into_main_grad(patched, megatron, tied):
-    """Added in fp32 to what other micro-batches left there; a tied weight's dummy gradient is zeros, since the hook adds it."""
+    """Added in fp32 to what other micro-batches left there; a tied weight's dummy gradient is
+    zeros, since the hook adds it.
+    """
     torch.manual_seed(0)
     module = build(megatron, dtype=torch.bfloat16)
     tokens, upstream = torch.randint(0, 64, (4, 8, 6)), torch.randn(4, 8, 32).bfloat16()
@@ -99,12 +127,18 @@ def test_gradient_goes_into_main_grad(patched, megatron, tied):
     assert module.weight.grad_added_to_main_grad and (not tied or (dummy == 0).all())
     assert torch.allclose(module.weight.main_grad - before, want.float(), rtol=2**-8, atol=1e-5)
     table = module.weight.detach().double().requires_grad_()
-    (exact,) = torch.autograd.grad(reference.superposed_embedding(table, tokens), table, upstream.double())
-    assert torch.allclose((module.weight.main_grad - before).double(), exact, atol=1e-5)  # no rounding to bf16 on the way
+    (exact,) = torch.autograd.grad(
+        reference.superposed_embedding(table, tokens), table, upstream.double()
+    )
+    assert torch.allclose(
+        (module.weight.main_grad - before).double(), exact, atol=1e-5
+    )  # no rounding to bf16 on the way
 
 
 def rank_compares_with_the_whole(scatter):
-    """TP ranks: each rank's shard of table and gradient against one table; sequence-parallel output is this rank's positions."""
+    """TP ranks: each rank's shard of table and gradient against one table; sequence-parallel output
+    is this rank's positions.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
@@ -125,11 +159,15 @@ def rank_compares_with_the_whole(scatter):
         out = module(tokens)
         want = reference.superposed_embedding(table, tokens)
         whole = table.double().requires_grad_()
-        (want_grad,) = torch.autograd.grad(reference.superposed_embedding(whole, tokens), whole, upstream.double())
+        (want_grad,) = torch.autograd.grad(
+            reference.superposed_embedding(whole, tokens), whole, upstream.double()
+        )
         if scatter:
             want, upstream = (t.transpose(0, 1).chunk(size)[rank] for t in (want, upstream))
         (grad,) = torch.autograd.grad(out, module.weight, upstream.contiguous())
-        assert out.shape == want.shape and (out - want).abs().max() <= tolerance * 4, (out - want).abs().max()
+        assert out.shape == want.shape and (out - want).abs().max() <= tolerance * 4, (
+            (out - want).abs().max()
+        )
         error = (grad.double() - want_grad.chunk(size)[rank]).abs().max()
         assert error <= tolerance * 8, error
 

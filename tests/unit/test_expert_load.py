@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tst.boundary_log import ExpertLoad
+from megatron_tst.loop.boundary_log import ExpertLoad
 
 
 @pytest.fixture
@@ -11,8 +11,15 @@ def router(megatron):
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    config = TransformerConfig(num_layers=3, hidden_size=16, num_attention_heads=2, num_moe_experts=4, moe_router_topk=2,
-                               moe_router_load_balancing_type="none", use_cpu_initialization=True)  # fmt: skip
+    config = TransformerConfig(
+        num_layers=3,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        use_cpu_initialization=True,
+    )
     router = TopKRouter(config, pg_collection=pg_collection())
     router.set_layer_number(2)
     return router
@@ -35,8 +42,12 @@ def test_counts_training_tokens_alone(router):
     per_expert = sum(m.sum(0) for m in chosen)
     assert torch.equal(load.counts[2], per_expert) and int(per_expert.sum()) == 2 * 6 * 2
     assert load.imbalance(3, 4) == pytest.approx([float(per_expert.max()) / 6])
-    log_p = torch.stack([router.gating(x).double().log_softmax(-1) for x in (torch_input, torch_input * -1)]).detach()
-    assert load.entropy(3) == pytest.approx([(-(log_p.exp() * log_p).sum(-1) / torch.tensor(4.0).log()).mean().item()], rel=1e-6)
+    log_p = torch.stack(
+        [router.gating(x).double().log_softmax(-1) for x in (torch_input, torch_input * -1)]
+    ).detach()
+    assert load.entropy(3) == pytest.approx(
+        [(-(log_p.exp() * log_p).sum(-1) / torch.tensor(4.0).log()).mean().item()], rel=1e-6
+    )
     load.detach()
     router.train()
     router(torch_input)

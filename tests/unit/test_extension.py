@@ -1,4 +1,6 @@
-"""The extension's ops by themselves: registration, refusals, memory, threads. What they compute is tested in test_loss.py."""
+"""The extension's ops by themselves: registration, refusals, memory, threads. What they compute is
+tested in test_loss.py.
+"""
 
 import importlib.abc
 import re
@@ -11,10 +13,12 @@ import torch
 
 import megatron_tst
 from megatron_tst import extension
-from megatron_tst.loss import multi_hot_cross_entropy, target_weights
+from megatron_tst.ops.loss import multi_hot_cross_entropy, target_weights
 
 FOUND = extension.load()
-needs_extension = pytest.mark.skipif(not FOUND.loaded, reason=f"the extension is {FOUND.description}")
+needs_extension = pytest.mark.skipif(
+    not FOUND.loaded, reason=f"the extension is {FOUND.description}"
+)
 IGNORE = -100
 
 
@@ -29,7 +33,10 @@ def test_is_built_where_it_can_be():
     """A machine with a compiler must not test the torch kernel alone without noticing."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler: the torch kernel alone is tested")
-    assert FOUND.loaded, f"the extension is {FOUND.description}; MEGATRON_TST_SKIP_EXTENSION=1 was set, or setup failed"
+    assert FOUND.loaded, (
+        f"the extension is {FOUND.description}; MEGATRON_TST_SKIP_EXTENSION=1 was set, or setup "
+        f"failed"
+    )
 
 
 @needs_extension
@@ -58,7 +65,9 @@ def test_compiles_in_one_graph(inplace):
 
     def step(logits):
         # * 1: the caller's own tensor, as the output layer's is
-        return multi_hot_cross_entropy(logits * 1, labels, weights, inplace_backward=inplace, kernel="extension").sum()
+        return multi_hot_cross_entropy(
+            logits * 1, labels, weights, inplace_backward=inplace, kernel="extension"
+        ).sum()
 
     eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
     step(eager).backward()
@@ -85,13 +94,16 @@ def test_same_bits_in_every_run_and_with_any_number_of_threads():
 
 @needs_extension
 def test_rows_further_apart_than_32_bits_reach():
-    memory = torch.empty(2**31 + 4096, dtype=torch.bfloat16)  # 4 GiB of addresses; only the touched pages exist
+    memory = torch.empty(
+        2**31 + 4096, dtype=torch.bfloat16
+    )  # 4 GiB of addresses; only the touched pages exist
     far = memory.as_strided((2, 3000), (2**31, 1))
     near = torch.randn(2, 3000).bfloat16()
     far.copy_(near)
     _, labels, _ = arguments(2, 3000, 4)
     assert torch.equal(
-        multi_hot_cross_entropy(far, labels, kernel="extension"), multi_hot_cross_entropy(near, labels, kernel="extension")
+        multi_hot_cross_entropy(far, labels, kernel="extension"),
+        multi_hot_cross_entropy(near, labels, kernel="extension"),
     )
 
 
@@ -107,19 +119,28 @@ def test_rows_without_upstream_get_zeros_whatever_their_logits_are():
 
 @needs_extension
 def test_exp_is_within_one_ulp_of_exact():
-    """A row (x, 0) with the label at 0 has gradient exp(x) / (1 + exp(x)) at x, for every magnitude of x."""
+    """A row (x, 0) with the label at 0 has gradient exp(x) / (1 + exp(x)) at x, for every magnitude
+    of x.
+    """
     x = -torch.logspace(-6, 1.93, 40001, dtype=torch.float64).float()
     logits = torch.stack([x, torch.zeros_like(x)], -1).requires_grad_()
-    multi_hot_cross_entropy(logits, torch.ones(len(x), 1, dtype=torch.int64), kernel="extension").sum().backward()
+    multi_hot_cross_entropy(
+        logits, torch.ones(len(x), 1, dtype=torch.int64), kernel="extension"
+    ).sum().backward()
     exact = torch.sigmoid(x.double())
-    assert ((logits.grad[:, 0] - exact).abs() / exact).max() < 3 * 2**-24  # exp, 1 + exp, the quotient
+    assert (
+        (logits.grad[:, 0] - exact).abs() / exact
+    ).max() < 3 * 2**-24  # exp, 1 + exp, the quotient
 
 
 @needs_extension
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(logits=torch.zeros(6, 33, dtype=torch.float64)), r"expected logits \[N, V\] in fp32, bf16 or fp16, got Double"),
+        (
+            dict(logits=torch.zeros(6, 33, dtype=torch.float64)),
+            r"expected logits \[N, V\] in fp32, bf16 or fp16, got Double",
+        ),
         (dict(logits=torch.zeros(6, 33, 1)), r"expected logits \[N, V\].*\[6, 33, 1\]"),
         (dict(logits=torch.zeros(33, 6).t()), "columns of a row side by side"),
         (dict(logits=torch.zeros(33).expand(6, 33)), "no row over another"),
@@ -134,15 +155,30 @@ def test_exp_is_within_one_ulp_of_exact():
         (dict(labels=torch.full((6, 3), 2**62)), "got 4611686018427387904"),
         (dict(weights=torch.ones(2)), r"expected weights \[3\], fp32, got Float \[2\]"),
         (dict(weights=torch.ones(3, dtype=torch.float64)), "fp32, got Double"),
-        (dict(weights=torch.ones(3, device="meta")), "expected labels and weights on cpu, got cpu and meta"),
+        (
+            dict(weights=torch.ones(3, device="meta")),
+            "expected labels and weights on cpu, got cpu and meta",
+        ),
         (dict(saved=torch.zeros(3, 5)), r"expected saved \[3, N\] of 2 dimensions, the last 6"),
         (dict(saved=torch.zeros(2, 6)), r"expected saved \[3, N\], got \[2, 6\]"),
-        (dict(upstream=torch.zeros(6, dtype=torch.float64)), r"expected upstream \[N\].*got Double"),
+        (
+            dict(upstream=torch.zeros(6, dtype=torch.float64)),
+            r"expected upstream \[N\].*got Double",
+        ),
     ],
 )
 def test_refusals_of_the_ops(change, message):
     logits, labels, weights = arguments()
-    given = dict(logits=logits, labels=labels, weights=weights, saved=torch.zeros(3, 6), upstream=torch.ones(6)) | change
+    given = (
+        dict(
+            logits=logits,
+            labels=labels,
+            weights=weights,
+            saved=torch.zeros(3, 6),
+            upstream=torch.ones(6),
+        )
+        | change
+    )
     z, y, w = given["logits"], given["labels"], given["weights"]
     ops = torch.ops.megatron_tst
     with pytest.raises((ValueError, RuntimeError), match=message):
@@ -160,10 +196,18 @@ def test_choice_of_the_kernel(monkeypatch):
         extension.choose("fast", "cpu")
     monkeypatch.setattr(extension, "load", lambda: extension.Extension(False, False, "not built"))
     assert extension.choose("auto", "cuda") == "torch"
-    with pytest.raises(ValueError, match="expected the extension's cuda kernels, got an extension that is not built"):
+    with pytest.raises(
+        ValueError,
+        match="expected the extension's cuda kernels, got an extension that is not built",
+    ):
         extension.choose("extension", "cuda")
-    monkeypatch.setattr(extension, "load", lambda: extension.Extension(True, False, "CPU kernels, no CUDA kernels"))
-    assert [extension.choose("auto", device) for device in ("cpu", "cuda")] == ["extension", "torch"]
+    monkeypatch.setattr(
+        extension, "load", lambda: extension.Extension(True, False, "CPU kernels, no CUDA kernels")
+    )
+    assert [extension.choose("auto", device) for device in ("cpu", "cuda")] == [
+        "extension",
+        "torch",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +219,9 @@ def test_choice_of_the_kernel(monkeypatch):
             r"built with torch 1.0.0, this is torch .* Build it again",
         ),
         (
-            types.SimpleNamespace(torch_version=torch.__version__.split("+")[0], cuda_architectures=""),
+            types.SimpleNamespace(
+                torch_version=torch.__version__.split("+")[0], cuda_architectures=""
+            ),
             "CPU kernels, no CUDA kernels",
         ),
     ],
@@ -186,7 +232,11 @@ def test_what_is_said_of_an_extension(monkeypatch, module, said):
     if module is not None:
         monkeypatch.setattr(megatron_tst, "_C", module, raising=False)
     found = extension.load.__wrapped__()
-    assert re.search(said, found.description) and found.loaded == said.startswith("CPU kernels") and not found.cuda
+    assert (
+        re.search(said, found.description)
+        and found.loaded == said.startswith("CPU kernels")
+        and not found.cuda
+    )
 
 
 def test_an_extension_that_cannot_be_loaded_is_named(monkeypatch):
@@ -199,4 +249,6 @@ def test_an_extension_that_cannot_be_loaded_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "megatron_tst._C", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     found = extension.load.__wrapped__()
-    assert not found.loaded and re.search("built but not loadable with torch .*undefined symbol.*Build it again", found.description)
+    assert not found.loaded and re.search(
+        "built but not loadable with torch .*undefined symbol.*Build it again", found.description
+    )

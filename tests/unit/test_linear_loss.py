@@ -1,11 +1,14 @@
-"""--tst-fused-linear-loss: the losses and every gradient of the separate output layer and loss, without the logits."""
+"""--tst-fused-linear-loss: the losses and every gradient of the separate output layer and loss,
+without the logits.
+"""
 
 import pytest
 import torch
 from models import batch, gpt, hybrid
 
-from megatron_tst import TSTConfig, extension, patch
-from megatron_tst.loss import multi_hot_cross_entropy
+from megatron_tst import TSTConfig, extension
+from megatron_tst.loop import patch
+from megatron_tst.ops.loss import multi_hot_cross_entropy
 
 V, L, S = 96, 8, 3
 
@@ -19,7 +22,7 @@ def clean(megatron):
 @pytest.fixture(autouse=True)
 def small_chunks(megatron, monkeypatch):
     """Several chunks, the last one shorter."""
-    from megatron_tst import linear_loss
+    from megatron_tst.ops import linear_loss
 
     monkeypatch.setitem(linear_loss._CHUNK_BYTES, "cpu", 5 * V * 4)
 
@@ -51,7 +54,9 @@ def test_equals_the_separate_layer_and_loss(build, tied, s, loss, kernel):
     assert patch.status().fused_linear_losses == 1
     assert torch.allclose(got, want, rtol=2e-6)
     for name, grad in grads.items():
-        assert torch.allclose(grad, want_grads[name], rtol=1e-5, atol=2e-6 * want_grads[name].abs().max().item()), name
+        assert torch.allclose(
+            grad, want_grads[name], rtol=1e-5, atol=2e-6 * want_grads[name].abs().max().item()
+        ), name
 
 
 def test_logits_of_all_rows_never_exist(megatron):
@@ -59,9 +64,13 @@ def test_logits_of_all_rows_never_exist(megatron):
     arguments = batch(torch.randint(0, V, (2, 32 * S + 1)), S)
 
     def largest_tensor():
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             model(**arguments)
-        return max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+        return max(
+            e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+        )
 
     patch.apply(TSTConfig(bag_size=S, iters=1))
     separate = largest_tensor()
@@ -84,55 +93,79 @@ def test_evaluation_and_calls_without_labels_are_stock():
 
 
 def test_gradient_goes_into_main_grad():
-    """Added to what other micro-batches left there; a tied weight's dummy gradient is zeros, since the hook adds it."""
+    """Added to what other micro-batches left there; a tied weight's dummy gradient is zeros, since
+    the hook adds it.
+    """
     model = gpt(dtype=torch.bfloat16)
     arguments = batch(torch.randint(0, V, (2, L * S + 1)), S)
     patch.apply(TSTConfig(bag_size=S, iters=1, fused_linear_loss=True))
     _, grads = loss_and_grads(model, arguments)
     weight = model.output_layer.weight
     before = torch.randn(weight.shape)
-    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = before.clone(), False, True
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = (
+        before.clone(),
+        False,
+        True,
+    )
     _, with_buffer = loss_and_grads(model, arguments)
     assert weight.grad_added_to_main_grad and (with_buffer["output_layer.weight"] == 0).all()
     added = weight.main_grad - before
-    assert torch.allclose(added, grads["output_layer.weight"].float(), rtol=2**-6, atol=2**-8 * added.abs().max().item())
+    assert torch.allclose(
+        added,
+        grads["output_layer.weight"].float(),
+        rtol=2**-6,
+        atol=2**-8 * added.abs().max().item(),
+    )
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4), "bias"])
 def test_refuses_other_output_layers(layer):
-    from megatron_tst.linear_loss import deferred_logits
+    from megatron_tst.ops.linear_loss import deferred_logits
 
     if layer == "bias":
         layer = gpt().output_layer
         layer.bias = torch.nn.Parameter(torch.zeros(V))
     with (
-        pytest.raises(ValueError, match="expected an output layer that is a ColumnParallelLinear without bias"),
+        pytest.raises(
+            ValueError, match="expected an output layer that is a ColumnParallelLinear without bias"
+        ),
         deferred_logits(layer),
     ):
         pass
 
 
 def rank_compares_with_the_separate_layer(sequence_parallel):
-    """TP ranks: hidden states' and weight's gradients of the fused op against Megatron's output layer followed by our loss."""
+    """TP ranks: hidden states' and weight's gradients of the fused op against Megatron's output
+    layer followed by our loss.
+    """
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.model_parallel_config import ModelParallelConfig
 
-    from megatron_tst import linear_loss
+    from megatron_tst.ops import linear_loss
 
     size, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     linear_loss._CHUNK_BYTES["cpu"] = 5 * V // size * 4
     layer = tensor_parallel.ColumnParallelLinear(
-        32, V, bias=False, init_method=torch.nn.init.normal_,
+        32,
+        V,
+        bias=False,
+        init_method=torch.nn.init.normal_,
         config=ModelParallelConfig(
-            tensor_model_parallel_size=size, sequence_parallel=sequence_parallel, use_cpu_initialization=True,
+            tensor_model_parallel_size=size,
+            sequence_parallel=sequence_parallel,
+            use_cpu_initialization=True,
             gradient_accumulation_fusion=False,
         ),
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
-    hidden, labels, weights = torch.randn(L, 2, 32), torch.randint(0, V, (L, 2, S)), torch.tensor([1.0, 0.5, 0.3])
+    hidden, labels, weights = (
+        torch.randn(L, 2, 32),
+        torch.randint(0, V, (L, 2, S)),
+        torch.tensor([1.0, 0.5, 0.3]),
+    )
     labels[1, 0, 0] = -100
     upstream = torch.randn(L, 2)
     results = []
@@ -142,7 +175,9 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
         if fused:
             with linear_loss.deferred_logits(layer):
                 deferred, _ = layer(mine)
-            loss = linear_loss.loss_of_deferred(deferred, labels, weights, loss="mce", kernel="auto")
+            loss = linear_loss.loss_of_deferred(
+                deferred, labels, weights, loss="mce", kernel="auto"
+            )
         else:
             loss = multi_hot_cross_entropy(layer(mine)[0], labels, weights, tp_group=layer.tp_group)
         (loss * upstream).sum().backward()
@@ -153,4 +188,6 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
 
 @pytest.mark.parametrize("size, sequence_parallel", [(2, False), (2, True), (4, True)])
 def test_tensor_and_sequence_parallel(zygote, size, sequence_parallel):
-    zygote.call("test_linear_loss:rank_compares_with_the_separate_layer", sequence_parallel, nproc=size)
+    zygote.call(
+        "test_linear_loss:rank_compares_with_the_separate_layer", sequence_parallel, nproc=size
+    )

@@ -1,4 +1,6 @@
-"""multi_hot_cross_entropy against the fp64 reference: losses and every gradient, each kernel, on one rank and over gloo."""
+"""multi_hot_cross_entropy against the fp64 reference: losses and every gradient, each kernel, on
+one rank and over gloo.
+"""
 
 import math
 
@@ -7,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tst import extension, reference
-from megatron_tst import loss as loss_module
-from megatron_tst.config import LOSSES, TARGET_WEIGHTINGS
-from megatron_tst.loss import target_weights
+from megatron_tst import extension
+from megatron_tst.ops import loss as loss_module
+from megatron_tst.ops import reference
+from megatron_tst.ops.loss import target_weights
+from megatron_tst.ops.names import LOSSES, TARGET_WEIGHTINGS
 
 IGNORE = -100
 _kernel = "auto"
@@ -27,7 +30,9 @@ def kernel(request):
 
 
 def multi_hot_cross_entropy(logits, labels, weights=None, **options):
-    return loss_module.multi_hot_cross_entropy(logits, labels, weights, **{"kernel": _kernel} | options)
+    return loss_module.multi_hot_cross_entropy(
+        logits, labels, weights, **{"kernel": _kernel} | options
+    )
 
 
 def draw(shape, vocab, s, seed=0, ignored=0.3, scale=3.0, few=None):
@@ -52,25 +57,45 @@ def test_equals_the_reference(loss, weighting, s):
     labels[0, 0] = IGNORE
     upstream = torch.randn(6, 5)
     exact = reference.target_weights(weighting, s)
-    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, s), loss=loss), logits, upstream)
-    want, want_grad = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss), logits.double(), upstream)
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, target_weights(weighting, s), loss=loss),
+        logits,
+        upstream,
+    )
+    want, want_grad = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss),
+        logits.double(),
+        upstream,
+    )
     assert got.dtype == torch.float32 and (got - want).abs().max() < 1e-5
     assert (grad - want_grad.nan_to_num()).abs().max() < 1e-6 * (1 + upstream.abs().max())
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    n=st.integers(0, 9), vocab=st.integers(1, 70), s=st.integers(1, 9), seed=st.integers(0, 999),
-    weighting=st.sampled_from(TARGET_WEIGHTINGS), loss=st.sampled_from(LOSSES), ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), margin=st.integers(0, 9),
-)  # fmt: skip
+    n=st.integers(0, 9),
+    vocab=st.integers(1, 70),
+    s=st.integers(1, 9),
+    seed=st.integers(0, 999),
+    weighting=st.sampled_from(TARGET_WEIGHTINGS),
+    loss=st.sampled_from(LOSSES),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    margin=st.integers(0, 9),
+)
 def test_any_shape(n, vocab, s, seed, weighting, loss, ignored, dtype, margin):
     wide, labels = draw((n,), vocab + margin, s, seed, ignored, few=vocab)
     logits = wide.to(dtype)[:, margin:]  # rows apart from each other, and not aligned
     upstream, weights = torch.randn(n), target_weights(weighting, s)
-    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream)
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream
+    )
     exact = reference.target_weights(weighting, s)
-    want, want_grad = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss), logits.double(), upstream)
+    want, want_grad = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels, exact, loss),
+        logits.double(),
+        upstream,
+    )
     assert torch.allclose(got.double(), want, atol=2e-5)
     half_ulp = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     want_grad = want_grad.nan_to_num()  # the reference's at rows without a label
@@ -83,7 +108,8 @@ def test_gradcheck_of_the_reference():
     for loss in LOSSES:
         weights = reference.target_weights("power-law", 4)
         assert torch.autograd.gradcheck(
-            lambda z: reference.multi_hot_cross_entropy(z, labels, weights, loss), logits.double().requires_grad_()
+            lambda z: reference.multi_hot_cross_entropy(z, labels, weights, loss),
+            logits.double().requires_grad_(),
         )
 
 
@@ -102,20 +128,30 @@ def test_gradcheck_of_the_op(loss):
 def test_half_precision_gradient_is_the_fp32_one_rounded_once(dtype, tolerance, loss):
     logits, labels = draw((4, 8), 333, 6)
     logits = logits.to(dtype)
-    upstream = 1e-3 * torch.randn(4, 8)  # scaled before rounding: a bf16 gradient of 1/s first would lose this
+    upstream = 1e-3 * torch.randn(
+        4, 8
+    )  # scaled before rounding: a bf16 gradient of 1/s first would lose this
     got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, upstream)
-    want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits.float(), upstream)
+    want, want_grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits.float(), upstream
+    )
     assert torch.equal(got, want) and grad.dtype == dtype and torch.equal(grad, want_grad.to(dtype))
 
 
 @pytest.mark.parametrize("dtype, bits", [(torch.bfloat16, 8), (torch.float16, 11)])
 def test_ties_round_to_even(dtype, bits):
-    """Two equal logits: the column without the label gets upstream / 2, here halfway between two numbers of the dtype."""
+    """Two equal logits: the column without the label gets upstream / 2, here halfway between two
+    numbers of the dtype.
+    """
     upstream = 2 * (1 + torch.arange(1, 16, 2) * 2.0**-bits)
     _, grad = grad_of(
-        lambda z: multi_hot_cross_entropy(z, torch.zeros(8, 1, dtype=torch.int64)), torch.ones(8, 2).to(dtype), upstream
+        lambda z: multi_hot_cross_entropy(z, torch.zeros(8, 1, dtype=torch.int64)),
+        torch.ones(8, 2).to(dtype),
+        upstream,
     )
-    assert torch.equal(grad[:, 1], (upstream / 2).to(dtype)) and torch.equal(grad[:, 0], -(upstream / 2).to(dtype))
+    assert torch.equal(grad[:, 1], (upstream / 2).to(dtype)) and torch.equal(
+        grad[:, 0], -(upstream / 2).to(dtype)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,12 +163,19 @@ def test_one_label_is_megatrons_cross_entropy(megatron, dtype):
     logits, upstream = logits.to(dtype), torch.randn(16, 4)
     got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels), logits, upstream)
     # a clone: Megatron's overwrites fp32 logits
-    want, want_grad = grad_of(lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, upstream)
+    want, want_grad = grad_of(
+        lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, upstream
+    )
     if _kernel == "torch":
         assert torch.equal(got, want) and torch.equal(grad, want_grad)
     else:
         assert torch.allclose(got, want, rtol=4e-7, atol=1e-6)
-        assert torch.allclose(grad.float(), want_grad.float(), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-9)
+        assert torch.allclose(
+            grad.float(),
+            want_grad.float(),
+            rtol=1e-6 if dtype == torch.float32 else 2**-7,
+            atol=1e-9,
+        )
 
 
 def found_inf(grad):
@@ -146,23 +189,38 @@ def found_inf(grad):
 @pytest.mark.parametrize("s", [1, 4])
 @pytest.mark.parametrize("dtype, upstream", [(torch.float16, 2.0**19), (torch.bfloat16, 3.4e38)])
 def test_a_gradient_too_large_for_its_dtype_is_infinite(megatron, dtype, upstream, s, inplace):
-    """Not the dtype's largest number: a loss scale that is too large must be found. One label: where Megatron's own is infinite."""
+    """Not the dtype's largest number: a loss scale that is too large must be found. One label:
+    where Megatron's own is infinite.
+    """
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     logits, labels = draw((8, 8), 40, s, ignored=0, scale=8.0)
     labels[:4] = labels[:4, :, :1]  # one token s times: as large as with one label
     logits = logits.to(dtype)
-    scale = torch.where(torch.arange(8) % 2 == 0, upstream, 1.0).expand(8, 8)  # the other columns of rows stay small
-    _, grad = grad_of(lambda z: multi_hot_cross_entropy(z * 1.0, labels, inplace_backward=inplace), logits, scale)
-    _, exact = grad_of(lambda z: reference.multi_hot_cross_entropy(z, labels), logits.double(), scale.double())
-    limit = torch.finfo(dtype).max * (1 + torch.finfo(dtype).eps / 4)  # what is larger is rounded up
+    scale = torch.where(torch.arange(8) % 2 == 0, upstream, 1.0).expand(
+        8, 8
+    )  # the other columns of rows stay small
+    _, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z * 1.0, labels, inplace_backward=inplace), logits, scale
+    )
+    _, exact = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels), logits.double(), scale.double()
+    )
+    limit = torch.finfo(dtype).max * (
+        1 + torch.finfo(dtype).eps / 4
+    )  # what is larger is rounded up
     clear = (exact.abs() / limit - 1).abs() > 2e-5
     overflows = exact.abs() > limit
     assert overflows[:4].sum() > 8 and not overflows[:, 1::2].any()
-    assert torch.equal(grad.isinf()[clear], overflows[clear]) and (grad * exact.sign())[overflows & clear].min() == torch.inf
+    assert (
+        torch.equal(grad.isinf()[clear], overflows[clear])
+        and (grad * exact.sign())[overflows & clear].min() == torch.inf
+    )
     assert found_inf(grad) and not found_inf(grad[:, 1::2])
     if s == 1:
-        _, stock = grad_of(lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, scale)
+        _, stock = grad_of(
+            lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, scale
+        )
         assert torch.equal(grad.isinf()[clear], stock.isinf()[clear])
 
 
@@ -170,13 +228,17 @@ def test_a_gradient_too_large_for_its_dtype_is_infinite(megatron, dtype, upstrea
 @pytest.mark.parametrize("where", ["logit", "upstream"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_not_finite_reaches_the_gradient(megatron, dtype, where, bad):
-    """A logit that overflowed in fp16, or a gradient that came in as such: found, and in the rows where Megatron's own loss has it."""
+    """A logit that overflowed in fp16, or a gradient that came in as such: found, and in the rows
+    where Megatron's own loss has it.
+    """
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     logits, labels = draw((6, 3), 3000, 1, ignored=0)  # columns of more than one block
     logits, upstream = logits.to(dtype), torch.ones(6, 3)
     (logits[2, 1] if where == "logit" else upstream[2])[1] = bad
-    _, stock = grad_of(lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, upstream)
+    _, stock = grad_of(
+        lambda z: vocab_parallel_cross_entropy(z.clone(), labels.squeeze(-1)), logits, upstream
+    )
     rows = ~stock.isfinite().all(-1)
     assert rows.nonzero().tolist() == [[2, 1]]
     for loss in LOSSES:
@@ -194,12 +256,16 @@ def test_logits_are_untouched_unless_asked():
     leaf = logits.clone().requires_grad_()
     inner = leaf * 1.0
     multi_hot_cross_entropy(inner, labels, inplace_backward=True).sum().backward()
-    assert torch.equal(leaf.grad, out_of_place) and torch.equal(inner.detach(), out_of_place)  # the memory became the gradient
+    assert torch.equal(leaf.grad, out_of_place) and torch.equal(
+        inner.detach(), out_of_place
+    )  # the memory became the gradient
 
 
 def test_in_place_backward_runs_once():
     logits, labels = draw((4,), 10, 2)
-    loss = multi_hot_cross_entropy(logits.requires_grad_() * 1.0, labels, inplace_backward=True).sum()
+    loss = multi_hot_cross_entropy(
+        logits.requires_grad_() * 1.0, labels, inplace_backward=True
+    ).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="overwritten by the first backward"):
         loss.backward()
@@ -210,7 +276,11 @@ def test_in_place_backward_runs_once():
 
 def test_row_gradients_sum_to_zero_for_partly_ignored_bags():
     logits, labels = draw((200,), 64, 4, ignored=0.6)
-    _, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, target_weights("power-law", 4)), logits, torch.ones(200))
+    _, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, target_weights("power-law", 4)),
+        logits,
+        torch.ones(200),
+    )
     assert grad.double().sum(-1).abs().max() < 1e-6
 
 
@@ -230,7 +300,10 @@ def test_order_in_a_bag_matters_only_with_weights():
     for loss in LOSSES:
         a, b = (multi_hot_cross_entropy(logits, y, loss=loss) for y in (labels, flipped))
         assert torch.allclose(a, b, atol=1e-5)
-    a, b = (multi_hot_cross_entropy(logits, y, target_weights("power-law", 4)) for y in (labels, flipped))
+    a, b = (
+        multi_hot_cross_entropy(logits, y, target_weights("power-law", 4))
+        for y in (labels, flipped)
+    )
     assert (a - b).abs().max() > 0.1
 
 
@@ -238,7 +311,9 @@ def test_fully_ignored_rows_are_exactly_zero():
     logits, labels = draw((5,), 20, 3)
     labels[2] = IGNORE
     for loss in LOSSES:
-        got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5))
+        got, grad = grad_of(
+            lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5)
+        )
         assert got[2] == 0 and (grad[2] == 0).all() and got[[0, 1, 3, 4]].all()
 
 
@@ -248,7 +323,9 @@ def test_a_nan_row_stays_alone_and_padded_columns_get_zero():
     logits[:, 16:] = -torch.inf
     logits[1, 0] = torch.nan
     for loss in LOSSES:
-        got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5))
+        got, grad = grad_of(
+            lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, torch.ones(5)
+        )
         assert got.isnan().tolist() == [False, True, False, False, False]
         assert (grad[[0, 2, 3, 4], 16:] == 0).all() and grad[[0, 2, 3, 4]].isfinite().all()
 
@@ -269,7 +346,9 @@ def test_floor_is_the_entropy_of_the_bag():
     logits = torch.randn(2, 8)
     assert (multi_hot_cross_entropy(logits, labels) >= best).all()
     alt = multi_hot_cross_entropy(logits, labels[:1].expand(2, 4), loss="mce-alt")
-    assert (alt <= multi_hot_cross_entropy(logits, labels[:1].expand(2, 4)) - math.log(4) + 1e-6).all()  # Jensen
+    assert (
+        alt <= multi_hot_cross_entropy(logits, labels[:1].expand(2, 4)) - math.log(4) + 1e-6
+    ).all()  # Jensen
 
 
 @pytest.mark.parametrize("weighting", TARGET_WEIGHTINGS)
@@ -281,10 +360,15 @@ def test_mean_over_positions_is_the_papers_average_where_every_bag_is_full(weigh
 
 
 def test_difference_from_the_papers_average_with_one_extra_token():
-    """Only the last bag's lone label weighs more: as much as a whole bag, where the paper's average gives it 1/s of one."""
+    """Only the last bag's lone label weighs more: as much as a whole bag, where the paper's average
+    gives it 1/s of one.
+    """
     logits, labels = draw((2, 64), 100, 4, ignored=0)
     labels[:, -1, 1:] = IGNORE
-    ours, theirs = multi_hot_cross_entropy(logits, labels).double(), reference.paper_loss(logits, labels)
+    ours, theirs = (
+        multi_hot_cross_entropy(logits, labels).double(),
+        reference.paper_loss(logits, labels),
+    )
     assert 0 < abs(ours.mean() - theirs) < 0.1
     assert abs(ours[:, :-1].mean() - reference.paper_loss(logits[:, :-1], labels[:, :-1])) < 1e-6
 
@@ -299,36 +383,58 @@ def test_scale_of_the_weights_drops_out():
     logits, labels = draw((30,), 50, 4)
     weights = target_weights("power-law", 4)
     for loss in LOSSES:
-        a, b = (multi_hot_cross_entropy(logits, labels, w, loss=loss) for w in (weights, 1000 * weights))
+        a, b = (
+            multi_hot_cross_entropy(logits, labels, w, loss=loss) for w in (weights, 1000 * weights)
+        )
         assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_fitted_weights_are_the_papers():
-    assert (target_weights("fitted-power-law", 4) / target_weights("fitted-power-law", 4).sum()).tolist() == pytest.approx(
-        [0.293, 0.247, 0.233, 0.227], abs=6e-4
-    )
+    assert (
+        target_weights("fitted-power-law", 4) / target_weights("fitted-power-law", 4).sum()
+    ).tolist() == pytest.approx([0.293, 0.247, 0.233, 0.227], abs=6e-4)
 
 
 def test_strided_rows_and_leading_dimensions():
     wide = torch.randn(6, 3, 77)
     labels = torch.randint(0, 50, (6, 3, 2))
     view = wide[..., 5:55]  # row stride 77, unaligned start
-    assert torch.equal(multi_hot_cross_entropy(view, labels), multi_hot_cross_entropy(view.contiguous(), labels))
+    assert torch.equal(
+        multi_hot_cross_entropy(view, labels), multi_hot_cross_entropy(view.contiguous(), labels)
+    )
     assert multi_hot_cross_entropy(view.transpose(0, 1), labels.transpose(0, 1)).shape == (3, 6)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(labels=torch.zeros(4, dtype=torch.int64)), "leading sizes of logits .* labels.unsqueeze"),
-        (dict(labels=torch.zeros(3, 2, dtype=torch.int64)), r"got labels \(3, 2\) and logits \(4, 10\)"),
+        (
+            dict(labels=torch.zeros(4, dtype=torch.int64)),
+            "leading sizes of logits .* labels.unsqueeze",
+        ),
+        (
+            dict(labels=torch.zeros(3, 2, dtype=torch.int64)),
+            r"got labels \(3, 2\) and logits \(4, 10\)",
+        ),
         (dict(labels=torch.zeros(4, 0, dtype=torch.int64)), "S >= 1"),
-        (dict(labels=torch.zeros(4, 2, dtype=torch.int32)), "expected int64 labels, got torch.int32"),
+        (
+            dict(labels=torch.zeros(4, 2, dtype=torch.int32)),
+            "expected int64 labels, got torch.int32",
+        ),
         (dict(labels=torch.full((4, 2), 10)), "expected labels in 0..9 or -100, got 10"),
         (dict(labels=torch.full((4, 2), -1)), "expected labels in 0..9 or -100, got -1"),
-        (dict(logits=torch.zeros(4, 10, dtype=torch.float64)), "fp32, bf16 or fp16, got torch.float64"),
-        (dict(logits=torch.zeros(4, 0)), r"V/tp >= 1\] in fp32, bf16 or fp16, got torch.float32 \(4, 0\)"),
-        (dict(labels=torch.zeros(4, 2, dtype=torch.int64, device="meta")), "labels on the device of the logits, cpu, got meta"),
+        (
+            dict(logits=torch.zeros(4, 10, dtype=torch.float64)),
+            "fp32, bf16 or fp16, got torch.float64",
+        ),
+        (
+            dict(logits=torch.zeros(4, 0)),
+            r"V/tp >= 1\] in fp32, bf16 or fp16, got torch.float32 \(4, 0\)",
+        ),
+        (
+            dict(labels=torch.zeros(4, 2, dtype=torch.int64, device="meta")),
+            "labels on the device of the logits, cpu, got meta",
+        ),
         (dict(weights=torch.ones(3)), r"expected weights \[2\]"),
         (dict(weights=torch.tensor([1.0, -1.0])), "weights >= 0"),
         (dict(weights=torch.zeros(2)), "one of them positive"),
@@ -343,7 +449,8 @@ def test_refusals(change, message):
         multi_hot_cross_entropy(logits, labels, **call)
 
 
-# --- over a vocabulary split across ranks -------------------------------------------------------------------------------------
+# --- over a vocabulary split across ranks
+# -------------------------------------------------------------------------------------
 
 
 def rank_compares_with_the_whole(vocab, s, loss, weighting, which, dtype_name):
@@ -353,21 +460,31 @@ def rank_compares_with_the_whole(vocab, s, loss, weighting, which, dtype_name):
     rank, size = dist.get_rank(), dist.get_world_size()
     logits, labels = draw((3, 7), vocab, s, seed=5, few=vocab if which == "any" else 6)
     if which == "last":
-        labels = torch.where(labels >= 0, vocab - 1 - labels, labels)  # every label on the last rank
+        labels = torch.where(
+            labels >= 0, vocab - 1 - labels, labels
+        )  # every label on the last rank
     if which == "padded":
-        logits[..., -(vocab // size) - 1 :] = -torch.inf  # the last rank holds padding alone, the one before it some
+        logits[
+            ..., -(vocab // size) - 1 :
+        ] = -torch.inf  # the last rank holds padding alone, the one before it some
     dtype = getattr(torch, dtype_name)
     logits = logits.to(dtype)
     upstream, weights = torch.randn(3, 7), target_weights(weighting, s)
     shard = logits.chunk(size, -1)[rank]
     got, grad = grad_of(
-        lambda z: multi_hot_cross_entropy(z, labels, weights, tp_group=dist.group.WORLD, loss=loss), shard, upstream
+        lambda z: multi_hot_cross_entropy(z, labels, weights, tp_group=dist.group.WORLD, loss=loss),
+        shard,
+        upstream,
     )
-    want, want_grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream)
+    want, want_grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream
+    )
     want_grad = want_grad.chunk(size, -1)[rank]
     assert (got - want).abs().max() < 1e-5, (got - want).abs().max()
     atol = 1e-6 if dtype == torch.float32 else 2**-8
-    assert torch.allclose(grad.float(), want_grad.float(), atol=atol, rtol=2**-7 if dtype != torch.float32 else 1e-5)
+    assert torch.allclose(
+        grad.float(), want_grad.float(), atol=atol, rtol=2**-7 if dtype != torch.float32 else 1e-5
+    )
     everywhere = [torch.empty_like(got) for _ in range(size)]
     dist.all_gather(everywhere, got)
     assert all(torch.equal(got, other) for other in everywhere)  # the same bits on every rank

@@ -1,7 +1,8 @@
-"""Gradients in Megatron's DistributedDataParallel buffers, fp16 and bf16, summed in fp32 and in 16 bits: what stock Megatron puts there.
+"""Gradients in Megatron's DistributedDataParallel buffers, fp16 and bf16, summed in fp32 and in 16
+bits: what stock Megatron puts there.
 
-A bag of one token, s times, is that token: its mean is the token's row and its loss the token's, so that stock Megatron on single tokens
-says what the superposed code must leave in every buffer.
+A bag of one token, s times, is that token: its mean is the token's row and its loss the token's, so
+that stock Megatron on single tokens says what the superposed code must leave in every buffer.
 """
 
 import copy
@@ -10,7 +11,8 @@ import pytest
 import torch
 from models import batch, gpt
 
-from megatron_tst import TSTConfig, extension, patch
+from megatron_tst import TSTConfig, extension
+from megatron_tst.loop import patch
 
 V, L, S, MICRO_BATCHES = 96, 8, 4, 2
 SUMS = {
@@ -27,12 +29,24 @@ def clean(megatron):
 
 
 def buffers_after(dtype, tied, sums, steps, scale, cuda_graphs="none"):
-    """Of a model wrapped by Megatron: name -> main_grad after the last of some steps, each a list of micro-batches."""
+    """Of a model wrapped by Megatron: name -> main_grad after the last of some steps, each a list
+    of micro-batches.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    model = gpt(vocab=V, tied=tied, position="learned_absolute" if tied else "rope", dtype=dtype, fp16=dtype == torch.float16)
-    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(**SUMS[sums]), model)
-    wrapped.config = copy.copy(model.config)  # what zero_grad_buffer asks; the model itself runs without graphs
+    model = gpt(
+        vocab=V,
+        tied=tied,
+        position="learned_absolute" if tied else "rope",
+        dtype=dtype,
+        fp16=dtype == torch.float16,
+    )
+    wrapped = DistributedDataParallel(
+        model.config, DistributedDataParallelConfig(**SUMS[sums]), model
+    )
+    wrapped.config = copy.copy(
+        model.config
+    )  # what zero_grad_buffer asks; the model itself runs without graphs
     wrapped.config.cuda_graph_impl = cuda_graphs
     for inputs in steps:
         wrapped.zero_grad_buffer()
@@ -51,7 +65,10 @@ def singles():
 
 def bags(of):
     """Each token s times."""
-    return {key: of[key].unsqueeze(-1).repeat(1, 1, S) if key in ("input_ids", "labels") else of[key] for key in of}
+    return {
+        key: of[key].unsqueeze(-1).repeat(1, 1, S) if key in ("input_ids", "labels") else of[key]
+        for key in of
+    }
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused linear"])
@@ -63,23 +80,41 @@ def test_buffers_hold_what_stock_puts_there(dtype, tied, sums, fused):
         pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     scale = 2.0**10 if dtype == torch.float16 else 1.0
     want = buffers_after(dtype, tied, sums, [singles()], scale)
-    patch.apply(TSTConfig(bag_size=S, iters=1, kernel="extension", kernel_in_recovery=True, fused_linear_loss=fused))
+    patch.apply(
+        TSTConfig(
+            bag_size=S,
+            iters=1,
+            kernel="extension",
+            kernel_in_recovery=True,
+            fused_linear_loss=fused,
+        )
+    )
     superposed = buffers_after(dtype, tied, sums, [[bags(one) for one in singles()]], scale)
     assert patch.status().superposed_embeddings == patch.status().multi_hot_losses == MICRO_BATCHES
     recovery = buffers_after(dtype, tied, sums, [singles()], scale)
-    assert patch.status().recovery_losses == MICRO_BATCHES and patch.status().fused_linear_losses == 2 * MICRO_BATCHES * fused
+    assert (
+        patch.status().recovery_losses == MICRO_BATCHES
+        and patch.status().fused_linear_losses == 2 * MICRO_BATCHES * fused
+    )
     for got in (superposed, recovery):
         assert got.keys() == want.keys()
         for name, grad in got.items():
-            assert grad.dtype == want[name].dtype == (dtype if sums == "16 bits" else torch.float32), name
+            assert (
+                grad.dtype == want[name].dtype == (dtype if sums == "16 bits" else torch.float32)
+            ), name
             norm = want[name].float().norm()
-            assert 0 < norm < torch.inf and (grad.float() - want[name].float()).norm() < 8 * torch.finfo(dtype).eps * norm, name
+            assert (
+                0 < norm < torch.inf
+                and (grad.float() - want[name].float()).norm() < 8 * torch.finfo(dtype).eps * norm
+            ), name
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused linear"])
 @pytest.mark.parametrize("sums", SUMS)
 def test_an_overflow_is_in_the_buffers(sums, fused):
-    """fp16 logits' gradients that overflow reach the embedding's and the output layer's buffers, whatever adds to those: the scaler looks there."""
+    """fp16 logits' gradients that overflow reach the embedding's and the output layer's buffers,
+    whatever adds to those: the scaler looks there.
+    """
     patch.apply(TSTConfig(bag_size=S, iters=1, fused_linear_loss=fused))
     got = buffers_after(torch.float16, False, sums, [[bags(one) for one in singles()]], 2.0**24)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -87,7 +122,9 @@ def test_an_overflow_is_in_the_buffers(sums, fused):
 
 
 def test_the_first_recovery_step_under_cuda_graphs():
-    """Megatron keeps `grad_added_to_main_grad` over iterations there: the stock embedding's gradient must not be taken for one that is in place."""
+    """Megatron keeps `grad_added_to_main_grad` over iterations there: the stock embedding's
+    gradient must not be taken for one that is in place.
+    """
     patch.apply(TSTConfig(bag_size=S, iters=1))
     steps = [[bags(one) for one in singles()], singles()]
     want = buffers_after(torch.bfloat16, False, "fp32", steps[1:], 1.0)

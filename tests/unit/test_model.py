@@ -6,8 +6,8 @@ import pytest
 import torch
 from models import batch, copy_gpt_to_hybrid, gpt, hybrid
 
-from megatron_tst import reference
-from megatron_tst.bags import bag_view
+from megatron_tst.data.bags import bag_view
+from megatron_tst.ops import reference
 
 V, L, S = 96, 8, 3
 
@@ -25,7 +25,8 @@ def loss_and_grads(model, arguments, upstream=None):
 
 
 def stock_and_patched(model, stock_arguments, arguments, kernel="auto"):
-    from megatron_tst import TSTConfig, patch
+    from megatron_tst import TSTConfig
+    from megatron_tst.loop import patch
 
     patch.remove()
     stock = loss_and_grads(model, stock_arguments)
@@ -39,14 +40,18 @@ def test_bag_of_one_is_stock_bit_for_bit(patched, build, dtype):
     """With the torch kernel; the extension's exp is another one, within an ulp (test_loss.py)."""
     model = build().to(dtype)
     raw = raw_tokens(1)
-    (want, want_grads), (got, grads) = stock_and_patched(model, batch(raw, None), batch(raw, 1), "torch")
+    (want, want_grads), (got, grads) = stock_and_patched(
+        model, batch(raw, None), batch(raw, 1), "torch"
+    )
     assert torch.equal(got, want) and patched.status().multi_hot_losses == 1
     for name in grads:
         # the table's gradient is accumulated in fp32 here, in the table's dtype by stock
         exact = "word_embeddings" not in name or dtype == torch.float32
-        assert torch.equal(grads[name], want_grads[name]) if exact else torch.allclose(grads[name], want_grads[name], rtol=2**-6), (
-            name
-        )
+        assert (
+            torch.equal(grads[name], want_grads[name])
+            if exact
+            else torch.allclose(grads[name], want_grads[name], rtol=2**-6)
+        ), name
 
 
 def test_ordinary_batches_run_stock_code(patched):
@@ -60,7 +65,9 @@ def test_ordinary_batches_run_stock_code(patched):
 @pytest.mark.parametrize("superpose", ["both", "input", "output"])
 @pytest.mark.parametrize("tied, position", [(False, "rope"), (True, "learned_absolute")])
 def test_whole_model_equals_the_reference_formulas(patched, superpose, tied, position):
-    """Embed with the reference, run the stock decoder, take the reference loss: same losses, same gradients everywhere."""
+    """Embed with the reference, run the stock decoder, take the reference loss: same losses, same
+    gradients everywhere.
+    """
     model = gpt(tied=tied, position=position)
     raw = raw_tokens(1 if superpose == "output" else S)
     arguments = batch(raw, S, superpose)
@@ -70,11 +77,17 @@ def test_whole_model_equals_the_reference_formulas(patched, superpose, tied, pos
     model.zero_grad()
     tokens, labels = arguments["input_ids"], arguments["labels"]
     table = model.embedding.word_embeddings.weight
-    mean = reference.superposed_embedding(table, tokens if tokens.dim() == 3 else tokens.unsqueeze(-1)).float()
+    mean = reference.superposed_embedding(
+        table, tokens if tokens.dim() == 3 else tokens.unsqueeze(-1)
+    ).float()
     if position == "learned_absolute":
         mean = mean + model.embedding.position_embeddings(arguments["position_ids"])
-    logits = model(None, arguments["position_ids"], None, decoder_input=mean.transpose(0, 1).contiguous())  # [b, L, V]
-    want = reference.multi_hot_cross_entropy(logits, labels if labels.dim() == 3 else labels.unsqueeze(-1))
+    logits = model(
+        None, arguments["position_ids"], None, decoder_input=mean.transpose(0, 1).contiguous()
+    )  # [b, L, V]
+    want = reference.multi_hot_cross_entropy(
+        logits, labels if labels.dim() == 3 else labels.unsqueeze(-1)
+    )
     (want * upstream).sum().backward()
     assert got.shape == (2, L) and (got - want).abs().max() < 2e-6
     for name, parameter in model.named_parameters():
@@ -106,7 +119,9 @@ def test_causality(patched):
         before, after = model(**batch(raw, S)), model(**batch(changed, S))
     assert torch.equal(before[:, : k - 1], after[:, : k - 1])
     want = reference.multi_hot_cross_entropy(a[:, k - 1], bag_view(changed, L, S)[1][:, k - 1])
-    assert (after[:, k - 1] - want).abs().max() < 1e-5 and not torch.equal(before[:, k - 1], after[:, k - 1])
+    assert (after[:, k - 1] - want).abs().max() < 1e-5 and not torch.equal(
+        before[:, k - 1], after[:, k - 1]
+    )
 
 
 def test_order_inside_a_bag_is_lost(patched):
@@ -137,9 +152,12 @@ def test_mixture_of_experts_runs_both_phases(patched):
 @pytest.mark.parametrize("superpose", ["both", "input", "output"])
 @pytest.mark.parametrize("loss", ["mce", "mce-alt"])
 def test_every_mode_learns(megatron, superpose, loss):
-    from megatron_tst import TSTConfig, patch
+    from megatron_tst import TSTConfig
+    from megatron_tst.loop import patch
 
-    patch.apply(TSTConfig(bag_size=S, iters=1, superpose=superpose, loss=loss, target_weighting="power-law"))
+    patch.apply(
+        TSTConfig(bag_size=S, iters=1, superpose=superpose, loss=loss, target_weighting="power-law")
+    )
     try:
         model = gpt()
         arguments = batch(raw_tokens(1 if superpose == "output" else S), S, superpose)
@@ -156,19 +174,27 @@ def test_every_mode_learns(megatron, superpose, loss):
 @pytest.mark.parametrize("kernel", ["torch", "extension"])
 def test_kernel_in_the_recovery_phase(megatron, kernel):
     """One label a position through the extension: Megatron's loss and gradients, in training alone."""
-    from megatron_tst import TSTConfig, extension, patch
+    from megatron_tst import TSTConfig, extension
+    from megatron_tst.loop import patch
 
     if not extension.load().loaded:
         pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
     model, arguments = gpt(), batch(raw_tokens(1), None)
     want, want_grads = loss_and_grads(model, arguments)
-    patch.apply(TSTConfig(bag_size=S, iters=1, kernel=kernel, kernel_in_recovery=kernel == "extension"))
+    patch.apply(
+        TSTConfig(bag_size=S, iters=1, kernel=kernel, kernel_in_recovery=kernel == "extension")
+    )
     try:
         got, grads = loss_and_grads(model, arguments)
         assert patch.status().recovery_losses == (kernel == "extension")
         assert torch.allclose(got, want, rtol=1e-6)
         for name, grad in grads.items():
-            assert torch.allclose(grad, want_grads[name], rtol=1e-5, atol=1e-7 * want_grads[name].abs().max().item() + 1e-9), name
+            assert torch.allclose(
+                grad,
+                want_grads[name],
+                rtol=1e-5,
+                atol=1e-7 * want_grads[name].abs().max().item() + 1e-9,
+            ), name
         model.eval()
         with torch.no_grad():
             model(**arguments)

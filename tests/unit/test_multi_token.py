@@ -1,11 +1,14 @@
-"""Multi-token prediction over bags: the shift is one bag, the losses are those of the formulas, the guesses are looked up in the bag."""
+"""Multi-token prediction over bags: the shift is one bag, the losses are those of the formulas, the
+guesses are looked up in the bag.
+"""
 
 import pytest
 import torch
 from models import batch
 
-from megatron_tst import compat, reference
-from megatron_tst.multi_token import accepted_in_bags
+from megatron_tst.loop import seams
+from megatron_tst.ops import reference
+from megatron_tst.ops.multi_token import accepted_in_bags
 
 V, L, S, B = 96, 8, 3, 2
 
@@ -13,7 +16,10 @@ V, L, S, B = 96, 8, 3, 2
 def mtp_model(depth):
     """GPTModel with `depth` heads of multi-token prediction."""
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
     from models import config
 
@@ -22,9 +28,13 @@ def mtp_model(depth):
     changes = config(mtp_num_layers=depth, mtp_loss_scaling_factor=0.3)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     return GPTModel(
-        config=changes, transformer_layer_spec=layer, vocab_size=V, max_sequence_length=64, position_embedding_type="rope",
+        config=changes,
+        transformer_layer_spec=layer,
+        vocab_size=V,
+        max_sequence_length=64,
+        position_embedding_type="rope",
         mtp_block_spec=get_gpt_mtp_block_spec(changes, layer, use_transformer_engine=False),
-    )  # fmt: skip
+    )
 
 
 def test_tokens_and_labels_move_by_one_bag(patched):
@@ -32,7 +42,11 @@ def test_tokens_and_labels_move_by_one_bag(patched):
 
     bags = torch.arange(1, B * L * S + 1).view(B, L, S)
     rolled, total = roll_tensor(bags, shifts=-1, dims=-1)
-    assert torch.equal(rolled[:, :-1], bags[:, 1:]) and not rolled[:, -1].any() and total == rolled.sum()
+    assert (
+        torch.equal(rolled[:, :-1], bags[:, 1:])
+        and not rolled[:, -1].any()
+        and total == rolled.sum()
+    )
     flat = bags.view(B, -1)
     rolled, _ = roll_tensor(flat, shifts=-1, dims=-1)
     assert torch.equal(rolled[:, :-1], flat[:, 1:]) and not rolled[:, -1].any()
@@ -52,7 +66,9 @@ def rank_rolls():
     whole = torch.arange(1, B * 16 * S + 1).view(B, 16, S)
 
     def part(tensor):
-        return get_batch_on_this_cp_rank({"tokens": tensor.clone()}, is_hybrid_cp=False, cp_group=group)["tokens"]
+        return get_batch_on_this_cp_rank(
+            {"tokens": tensor.clone()}, is_hybrid_cp=False, cp_group=group
+        )["tokens"]
 
     mine, rolled = part(whole), whole
     for _ in range(3):
@@ -68,7 +84,9 @@ def test_over_the_borders_of_context_parallel_ranks(zygote, ranks):
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_heads_are_trained_on_the_bags_after_the_next(patched, monkeypatch, depth):
-    """The loss of head k is the formula's for bags k further on; its gradient comes in with mtp_loss_scaling_factor / depth."""
+    """The loss of head k is the formula's for bags k further on; its gradient comes in with
+    mtp_loss_scaling_factor / depth.
+    """
     from megatron.core.transformer import multi_token_prediction as mtp
 
     model = mtp_model(depth)
@@ -79,32 +97,45 @@ def test_heads_are_trained_on_the_bags_after_the_next(patched, monkeypatch, dept
     monkeypatch.setattr(
         type(model),
         "compute_language_model_loss",
-        lambda self, labels, logits: (seen.append((labels, logits.detach().clone())), compute(self, labels, logits))[1],
+        lambda self, labels, logits: (
+            seen.append((labels, logits.detach().clone())),
+            compute(self, labels, logits),
+        )[1],
     )
     scale = mtp.MTPLossAutoScaler.apply
     monkeypatch.setattr(
         mtp.MTPLossAutoScaler,
         "apply",
-        staticmethod(lambda hidden, loss: (losses.append(loss.detach().clone()), scale(hidden, loss))[1]),
+        staticmethod(
+            lambda hidden, loss: (losses.append(loss.detach().clone()), scale(hidden, loss))[1]
+        ),
     )
     model(**arguments, loss_mask=mask)
     labels = arguments["labels"]
     assert len(losses) == depth
     for k, (loss, (used, logits)) in enumerate(zip(losses, seen), start=1):
         assert torch.equal(used[:, :-k], labels[:, k:]), k
-        want = reference.multi_hot_cross_entropy(logits.transpose(0, 1), used) * (torch.arange(L) < L - k)
+        want = reference.multi_hot_cross_entropy(logits.transpose(0, 1), used) * (
+            torch.arange(L) < L - k
+        )
         factor = 0.3 / depth / (B * (L - k))
         assert (loss - want * factor).abs().max() < 1e-6 and loss.abs().sum() > 0
 
 
 def test_every_weight_of_the_heads_learns(patched):
     model = mtp_model(1)
-    model(**batch(torch.randint(0, V, (B, L * S + 1)), S), loss_mask=torch.ones(B, L)).sum().backward()
-    silent = [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum()]
+    model(
+        **batch(torch.randint(0, V, (B, L * S + 1)), S), loss_mask=torch.ones(B, L)
+    ).sum().backward()
+    silent = [
+        name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum()
+    ]
     assert not silent and any(name.startswith("mtp.") for name, _ in model.named_parameters())
 
 
-counts_guesses = pytest.mark.skipif(not compat.MTP_ACCEPTANCE.exists, reason="NOT RUN: Megatron counts right guesses from 0.19 on")
+counts_guesses = pytest.mark.skipif(
+    not seams.MTP_ACCEPTANCE.exists, reason="NOT RUN: Megatron counts right guesses from 0.19 on"
+)
 
 
 @counts_guesses
@@ -127,10 +158,18 @@ def rank_counts_guesses():
 
     size, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)
-    logits, labels, mask = torch.randn(L, B, V), torch.randint(0, 8, (B, L, S)), torch.rand(B, L) < 0.7
+    logits, labels, mask = (
+        torch.randn(L, B, V),
+        torch.randint(0, 8, (B, L, S)),
+        torch.rand(B, L) < 0.7,
+    )
     logits[..., :8] += 3
     want = accepted_in_bags(logits, labels, mask, True, dist.group.WORLD)
-    assert accepted_in_bags(logits.chunk(size, -1)[rank], labels, mask, False, dist.group.WORLD) == want and want[0] > 0
+    assert (
+        accepted_in_bags(logits.chunk(size, -1)[rank], labels, mask, False, dist.group.WORLD)
+        == want
+        and want[0] > 0
+    )
 
 
 @counts_guesses

@@ -1,4 +1,6 @@
-"""The patch reaches Megatron in either import order, is all or nothing, and goes away without a trace."""
+"""The patch reaches Megatron in either import order, is all or nothing, and goes away without a
+trace.
+"""
 
 import subprocess
 import sys
@@ -7,7 +9,8 @@ import pytest
 import torch
 from models import batch, gpt
 
-from megatron_tst import TSTConfig, compat, patch
+from megatron_tst import TSTConfig
+from megatron_tst.loop import patch, seams
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +19,7 @@ def clean(megatron):
     patch.remove()
 
 
-SEAMS = (*compat.MODEL_SEAMS, *[compat.MTP_ACCEPTANCE] * compat.MTP_ACCEPTANCE.exists)
+SEAMS = (*seams.MODEL_SEAMS, *[seams.MTP_ACCEPTANCE] * seams.MTP_ACCEPTANCE.exists)
 
 
 def stock_functions():
@@ -27,7 +30,9 @@ def test_apply_is_idempotent_and_remove_restores():
     before = stock_functions()
     first = patch.apply()
     ours = stock_functions()
-    assert set(first.seams) == {str(seam) for seam in SEAMS} and all(ours[s] is not before[s] for s in before)
+    assert set(first.seams) == {str(seam) for seam in SEAMS} and all(
+        ours[s] is not before[s] for s in before
+    )
     assert patch.apply() == first and stock_functions() == ours
     patch.remove()
     assert stock_functions() == before and patch.status() == patch.Status()
@@ -42,16 +47,21 @@ def test_settings_follow_the_last_apply():
     for config in (TSTConfig(), TSTConfig(target_weighting="power-law"), TSTConfig(loss="mce-alt")):
         assert patch.apply(config).config == config
         losses.append(model.compute_language_model_loss(labels, logits))
-    assert all((a - b).abs().max() > 1e-3 for a, b in ((losses[0], losses[1]), (losses[1], losses[2]), (losses[0], losses[2])))
+    assert all(
+        (a - b).abs().max() > 1e-3
+        for a, b in ((losses[0], losses[1]), (losses[1], losses[2]), (losses[0], losses[2]))
+    )
 
 
-@pytest.mark.parametrize("seam", compat.MODEL_SEAMS, ids=lambda seam: seam.attribute)
+@pytest.mark.parametrize("seam", seams.MODEL_SEAMS, ids=lambda seam: seam.attribute)
 def test_a_renamed_seam_raises_and_leaves_nothing_patched(monkeypatch, seam):
     owner = seam.owner()
     stock = vars(owner)[seam.attribute]
     monkeypatch.delattr(owner, seam.attribute)
     monkeypatch.setattr(owner, seam.attribute + "_renamed", stock, raising=False)
-    with pytest.raises(patch.PatchError, match=rf"nothing was patched: .*{seam.attribute}: expected to exist"):
+    with pytest.raises(
+        patch.PatchError, match=rf"nothing was patched: .*{seam.attribute}: expected to exist"
+    ):
         patch.apply()
     assert patch.status().seams == ()
     others = [s for s in SEAMS if s != seam]
@@ -63,9 +73,13 @@ def test_a_renamed_seam_raises_and_leaves_nothing_patched(monkeypatch, seam):
 def test_a_changed_signature_raises(monkeypatch):
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
-    monkeypatch.setattr(LanguageModule, "compute_language_model_loss", lambda self, logits, labels: None)
+    monkeypatch.setattr(
+        LanguageModule, "compute_language_model_loss", lambda self, logits, labels: None
+    )
     with pytest.raises(
-        patch.PatchError, match=r"expected parameters \('self', 'labels', 'logits'\), got \('self', 'logits', 'labels'\)"
+        patch.PatchError,
+        match=r"expected parameters \('self', 'labels', 'logits'\), got \('self', 'logits', "
+        r"'labels'\)",
     ):
         patch.apply()
     assert patch.status().seams == ()
@@ -76,7 +90,9 @@ def test_remove_does_not_drop_somebody_elses_patch(monkeypatch):
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     ours = LanguageModule.compute_language_model_loss
-    LanguageModule.compute_language_model_loss = lambda self, labels, logits: ours(self, labels, logits)
+    LanguageModule.compute_language_model_loss = lambda self, labels, logits: ours(
+        self, labels, logits
+    )
     with pytest.raises(patch.PatchError, match="was patched again"):
         patch.remove()
     assert len(patch.status().seams) == len(SEAMS)
@@ -115,7 +131,9 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 def test_both_import_orders(megatron_first):
     ours = "import megatron_tst\nmegatron_tst.apply()"
     order = f"{MEGATRON_IMPORTS}\n{ours}" if megatron_first else f"{ours}\n{MEGATRON_IMPORTS}"
-    done = subprocess.run([sys.executable, "-c", IMPORT_ORDER.format(order=order)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ORDER.format(order=order)], capture_output=True, text=True
+    )
     assert done.stdout.strip().endswith("reached"), done.stderr[-2000:]
 
 
@@ -125,17 +143,27 @@ def test_importing_the_package_imports_neither_torch_nor_megatron():
 
 
 def test_half_installed_transformer_engine_is_survived(tmp_path):
-    """Transformer Engine without its torch part raises AssertionError on import, which Megatron does not catch."""
+    """Transformer Engine without its torch part raises AssertionError on import, which Megatron
+    does not catch.
+    """
     package = tmp_path / "transformer_engine"
     package.mkdir()
-    (package / "__init__.py").write_text("assert False, 'Could not find shared object file for Transformer Engine torch lib.'")
+    (package / "__init__.py").write_text(
+        "assert False, 'Could not find shared object file for Transformer Engine torch lib.'"
+    )
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from megatron_tst import compat\n"
         "if len(sys.argv) > 2: compat.hide_broken_transformer_engine()\n"
         "import megatron.core.utils; print('imported')"
     )
-    without = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    without = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
     assert without.returncode and "AssertionError" in without.stderr  # the trap is still there
-    with_ = subprocess.run([sys.executable, "-c", code, str(tmp_path), "hide"], capture_output=True, text=True)
-    assert with_.stdout.strip() == "imported" and "cannot be imported (AssertionError" in with_.stderr
+    with_ = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), "hide"], capture_output=True, text=True
+    )
+    assert (
+        with_.stdout.strip() == "imported" and "cannot be imported (AssertionError" in with_.stderr
+    )

@@ -1,4 +1,6 @@
-"""tools/plan.py: its arithmetic against hand computations, Megatron's own functions and benchmarks; what speaks against a run."""
+"""tools/plan.py: its arithmetic against hand computations, Megatron's own functions and
+benchmarks; what speaks against a run.
+"""
 
 import csv
 import re
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst import paper, plan
+from megatron_tst.planning import arithmetic, paper
 from megatron_tst.schedule import Schedule
 
 # ---- the paper's runs
@@ -19,12 +21,24 @@ from megatron_tst.schedule import Schedule
 def test_the_papers_10b_run():
     found = planned("--preset", "moe-10b-a1b")
     superposition, recovery = found["phases"]
-    assert (superposition["steps"], recovery["steps"], superposition["bag_size"]) == (12483, 37500, 16)
-    assert superposition["raw_tokens"] == 2**23 * 16 * 12483 and found["text"]["raw_tokens"] == 2**23 * (16 * 12483 + 37500)
-    assert plan_screen.tokens(superposition["raw_tokens"]) == "1.68T" and round(found["text"]["raw_tokens"] / 1e12) == 2
+    assert (superposition["steps"], recovery["steps"], superposition["bag_size"]) == (
+        12483,
+        37500,
+        16,
+    )
+    assert superposition["raw_tokens"] == 2**23 * 16 * 12483 and found["text"][
+        "raw_tokens"
+    ] == 2**23 * (16 * 12483 + 37500)
+    assert (
+        plan_screen.tokens(superposition["raw_tokens"]) == "1.68T"
+        and round(found["text"]["raw_tokens"] / 1e12) == 2
+    )
     assert found["cost"]["gpu_hours"] == pytest.approx(4768) and found["run"]["gpu"] == "b200"
     equal = found["equal_loss"]
-    assert equal["measured"] and (equal["baseline_steps"], equal["baseline_gpu_hours"]) == (125000, 12311)
+    assert equal["measured"] and (equal["baseline_steps"], equal["baseline_gpu_hours"]) == (
+        125000,
+        12311,
+    )
     assert round(equal["speed_up"], 1) == 2.5 and round(equal["baseline_tokens"] / 1e12, 2) == 1.05
 
 
@@ -32,17 +46,33 @@ def test_the_papers_10b_run_on_the_screen(capsys):
     code, text = screen_of(capsys, "--preset", "moe-10b-a1b")
     assert code == 0 and max(map(len, text.splitlines())) <= plan_screen.WIDTH
     flat = " ".join(text.split())
-    for figure in ("12,483", "49,983", "1.68T", "1.99T", "2.5x", "4,768 against 12,311 GPU-hours", "Measured by the paper"):
+    for figure in (
+        "12,483",
+        "49,983",
+        "1.68T",
+        "1.99T",
+        "2.5x",
+        "4,768 against 12,311 GPU-hours",
+        "Measured by the paper",
+    ):
         assert figure in flat
 
 
-@pytest.mark.parametrize("preset, steps, hours, loss, baseline, speed_up", [
-    ("270m", 20000, 34, 3.142, 3.212, None), ("270m", 100000, 170, 3.048, 3.092, None), ("600m", 20000, 61, 2.943, 3.019, None),
-    ("3b", 20000, 247, 2.676, 2.808, 1.8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "preset, steps, hours, loss, baseline, speed_up",
+    [
+        ("270m", 20000, 34, 3.142, 3.212, None),
+        ("270m", 100000, 170, 3.048, 3.092, None),
+        ("600m", 20000, 61, 2.943, 3.019, None),
+        ("3b", 20000, 247, 2.676, 2.808, 1.8),
+    ],
+)
 def test_the_papers_dense_runs(preset, steps, hours, loss, baseline, speed_up):
     found = planned("--preset", preset, "--train-iters", str(steps))
-    assert found["text"]["ratio"] == pytest.approx(6 * 0.3 + 0.7) and found["text"]["raw_tokens"] == 2**21 * steps * 5 // 2
+    assert (
+        found["text"]["ratio"] == pytest.approx(6 * 0.3 + 0.7)
+        and found["text"]["raw_tokens"] == 2**21 * steps * 5 // 2
+    )
     assert found["cost"]["gpu_hours"] == pytest.approx(hours)
     assert found["paper"]["run"] == {"loss": loss, "baseline_loss": baseline, "b200_hours": hours}
     equal = found["equal_loss"]
@@ -58,17 +88,28 @@ def test_what_is_not_the_papers_run_is_not_called_measured():
     )
     for flags in changed:
         found = planned("--preset", "3b", *flags)
-        assert not found["paper"]["run"] and not (found["equal_loss"] or {"measured": False})["measured"], flags
-    assert planned("--preset", "3b", "--tst-bag-size", "2")["equal_loss"] is None  # far from every run that has a speed-up
+        assert (
+            not found["paper"]["run"]
+            and not (found["equal_loss"] or {"measured": False})["measured"]
+        ), flags
+    assert (
+        planned("--preset", "3b", "--tst-bag-size", "2")["equal_loss"] is None
+    )  # far from every run that has a speed-up
     other = planned("--preset", "3b", "--num-layers", "40")  # another model
-    assert not other["paper"]["run"] and not other["equal_loss"]["measured"] and "assumed: MFU" in other["cost"]["source"]
+    assert (
+        not other["paper"]["run"]
+        and not other["equal_loss"]["measured"]
+        and "assumed: MFU" in other["cost"]["source"]
+    )
     given = planned("--preset", "3b", "--mfu", "0.5")
     assert (
         given["cost"]["gpu_hours"] == pytest.approx(given["cost"]["flops"] / (0.5 * 2250e12 * 3600))
         and "given" in given["cost"]["source"]
     )
     on_h100 = planned("--preset", "3b", "--gpu", "h100")["cost"]
-    assert "assumed" in on_h100["source"] and on_h100["mfu"] == pytest.approx(planned("--preset", "3b")["cost"]["mfu"])
+    assert "assumed" in on_h100["source"] and on_h100["mfu"] == pytest.approx(
+        planned("--preset", "3b")["cost"]["mfu"]
+    )
     assert "assumed" in planned(*SMALL)["cost"]["source"]
 
 
@@ -77,9 +118,14 @@ def test_what_is_not_the_papers_run_is_not_called_measured():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    s=st.integers(2, 40), steps=st.integers(2, 5000), batch=st.integers(1, 64), length=st.integers(1, 300), share=st.floats(0.01, 0.99),
-    tokens=st.integers(1, 10**9), output=st.booleans(),
-)  # fmt: skip
+    s=st.integers(2, 40),
+    steps=st.integers(2, 5000),
+    batch=st.integers(1, 64),
+    length=st.integers(1, 300),
+    share=st.floats(0.01, 0.99),
+    tokens=st.integers(1, 10**9),
+    output=st.booleans(),
+)
 def test_text_is_what_the_schedule_reads(s, steps, batch, length, share, tokens, output):
     superposed = max(1, min(steps - 1, round(share * steps)))
     sizes = [
@@ -94,7 +140,10 @@ def test_text_is_what_the_schedule_reads(s, steps, batch, length, share, tokens,
         "--tst-iters",
         superposed,
     ]
-    argv = [*SMALL, *map(str, sizes), "--gpus", "1", "--tokens", str(tokens)] + ["--tst-superpose", "output"] * output
+    argv = [*SMALL, *map(str, sizes), "--gpus", "1", "--tokens", str(tokens)] + [
+        "--tst-superpose",
+        "output",
+    ] * output
     found = planned(*argv)
     schedule = Schedule.of(s, superposed, steps * batch, length, batch, single_tokens_in=output)
     text, wide = found["text"], 1 if output else s
@@ -103,13 +152,23 @@ def test_text_is_what_the_schedule_reads(s, steps, batch, length, share, tokens,
         == schedule.raw_tokens(schedule.train_samples)
         == batch * length * (wide * superposed + steps - superposed)
     )
-    assert sum(phase["raw_tokens"] for phase in found["phases"]) == text["raw_tokens"] <= text["needed"]
-    assert text["needed"] - text["raw_tokens"] < 2 * wide * length * batch and text["suffices"] == (tokens >= text["needed"])
-    assert text["missing"] == max(0, text["needed"] - tokens) and found["loader"]["times_baseline"] == pytest.approx(wide)
+    assert (
+        sum(phase["raw_tokens"] for phase in found["phases"])
+        == text["raw_tokens"]
+        <= text["needed"]
+    )
+    assert text["needed"] - text["raw_tokens"] < 2 * wide * length * batch and text["suffices"] == (
+        tokens >= text["needed"]
+    )
+    assert text["missing"] == max(0, text["needed"] - tokens) and found["loader"][
+        "times_baseline"
+    ] == pytest.approx(wide)
     for name, flag in (("bag_size", "--tst-bag-size"), ("superposed_steps", "--tst-iters")):
         if value := text.get("fits", {}).get(name):
             after = planned(*argv, flag, str(value))["text"]
-            assert after["suffices"] and value < {"bag_size": s, "superposed_steps": superposed}[name]
+            assert (
+                after["suffices"] and value < {"bag_size": s, "superposed_steps": superposed}[name]
+            )
             assert not planned(*argv, flag, str(value + 1))["text"]["suffices"]
 
 
@@ -131,14 +190,45 @@ def test_steps_that_fit():
 def test_parameters_are_those_of_a_real_model(megatron):
     from models import gpt
 
-    shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 96}
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 64,
+        "vocab_size": 96,
+    }
     for changes, flags in (
         ({}, ["--untie-embeddings-and-output-weights"]),
         ({"tied": True}, []),
-        ({"num_query_groups": 2}, ["--group-query-attention", "--num-query-groups", "2", "--untie-embeddings-and-output-weights"]),
-        ({"experts": 4}, ["--num-experts", "4", "--moe-ffn-hidden-size", "32", "--untie-embeddings-and-output-weights"]),
+        (
+            {"num_query_groups": 2},
+            [
+                "--group-query-attention",
+                "--num-query-groups",
+                "2",
+                "--untie-embeddings-and-output-weights",
+            ],
+        ),
+        (
+            {"experts": 4},
+            [
+                "--num-experts",
+                "4",
+                "--moe-ffn-hidden-size",
+                "32",
+                "--untie-embeddings-and-output-weights",
+            ],
+        ),
     ):
-        argv = [*SMALL, *(str(x) for name, value in shape.items() for x in (f"--{name.replace('_', '-')}", value)), *flags]
+        argv = [
+            *SMALL,
+            *(
+                str(x)
+                for name, value in shape.items()
+                for x in (f"--{name.replace('_', '-')}", value)
+            ),
+            *flags,
+        ]
         got = planned(*argv, "--make-vocab-size-divisible-by", "1")["model"]
         count = sum(p.numel() for p in gpt(**changes).parameters())
         assert got["parameters"] == count, changes
@@ -146,15 +236,25 @@ def test_parameters_are_those_of_a_real_model(megatron):
             assert got["active_parameters"] == count - 2 * 2 * 3 * 32 * 32
 
 
-@pytest.mark.parametrize("argv", [
-    SMALL, [x for x in SMALL if x != "--swiglu"], EXPERTS, ["--preset", "3b"], ["--preset", "moe-10b-a1b"],
-    [*SMALL, "--group-query-attention", "--num-query-groups", "2", "--kv-channels", "96"],
-], ids=["mha", "gelu", "experts", "3b", "moe-10b-a1b", "gqa"])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        SMALL,
+        [x for x in SMALL if x != "--swiglu"],
+        EXPERTS,
+        ["--preset", "3b"],
+        ["--preset", "moe-10b-a1b"],
+        [*SMALL, "--group-query-attention", "--num-query-groups", "2", "--kv-channels", "96"],
+    ],
+    ids=["mha", "gelu", "experts", "3b", "moe-10b-a1b", "gqa"],
+)
 def test_flops_are_megatrons(argv):
     from megatron.training.training import num_floating_point_operations
 
     args, found = accepted(list(argv))
-    assert found["cost"]["flops_of_step"] == pytest.approx(num_floating_point_operations(args, args.global_batch_size), rel=1e-12)
+    assert found["cost"]["flops_of_step"] == pytest.approx(
+        num_floating_point_operations(args, args.global_batch_size), rel=1e-12
+    )
 
 
 def test_cost_by_hand():
@@ -168,31 +268,49 @@ def test_cost_by_hand():
     seconds = position * 64 * 1024 / (16 * 400e12)
     assert loader["tokens_a_second"] == pytest.approx(4 * 64 * 1024 / seconds)
     assert (
-        loader["mb_a_second"] == pytest.approx(loader["tokens_a_second"] * 2 / 1e6) and loader["readers"] == 16
+        loader["mb_a_second"] == pytest.approx(loader["tokens_a_second"] * 2 / 1e6)
+        and loader["readers"] == 16
     )  # 2 bytes: 50000 ids
     assert planned(*SMALL, "--vocab-size", "65500")["loader"]["bytes_a_token"] == 4
 
 
 def test_loss_memory_is_what_was_measured():
-    """Peak beyond the logits over their size, in the benchmark's rows: those of the plan are the same numbers."""
-    from megatron_tst import linear_loss, multi_hot_ce
+    """Peak beyond the logits over their size, in the benchmark's rows: those of the plan are
+    the same numbers.
+    """
+    from megatron_tst.ops import linear_loss, torch_kernel
 
     with open(ROOT / "benchmarks/data/multi_hot_ce.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["dtype"] == "bf16"]
     seen = set()
     for row in rows:
-        memory = plan.loss_memory(plan_flags.read([*SMALL])[0], int(row["s"]))
-        ours = {"ours, in place": memory["superposition"]["extension"], "megatron, single": memory["recovery"]["megatron"], "paper's loop": memory["superposition"]["paper_loop"]}  # fmt: skip
+        memory = arithmetic.loss_memory(plan_flags.read([*SMALL])[0], int(row["s"]))
+        ours = {
+            "ours, in place": memory["superposition"]["extension"],
+            "megatron, single": memory["recovery"]["megatron"],
+            "paper's loop": memory["superposition"]["paper_loop"],
+        }
         if row["variant"] in ours:
             seen.add((row["variant"], row["s"]))
             expected = 1 + float(row["extra_mb"]) / float(row["logits_mb"])
             assert ours[row["variant"]] / memory["logits"] == pytest.approx(expected, abs=0.05), row
     assert len(seen) >= 9
-    assert (plan._FUSED_CHUNK, plan._TORCH_CHUNK) == (linear_loss._CHUNK_BYTES["cuda"], multi_hot_ce._CHUNK_BYTES["cuda"])
-    memory = planned(*SMALL, "--micro-batch-size", "8", "--tensor-model-parallel-size", "2", "--context-parallel-size", "2")[
-        "loss_memory"
-    ]
-    assert memory["logits"] == 8 * 512 * (50176 // 2) * 2  # 50000 ids, padded to a multiple of 2 x 128
+    assert (arithmetic._FUSED_CHUNK, arithmetic._TORCH_CHUNK) == (
+        linear_loss._CHUNK_BYTES["cuda"],
+        torch_kernel._CHUNK_BYTES["cuda"],
+    )
+    memory = planned(
+        *SMALL,
+        "--micro-batch-size",
+        "8",
+        "--tensor-model-parallel-size",
+        "2",
+        "--context-parallel-size",
+        "2",
+    )["loss_memory"]
+    assert (
+        memory["logits"] == 8 * 512 * (50176 // 2) * 2
+    )  # 50000 ids, padded to a multiple of 2 x 128
 
 
 # ---- the paper's tables
@@ -205,7 +323,11 @@ def test_a_cell_of_a_table_is_that_cell():
                 assert grid.cell(r, s) is None
             elif r:
                 assert grid.cell(r, s) == paper.Cell(loss, loss - grid.baseline, None)
-        assert grid.cell(0.0, 5).difference == 0 and grid.cell(0.3, 17) is None and grid.cell(0.95, 4) is None
+        assert (
+            grid.cell(0.0, 5).difference == 0
+            and grid.cell(0.3, 17) is None
+            and grid.cell(0.95, 4) is None
+        )
     assert [len(grid.losses) for grid in paper.grids()] == [151, 121, 120, 110]
 
 
@@ -215,20 +337,27 @@ def test_between_cells_lies_what_is_marked_as_interpolated(r, s):
     cell = grid.cell(r, s)
     if cell.between:
         low, high = (grid.cell(x, s).loss for x in cell.between)
-        assert cell.between[0] < r < cell.between[1] and min(low, high) <= cell.loss <= max(low, high)
+        assert cell.between[0] < r < cell.between[1] and min(low, high) <= cell.loss <= max(
+            low, high
+        )
     else:
         assert min(abs(r - x / 10) for x in range(10)) <= 0.0005
 
 
 def test_interpolation_by_hand_and_its_mark(capsys):
     cell = paper.grids()[2].cell(0.62, 6)
-    assert cell.loss == pytest.approx(2.9598 + 0.2 * (2.9726 - 2.9598)) and cell.between == (0.6, 0.7)
-    assert paper.grids()[2].cell(0.025, 6).loss == pytest.approx(3.0186 + 0.25 * (2.9522 - 3.0186))
-    assert "INTERPOLATED between r = 0.2 and 0.3" in screen_of(capsys, "--preset", "600m", "--tst-step-ratio", "0.25")[1].replace(
-        "\n              ", " "
+    assert cell.loss == pytest.approx(2.9598 + 0.2 * (2.9726 - 2.9598)) and cell.between == (
+        0.6,
+        0.7,
     )
+    assert paper.grids()[2].cell(0.025, 6).loss == pytest.approx(3.0186 + 0.25 * (2.9522 - 3.0186))
+    assert "INTERPOLATED between r = 0.2 and 0.3" in screen_of(
+        capsys, "--preset", "600m", "--tst-step-ratio", "0.25"
+    )[1].replace("\n              ", " ")
     found = planned("--preset", "600m")["paper"]["cell"]
-    assert found["interpolated_between_r"] is None and found["difference"] == pytest.approx(2.9439 - 3.0186)
+    assert found["interpolated_between_r"] is None and found["difference"] == pytest.approx(
+        2.9439 - 3.0186
+    )
 
 
 def test_the_nearest_table():
@@ -243,14 +372,23 @@ def test_the_nearest_table():
     assert of("--preset", "600m", "--tst-target-weighting", "power-law")["table"] == 7
     assert of("--preset", "600m", "--tst-bag-size", "16")["table"] == 4  # the only one that has 16
     assert of("--preset", "600m", "--tst-bag-size", "17") is None
-    assert of("--preset", "600m", "--tst-superpose", "input") is None and of("--preset", "600m", "--tst-loss", "mce-alt") is None
+    assert (
+        of("--preset", "600m", "--tst-superpose", "input") is None
+        and of("--preset", "600m", "--tst-loss", "mce-alt") is None
+    )
 
 
 def test_the_table_in_the_docs_is_the_papers():
-    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| (.*) \|$", (ROOT / "docs/choosing.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| (.*) \|$",
+        (ROOT / "docs/choosing.md").read_text(),
+        re.MULTILINE,
+    )
     for s, r, text, losses in rows:
         cells = [grid.cell(float(r), int(s)) for grid in paper.grids()[:3]]
-        assert losses.split(" | ") == ["not run" if cell is None else f"{cell.difference:+.3f}" for cell in cells], (s, r)
+        assert losses.split(" | ") == [
+            "not run" if cell is None else f"{cell.difference:+.3f}" for cell in cells
+        ], (s, r)
         assert float(text) == pytest.approx(int(s) * float(r) + 1 - float(r))
     assert len(rows) == 12
 
@@ -258,11 +396,25 @@ def test_the_table_in_the_docs_is_the_papers():
 def test_sweep(capsys):
     found = planned("--preset", "3b", "--tokens", "80B", "--sweep")
     cells = {(cell["s"], cell["r"]): cell for cell in found["sweep"]["cells"]}
-    assert len(cells) == len(plan.SWEEP_S) * len(plan.SWEEP_R) and found["sweep"]["table"] == 6
-    assert cells[6, 0.3]["raw_tokens"] == found["text"]["raw_tokens"] and not cells[6, 0.3]["fits"] and cells[4, 0.3]["fits"]
-    assert cells[6, 0.3]["difference"] == pytest.approx(2.9439 - 3.0186) and cells[16, 0.3]["difference"] is None
+    assert (
+        len(cells) == len(arithmetic.SWEEP_S) * len(arithmetic.SWEEP_R)
+        and found["sweep"]["table"] == 6
+    )
+    assert (
+        cells[6, 0.3]["raw_tokens"] == found["text"]["raw_tokens"]
+        and not cells[6, 0.3]["fits"]
+        and cells[4, 0.3]["fits"]
+    )
+    assert (
+        cells[6, 0.3]["difference"] == pytest.approx(2.9439 - 3.0186)
+        and cells[16, 0.3]["difference"] is None
+    )
     code, text = screen_of(capsys, "--preset", "3b", "--tokens", "80B", "--sweep")
-    assert code == 0 and "! 105B (-0.075)" in text and max(map(len, text.splitlines())) <= plan_screen.WIDTH
+    assert (
+        code == 0
+        and "! 105B (-0.075)" in text
+        and max(map(len, text.splitlines())) <= plan_screen.WIDTH
+    )
 
 
 # ---- what speaks against it
@@ -271,24 +423,40 @@ def test_sweep(capsys):
 def test_a_data_bound_run(capsys):
     code, text = screen_of(capsys, "--preset", "3b", "--tokens", "80B")
     flat = " ".join(text.split())
-    assert code == 0 and "they do NOT suffice, 24.9B are missing; each token would be read 1.31 times" in flat
     assert (
-        "At equal text the paper's baseline was better: 3B, 105B tokens, plain 2.640 (50,000 steps, 622 B200-hours), TST 2.676 (20,000 steps, 247)"
+        code == 0
+        and "they do NOT suffice, 24.9B are missing; each token would be read 1.31 times" in flat
+    )
+    assert (
+        "At equal text the paper's baseline was better: 3B, 105B tokens, plain 2.640 (50,000 "
+        "steps, 622 B200-hours), TST 2.676 (20,000 steps, 247)" in flat
+    )
+    assert (
+        "What fits: --tst-bag-size 4, or --tst-iters 3629, or --train-iters 15258 at the same r"
         in flat
     )
-    assert "What fits: --tst-bag-size 4, or --tst-iters 3629, or --train-iters 15258 at the same r" in flat
     code, text = screen_of(capsys, "--preset", "3b", "--tokens", "110B")
     assert "they SUFFICE without repetition" in " ".join(text.split()) and "Data-bound" not in text
-    assert "They do not suffice for plain training either" in screen_of(capsys, "--preset", "3b", "--tokens", "40B")[1]
+    assert (
+        "They do not suffice for plain training either"
+        in screen_of(capsys, "--preset", "3b", "--tokens", "40B")[1]
+    )
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--tst-step-ratio", "0.7"], "cells worse than their baseline: 0 of 51 at r = 0.7, 9 of 51 at r = 0.8, 46 of 51 at r = 0.9"),
-    (["--tst-bag-size", "17"], "the paper tried 2 to 16"),
-    (["--tst-bag-size", "9"], "lowest loss beyond 8"),
-    (["--train-iters", "5000"], "the paper's shortest runs have 20,000"),
-    (["--tst-superpose", "output"], "no figure"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (
+            ["--tst-step-ratio", "0.7"],
+            "cells worse than their baseline: 0 of 51 at r = 0.7, 9 of 51 at r = 0.8, 46 of 51 at "
+            "r = 0.9",
+        ),
+        (["--tst-bag-size", "17"], "the paper tried 2 to 16"),
+        (["--tst-bag-size", "9"], "lowest loss beyond 8"),
+        (["--train-iters", "5000"], "the paper's shortest runs have 20,000"),
+        (["--tst-superpose", "output"], "no figure"),
+    ],
+)
 def test_what_speaks_against(flags, sentence):
     assert sentence in " ".join(planned("--preset", "600m", *flags)["against"])
     assert planned("--preset", "600m")["against"] == []
@@ -306,5 +474,8 @@ def test_the_counts_in_that_sentence_by_hand():
 
 
 def test_tsts_own_warnings_are_shown(capsys):
-    assert any("bag size 16: the paper found 4 to 8 robust" in text for text in planned("--preset", "moe-10b-a1b")["warnings"])
+    assert any(
+        "bag size 16: the paper found 4 to 8 robust" in text
+        for text in planned("--preset", "moe-10b-a1b")["warnings"]
+    )
     assert "Warnings at start-up" in screen_of(capsys, "--preset", "moe-10b-a1b")[1]

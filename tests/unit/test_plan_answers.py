@@ -1,4 +1,6 @@
-"""tools/plan.py: answers to impossible layouts and senseless values, the flags that it prints, a dataset of the user's, keys."""
+"""tools/plan.py: answers to impossible layouts and senseless values, the flags that it prints, a
+dataset of the user's, keys.
+"""
 
 import json
 import math
@@ -14,31 +16,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst import layout, paper
-from megatron_tst.config import TSTConfig, TSTError
+from megatron_tst.checks import layout
+from megatron_tst.config import TSTConfig
+from megatron_tst.errors import TSTError
+from megatron_tst.planning import paper
 
 # ---- layouts
 
 
 GROUPS = [*SMALL, "--group-query-attention", "--num-query-groups", "2"]
 LATER = (  # what Megatron finds out when it starts, builds its layers, or trains
-    "--gpus: expected a multiple of EP", "--sequence-parallel: expected it beside experts", "--moe-ffn-hidden-size", "--ffn-hidden-size",
-)  # fmt: skip
+    "--gpus: expected a multiple of EP",
+    "--sequence-parallel: expected it beside experts",
+    "--moe-ffn-hidden-size",
+    "--ffn-hidden-size",
+)
 
 
-@pytest.mark.parametrize("model, layouts", [
-    (SMALL, ["1 1 1 1", "2 1 1 1", "3 1 1 1", "1 3 1 1", "1 4 1 1", "2 2 3 1", "1 1 5 1", "1 1 1 2"]),
-    (GROUPS, ["4 1 1 1", "2 1 1 1", "3 1 1 1"]),
-    (EXPERTS, ["1 1 1 4", "1 1 1 3", "2 1 1 2", "1 2 2 1", "1 3 1 2", "4 1 1 8"]),
-], ids=["dense", "groups", "experts"])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, layouts",
+    [
+        (
+            SMALL,
+            [
+                "1 1 1 1",
+                "2 1 1 1",
+                "3 1 1 1",
+                "1 3 1 1",
+                "1 4 1 1",
+                "2 2 3 1",
+                "1 1 5 1",
+                "1 1 1 2",
+            ],
+        ),
+        (GROUPS, ["4 1 1 1", "2 1 1 1", "3 1 1 1"]),
+        (EXPERTS, ["1 1 1 4", "1 1 1 3", "2 1 1 2", "1 2 2 1", "1 3 1 2", "4 1 1 8"]),
+    ],
+    ids=["dense", "groups", "experts"],
+)
 def test_a_layout_is_possible_where_megatron_says_so(model, layouts):
     """Megatron's validation and the plan's rules agree on 12 GPUs, but for LATER."""
     names, verdicts = ("tensor-model", "pipeline-model", "context", "expert-model"), []
     for sizes in layouts:
-        layout_ = [word for name, size in zip(names, sizes.split()) for word in (f"--{name}-parallel-size", size)]
-        run = [*model, *layout_, "--sequence-parallel", "--global-batch-size", "72", "--num-layers", "6"]
-        faults = [fault for fault in planned(*run, "--gpus", "12").get("faults", []) if not fault.startswith(LATER)]
-        beside = "--micro-batch-size 1 --max-position-embeddings 1024 --tst-bag-size 6 --tst-iters 300".split()
+        layout_ = [
+            word
+            for name, size in zip(names, sizes.split())
+            for word in (f"--{name}-parallel-size", size)
+        ]
+        run = [
+            *model,
+            *layout_,
+            "--sequence-parallel",
+            "--global-batch-size",
+            "72",
+            "--num-layers",
+            "6",
+        ]
+        faults = [
+            fault
+            for fault in planned(*run, "--gpus", "12").get("faults", [])
+            if not fault.startswith(LATER)
+        ]
+        beside = (
+            "--micro-batch-size 1 --max-position-embeddings 1024 --tst-bag-size 6 --tst-iters 300"
+        ).split()
         try:
             dry_run.validate([*run, *BESIDE, *beside], 12, "h100")
         except dry_run.Refused as refused:
@@ -49,30 +90,115 @@ def test_a_layout_is_possible_where_megatron_says_so(model, layouts):
     assert any(verdicts) and not all(verdicts)
 
 
-@pytest.mark.parametrize("argv, fault", [
-    ([*SMALL, "--gpus", "6", "--tensor-model-parallel-size", "4"], "--gpus: expected a multiple of TP x PP x CP = 4 x 1 x 1 = 4, got 6. Change one of them."),
-    ([*SMALL, "--tensor-model-parallel-size", "3", "--gpus", "6"], "--num-attention-heads: expected a multiple of TP = 3, got 8."),
-    ([*SMALL, "--pipeline-model-parallel-size", "8"], "--num-layers: expected a multiple of PP = 8, got 4."),
-    ([*SMALL, "--micro-batch-size", "3"], "--global-batch-size: expected a multiple of micro-batch x DP = 3 x 8 = 24, got 64."),
-    ([*SMALL, "--seq-length", "1022", "--context-parallel-size", "2"], "--seq-length with --context-parallel-size 2: expected a multiple of 4, got 1022."),
-    ([*SMALL, "--expert-model-parallel-size", "2"], "--expert-model-parallel-size: expected 1 without --num-experts, got 2."),
-    ([*SMALL, "--group-query-attention", "--num-query-groups", "3"], "--num-attention-heads: expected a multiple of query groups = 3, got 8."),
-    ([*SMALL, "--group-query-attention", "--num-query-groups", "4", "--num-attention-heads", "24", "--hidden-size", "768", "--tensor-model-parallel-size", "6", "--gpus", "6"], "--num-query-groups: expected a multiple or a divisor of TP = 6, got 4."),
-    ([*SMALL, "--ffn-hidden-size", "1001", "--tensor-model-parallel-size", "2"], "--ffn-hidden-size: expected a multiple of TP = 2, got 1001."),
-    ([*EXPERTS, "--expert-model-parallel-size", "3", "--gpus", "24"], "--num-experts: expected a multiple of EP = 3, got 8."),
-    ([*EXPERTS, "--expert-model-parallel-size", "8", "--tensor-model-parallel-size", "2", "--sequence-parallel"], "--gpus: expected a multiple of EP x expert TP x PP = 8 x 2 x 1 = 16, got 8."),
-    ([*EXPERTS, "--tensor-model-parallel-size", "2"], "--sequence-parallel: expected it beside experts and TP"),
-    ([*EXPERTS, "--expert-tensor-parallel-size", "3", "--gpus", "24"], "--moe-ffn-hidden-size: expected a multiple of expert TP = 3, got 256."),
-    (["--preset", "600m", "--fp8-recipe", "blockwise"], "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 960."),
-    ([*SMALL, "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"], "--fp8-recipe mxfp8: expected sm_100 or newer"),
-    ([*SMALL, "--tst-iters", "1000"], "--tst-iters: expected fewer than the 1000 training iterations, got 1000."),
-    ([*SMALL, "--tst-bag-size", "8,4", "--tst-step-ratio", "0.6,0.5"], "--tst-iters: expected fewer than the 1000 training iterations, got 1100."),
-    ([*SMALL, "--train-iters", "1"], "--tst-step-ratio: expected at least half an iteration of 1, got 0.3."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, fault",
+    [
+        (
+            [*SMALL, "--gpus", "6", "--tensor-model-parallel-size", "4"],
+            "--gpus: expected a multiple of TP x PP x CP = 4 x 1 x 1 = 4, got 6. Change one of "
+            "them.",
+        ),
+        (
+            [*SMALL, "--tensor-model-parallel-size", "3", "--gpus", "6"],
+            "--num-attention-heads: expected a multiple of TP = 3, got 8.",
+        ),
+        (
+            [*SMALL, "--pipeline-model-parallel-size", "8"],
+            "--num-layers: expected a multiple of PP = 8, got 4.",
+        ),
+        (
+            [*SMALL, "--micro-batch-size", "3"],
+            "--global-batch-size: expected a multiple of micro-batch x DP = 3 x 8 = 24, got 64.",
+        ),
+        (
+            [*SMALL, "--seq-length", "1022", "--context-parallel-size", "2"],
+            "--seq-length with --context-parallel-size 2: expected a multiple of 4, got 1022.",
+        ),
+        (
+            [*SMALL, "--expert-model-parallel-size", "2"],
+            "--expert-model-parallel-size: expected 1 without --num-experts, got 2.",
+        ),
+        (
+            [*SMALL, "--group-query-attention", "--num-query-groups", "3"],
+            "--num-attention-heads: expected a multiple of query groups = 3, got 8.",
+        ),
+        (
+            [
+                *SMALL,
+                "--group-query-attention",
+                "--num-query-groups",
+                "4",
+                "--num-attention-heads",
+                "24",
+                "--hidden-size",
+                "768",
+                "--tensor-model-parallel-size",
+                "6",
+                "--gpus",
+                "6",
+            ],
+            "--num-query-groups: expected a multiple or a divisor of TP = 6, got 4.",
+        ),
+        (
+            [*SMALL, "--ffn-hidden-size", "1001", "--tensor-model-parallel-size", "2"],
+            "--ffn-hidden-size: expected a multiple of TP = 2, got 1001.",
+        ),
+        (
+            [*EXPERTS, "--expert-model-parallel-size", "3", "--gpus", "24"],
+            "--num-experts: expected a multiple of EP = 3, got 8.",
+        ),
+        (
+            [
+                *EXPERTS,
+                "--expert-model-parallel-size",
+                "8",
+                "--tensor-model-parallel-size",
+                "2",
+                "--sequence-parallel",
+            ],
+            "--gpus: expected a multiple of EP x expert TP x PP = 8 x 2 x 1 = 16, got 8.",
+        ),
+        (
+            [*EXPERTS, "--tensor-model-parallel-size", "2"],
+            "--sequence-parallel: expected it beside experts and TP",
+        ),
+        (
+            [*EXPERTS, "--expert-tensor-parallel-size", "3", "--gpus", "24"],
+            "--moe-ffn-hidden-size: expected a multiple of expert TP = 3, got 256.",
+        ),
+        (
+            ["--preset", "600m", "--fp8-recipe", "blockwise"],
+            "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 960.",
+        ),
+        (
+            [*SMALL, "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"],
+            "--fp8-recipe mxfp8: expected sm_100 or newer",
+        ),
+        (
+            [*SMALL, "--tst-iters", "1000"],
+            "--tst-iters: expected fewer than the 1000 training iterations, got 1000.",
+        ),
+        (
+            [*SMALL, "--tst-bag-size", "8,4", "--tst-step-ratio", "0.6,0.5"],
+            "--tst-iters: expected fewer than the 1000 training iterations, got 1100.",
+        ),
+        (
+            [*SMALL, "--train-iters", "1"],
+            "--tst-step-ratio: expected at least half an iteration of 1, got 0.3.",
+        ),
+    ],
+)
 def test_an_impossible_run(capsys, argv, fault):
-    assert any(text.startswith(fault) for text in planned(*argv)["faults"]), planned(*argv)["faults"]
+    assert any(text.startswith(fault) for text in planned(*argv)["faults"]), planned(*argv)[
+        "faults"
+    ]
     code, text = screen_of(capsys, *argv)
-    assert code == 2 and fault in " ".join(text.split()) and "the run is impossible" in text and len(text.splitlines()) < 30
+    assert (
+        code == 2
+        and fault in " ".join(text.split())
+        and "the run is impossible" in text
+        and len(text.splitlines()) < 30
+    )
     code, text = screen_of(capsys, *argv, "--json")
     assert code == 2 and json.loads(text)["faults"] == planned(*argv)["faults"]
 
@@ -95,58 +221,119 @@ def test_all_faults_at_once():
 # ---- senseless values
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--tst-step-ratio", "1.5"], "--tst-step-ratio: expected a number in [0, 1), got 1.5."),
-    (["--tst-step-ratio", "-0.2"], "--tst-step-ratio: expected a number in [0, 1), got -0.2."),
-    (["--tst-step-ratio", "nan"], "--tst-step-ratio: expected a number in [0, 1), got nan."),
-    (["--tst-step-ratio", "1"], "--tst-step-ratio: expected a number in [0, 1), got 1."),
-    (["--tst-step-ratio", "0"], "this run is stock megatron"),
-    (["--tst-bag-size", "1"], "this run is stock megatron"),
-    (["--tst-bag-size", "0"], "--tst-bag-size: expected a whole number >= 1, got 0."),
-    (["--tst-bag-size", "2.5"], "--tst-bag-size: expected a whole number >= 1, got 2.5."),
-    (["--tst-bag-size", "8,4", "--tst-step-ratio", "0.2"], "one for each of the bag sizes 8,4"),
-    (["--tst-step-ratio", "0.2", "--tst-iters", "10"], "expected one of the two"),
-    (["--train-iters", "0"], "--train-iters: expected a whole number from 1 to 10^12, got '0'"),
-    (["--train-iters", "1e4"], "--train-iters: expected a whole number"),
-    (["--global-batch-size", "-3"], "--global-batch-size: expected a whole number"),
-    (["--seq-length", "10000000000000000000000000"], "--seq-length: expected a whole number"),
-    (["--mfu", "40"], "--mfu: expected a share in (0, 1], got 40. Give 0.4 for 40 %."),
-    (["--mfu", "0"], "--mfu: expected a number above 0"),
-    (["--mfu", "0.4", "--tflops", "300"], "--mfu and --tflops: expected one of the two"),
-    (["--tokens", "lots"], "--tokens: expected a number above 0, as 0.4 or 105b, got 'lots'"),
-    (["--tokens", "0.1"], "--tokens: expected a token at least"),
-    (["--gpu", "a100"], "invalid choice: 'a100'"),
-    (["--preset", "7b"], "invalid choice: '7b'"),
-    (["--preset", "3b", "--hf-config", "c.json"], "--preset and --hf-config: expected one of the two"),
-    (["--hf-config", "/nowhere/config.json"], "--hf-config: expected a config.json that can be read"),
-    (["--data-path", "/nowhere/text"], "--data-path: expected /nowhere/text.bin"),
-    (["--data-path", "s3://bucket/text"], "--data-path: expected local files, to be counted and read, got s3://bucket/text."),
-    (["--data-path", "1", "a", "b", "c"], "--data-path: expected 1.bin and 1.idx, got no file 1.idx."),
-    (["--data-path", "-1", "a", "2", "b"], "--data-path: expected weights above 0"),
-    (["--no-such-flag", "3"], "unrecognized arguments: --no-such-flag"),
-    (["--hidden-size", "100"], "--hidden-size: expected a multiple of --num-attention-heads = 8, got 100."),
-    (["--num-experts", "4", "--moe-router-topk", "5"], "--moe-router-topk: expected at most --num-experts = 4, got 5."),
-    (["--max-position-embeddings", "512"], "--seq-length: expected at most --max-position-embeddings = 512, got 1024."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tst-step-ratio", "1.5"], "--tst-step-ratio: expected a number in [0, 1), got 1.5."),
+        (["--tst-step-ratio", "-0.2"], "--tst-step-ratio: expected a number in [0, 1), got -0.2."),
+        (["--tst-step-ratio", "nan"], "--tst-step-ratio: expected a number in [0, 1), got nan."),
+        (["--tst-step-ratio", "1"], "--tst-step-ratio: expected a number in [0, 1), got 1."),
+        (["--tst-step-ratio", "0"], "this run is stock megatron"),
+        (["--tst-bag-size", "1"], "this run is stock megatron"),
+        (["--tst-bag-size", "0"], "--tst-bag-size: expected a whole number >= 1, got 0."),
+        (["--tst-bag-size", "2.5"], "--tst-bag-size: expected a whole number >= 1, got 2.5."),
+        (["--tst-bag-size", "8,4", "--tst-step-ratio", "0.2"], "one for each of the bag sizes 8,4"),
+        (["--tst-step-ratio", "0.2", "--tst-iters", "10"], "expected one of the two"),
+        (["--train-iters", "0"], "--train-iters: expected a whole number from 1 to 10^12, got '0'"),
+        (["--train-iters", "1e4"], "--train-iters: expected a whole number"),
+        (["--global-batch-size", "-3"], "--global-batch-size: expected a whole number"),
+        (["--seq-length", "10000000000000000000000000"], "--seq-length: expected a whole number"),
+        (["--mfu", "40"], "--mfu: expected a share in (0, 1], got 40. Give 0.4 for 40 %."),
+        (["--mfu", "0"], "--mfu: expected a number above 0"),
+        (["--mfu", "0.4", "--tflops", "300"], "--mfu and --tflops: expected one of the two"),
+        (["--tokens", "lots"], "--tokens: expected a number above 0, as 0.4 or 105b, got 'lots'"),
+        (["--tokens", "0.1"], "--tokens: expected a token at least"),
+        (["--gpu", "a100"], "invalid choice: 'a100'"),
+        (["--preset", "7b"], "invalid choice: '7b'"),
+        (
+            ["--preset", "3b", "--hf-config", "c.json"],
+            "--preset and --hf-config: expected one of the two",
+        ),
+        (
+            ["--hf-config", "/nowhere/config.json"],
+            "--hf-config: expected a config.json that can be read",
+        ),
+        (["--data-path", "/nowhere/text"], "--data-path: expected /nowhere/text.bin"),
+        (
+            ["--data-path", "s3://bucket/text"],
+            "--data-path: expected local files, to be counted and read, got s3://bucket/text.",
+        ),
+        (
+            ["--data-path", "1", "a", "b", "c"],
+            "--data-path: expected 1.bin and 1.idx, got no file 1.idx.",
+        ),
+        (["--data-path", "-1", "a", "2", "b"], "--data-path: expected weights above 0"),
+        (["--no-such-flag", "3"], "unrecognized arguments: --no-such-flag"),
+        (
+            ["--hidden-size", "100"],
+            "--hidden-size: expected a multiple of --num-attention-heads = 8, got 100.",
+        ),
+        (
+            ["--num-experts", "4", "--moe-router-topk", "5"],
+            "--moe-router-topk: expected at most --num-experts = 4, got 5.",
+        ),
+        (
+            ["--max-position-embeddings", "512"],
+            "--seq-length: expected at most --max-position-embeddings = 512, got 1024.",
+        ),
+    ],
+)
 def test_a_senseless_value(capsys, flags, message):
     code, text = screen_of(capsys, *SMALL, *flags)
-    assert code == 2 and text.startswith("plan: ") and message.lower() in text.lower() and len(text.splitlines()) == 1
+    assert (
+        code == 2
+        and text.startswith("plan: ")
+        and message.lower() in text.lower()
+        and len(text.splitlines()) == 1
+    )
 
 
 def test_a_missing_value(capsys):
     code, text = screen_of(capsys)
-    assert code == 2 and "--num-layers: expected a value, got none. Give it, or a shape by --preset or --hf-config." in text
+    assert (
+        code == 2
+        and "--num-layers: expected a value, got none. Give it, or a shape by --preset or "
+        "--hf-config."
+        in text
+    )
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.dictionaries(
-    st.sampled_from([
-        "--tst-bag-size", "--tst-step-ratio", "--tst-iters", "--train-iters", "--global-batch-size", "--seq-length", "--tokens", "--mfu",
-        "--gpus", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size", "--expert-model-parallel-size",
-        "--micro-batch-size", "--num-experts", "--num-query-groups", "--vocab-size", "--num-layers", "--num-attention-heads", "--hidden-size",
-    ]),
-    st.one_of(st.integers(-2, 70).map(str), st.floats(-1, 2).map(str), st.sampled_from(["", "nan", "inf", "x", "8,4", "0.2,0.1", "1e9", "10" * 6, "1T", "9" * 30])),
-))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [
+                "--tst-bag-size",
+                "--tst-step-ratio",
+                "--tst-iters",
+                "--train-iters",
+                "--global-batch-size",
+                "--seq-length",
+                "--tokens",
+                "--mfu",
+                "--gpus",
+                "--tensor-model-parallel-size",
+                "--pipeline-model-parallel-size",
+                "--context-parallel-size",
+                "--expert-model-parallel-size",
+                "--micro-batch-size",
+                "--num-experts",
+                "--num-query-groups",
+                "--vocab-size",
+                "--num-layers",
+                "--num-attention-heads",
+                "--hidden-size",
+            ]
+        ),
+        st.one_of(
+            st.integers(-2, 70).map(str),
+            st.floats(-1, 2).map(str),
+            st.sampled_from(
+                ["", "nan", "inf", "x", "8,4", "0.2,0.1", "1e9", "10" * 6, "1T", "9" * 30]
+            ),
+        ),
+    )
+)
 def test_never_a_traceback(flags):
     words = [word for pair in flags.items() for word in pair]
     try:
@@ -161,35 +348,111 @@ def test_never_a_traceback(flags):
 # ---- the flags that it prints
 
 
-@pytest.mark.parametrize("argv", [
-    *(["--preset", name] for name in paper.PARAMETERS),
-    *(["--preset", name, "--gpu", "h100"] for name in paper.PARAMETERS),
-    ["--preset", "3b", "--tensor-model-parallel-size", "2", "--sequence-parallel", "--context-parallel-size", "2", "--seq-length", "8192", "--gpus", "32"],
-    ["--preset", "600m", "--tst-bag-size", "8,4", "--tst-step-ratio", "0.2,0.1", "--train-iters", "5000"],
-    ["--preset", "600m", "--tst-target-weighting", "power-law", "--tst-fused-linear-loss", "--gpu", "h200"],
-    SMALL, EXPERTS,
-    [*SMALL, "--group-query-attention", "--num-query-groups", "2", "--tensor-model-parallel-size", "2", "--fp8-format", "hybrid", "--fp8-recipe", "tensorwise"],
-], ids=lambda argv: " ".join(argv)[:60])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv",
+    [
+        *(["--preset", name] for name in paper.PARAMETERS),
+        *(["--preset", name, "--gpu", "h100"] for name in paper.PARAMETERS),
+        [
+            "--preset",
+            "3b",
+            "--tensor-model-parallel-size",
+            "2",
+            "--sequence-parallel",
+            "--context-parallel-size",
+            "2",
+            "--seq-length",
+            "8192",
+            "--gpus",
+            "32",
+        ],
+        [
+            "--preset",
+            "600m",
+            "--tst-bag-size",
+            "8,4",
+            "--tst-step-ratio",
+            "0.2,0.1",
+            "--train-iters",
+            "5000",
+        ],
+        [
+            "--preset",
+            "600m",
+            "--tst-target-weighting",
+            "power-law",
+            "--tst-fused-linear-loss",
+            "--gpu",
+            "h200",
+        ],
+        SMALL,
+        EXPERTS,
+        [
+            *SMALL,
+            "--group-query-attention",
+            "--num-query-groups",
+            "2",
+            "--tensor-model-parallel-size",
+            "2",
+            "--fp8-format",
+            "hybrid",
+            "--fp8-recipe",
+            "tensorwise",
+        ],
+    ],
+    ids=lambda argv: " ".join(argv)[:60],
+)
 def test_megatron_accepts_every_flag_that_is_printed(argv):
     args, found = accepted(list(argv))
     given = plan_flags.read(list(argv))[0]
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "seq_length", "train_iters", "global_batch_size",
-             "micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size",
-             "num_experts", "padded_vocab_size", "fp8", "swiglu", "untie_embeddings_and_output_weights")  # fmt: skip
-    assert {name: getattr(args, name) for name in names} == {name: getattr(given, name) for name in names}
+    names = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "kv_channels",
+        "seq_length",
+        "train_iters",
+        "global_batch_size",
+        "micro_batch_size",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+        "num_experts",
+        "padded_vocab_size",
+        "fp8",
+        "swiglu",
+        "untie_embeddings_and_output_weights",
+    )
+    assert {name: getattr(args, name) for name in names} == {
+        name: getattr(given, name) for name in names
+    }
     config = TSTConfig.from_args(args)
     schedule = config.schedule(args)
     assert schedule.raw_tokens(schedule.train_samples) == found["text"]["raw_tokens"]
-    assert args.lr_decay_iters in (None, args.train_iters) and args.world_size == found["run"]["gpus"]
-    assert config.target_weighting == given.tst_target_weighting and config.fused_linear_loss == given.tst_fused_linear_loss
+    assert (
+        args.lr_decay_iters in (None, args.train_iters) and args.world_size == found["run"]["gpus"]
+    )
+    assert (
+        config.target_weighting == given.tst_target_weighting
+        and config.fused_linear_loss == given.tst_fused_linear_loss
+    )
 
 
 def test_the_shell_reads_what_is_printed(capsys):
-    _, text = screen_of(capsys, "--preset", "3b", "--tst-bag-size", "8,4", "--tst-step-ratio", "0.2,0.1")
+    _, text = screen_of(
+        capsys, "--preset", "3b", "--tst-bag-size", "8,4", "--tst-step-ratio", "0.2,0.1"
+    )
     lines = text[text.index("Flags to paste") :].split("\n", 1)[1]
-    done = subprocess.run(["bash", "-c", f"printf '%s\\n' {lines}"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {lines}"], capture_output=True, text=True, check=True
+    )
     assert (
-        done.stdout.split("\n")[:-1] == planned("--preset", "3b", "--tst-bag-size", "8,4", "--tst-step-ratio", "0.2,0.1")["flags"]
+        done.stdout.split("\n")[:-1]
+        == planned("--preset", "3b", "--tst-bag-size", "8,4", "--tst-step-ratio", "0.2,0.1")[
+            "flags"
+        ]
     )
 
 
@@ -198,17 +461,30 @@ def test_a_hugging_face_config(tmp_path, capsys):
     run = [
         "--hf-config",
         str(file),
-        *"--seq-length 1024 --train-iters 1000 --global-batch-size 64 --expert-model-parallel-size 4".split(),
+        *"--seq-length 1024 --train-iters 1000 --global-batch-size 64 "
+        "--expert-model-parallel-size 4".split(),
     ]
     file.write_text(json.dumps(HF))
     args, found = accepted(run)
-    assert (args.num_experts, args.moe_router_topk, args.num_query_groups, args.qk_layernorm) == (16, 4, 2, True)
-    assert found["model"]["parameters"] > 2 * found["model"]["active_parameters"] - 2 * 256 * 32000 * 2
+    assert (args.num_experts, args.moe_router_topk, args.num_query_groups, args.qk_layernorm) == (
+        16,
+        4,
+        2,
+        True,
+    )
+    assert (
+        found["model"]["parameters"] > 2 * found["model"]["active_parameters"] - 2 * 256 * 32000 * 2
+    )
     for content, message in (
-        ("[1]", "expected the config.json of a model"), ("{", "expected a JSON file"), (json.dumps(HF | {"model_type": "mamba"}), "model_type: expected llama or"),
-        (json.dumps({k: v for k, v in HF.items() if k != "hidden_size"}), "KeyError: 'hidden_size'"),
+        ("[1]", "expected the config.json of a model"),
+        ("{", "expected a JSON file"),
+        (json.dumps(HF | {"model_type": "mamba"}), "model_type: expected llama or"),
+        (
+            json.dumps({k: v for k, v in HF.items() if k != "hidden_size"}),
+            "KeyError: 'hidden_size'",
+        ),
         (json.dumps(HF | {"mlp_only_layers": [0]}), "experts in every layer, or in none"),
-    ):  # fmt: skip
+    ):
         file.write_text(content)
         code, text = screen_of(capsys, *run)
         assert code == 2 and message in text and len(text.splitlines()) == 1, text
@@ -223,14 +499,18 @@ def test_a_dataset_is_counted_and_read(corpus, capsys):
     count = sum(len(document) for document in IndexedDataset(str(corpus)))
     measured = tool.measure([str(corpus)], 64, seconds=0.05)
     assert measured["tokens"] == measured["counted"] == count and measured["tokens_a_second"] > 1e4
-    assert measured["mb_a_second"] == pytest.approx(measured["tokens_a_second"] * 2 / 1e6)  # 512 ids: two bytes each
+    assert measured["mb_a_second"] == pytest.approx(
+        measured["tokens_a_second"] * 2 / 1e6
+    )  # 512 ids: two bytes each
     assert tool.measure(["3", str(corpus), "1", str(corpus)], 64, seconds=0.01)["tokens"] == int(
         count * 4 / 3
     )  # until the first is used up
     code, text = screen_of(capsys, *SMALL, "--data-path", str(corpus))
     assert code == 0 and "measured here" in text and "do NOT suffice" in " ".join(text.split())
     assert planned(*SMALL, "--data-path", str(corpus))["text"]["available"] == count
-    assert planned(*SMALL, "--data-path", str(corpus), "--tokens", "1T")["text"]["available"] == 10**12
+    assert (
+        planned(*SMALL, "--data-path", str(corpus), "--tokens", "1T")["text"]["available"] == 10**12
+    )
 
 
 def test_a_reader_that_is_too_slow_is_said(capsys):
@@ -241,7 +521,9 @@ def test_a_reader_that_is_too_slow_is_said(capsys):
         "seconds": 1.0,
     }
     plan_screen.show(found)
-    assert "a reader needs 3.0 processes: raise --num-workers" in " ".join(capsys.readouterr().out.split())
+    assert "a reader needs 3.0 processes: raise --num-workers" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_the_keys():
@@ -262,21 +544,43 @@ def test_the_keys():
         "flags",
         "sweep",
     }
-    assert set(found["text"]) >= {"raw_tokens", "needed", "available", "suffices", "missing", "times", "ratio", "baseline_tokens"}
+    assert set(found["text"]) >= {
+        "raw_tokens",
+        "needed",
+        "available",
+        "suffices",
+        "missing",
+        "times",
+        "ratio",
+        "baseline_tokens",
+    }
     assert set(found["cost"]) >= {"flops", "gpu_hours", "step_seconds", "mfu", "source"}
-    assert all(set(check) == {"what", "rule", "fault"} and not check["fault"] for check in found["checks"])
+    assert all(
+        set(check) == {"what", "rule", "fault"} and not check["fault"] for check in found["checks"]
+    )
     assert all(math.isfinite(x) for x in found["cost"].values() if isinstance(x, float))
 
 
 def test_no_torch_and_the_json_of_the_script():
-    code = "import sys; sys.argv[0] = 'plan'; sys.path.insert(0, 'tools'); import plan; plan.main(['--preset', '3b', '--json']); sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    code = (
+        "import sys; sys.argv[0] = 'plan'; sys.path.insert(0, 'tools'); import plan; "
+        "plan.main(['--preset', '3b', '--json']); sys.exit('torch' in sys.modules or 'megatron' in "
+        "sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert json.loads(done.stdout)["run"]["steps"] == 20000 and not done.stderr
     script = subprocess.run(
-        [sys.executable, ROOT / "tools/plan.py", "--preset", "3b", "--gpus", "7"], capture_output=True, text=True
+        [sys.executable, ROOT / "tools/plan.py", "--preset", "3b", "--gpus", "7"],
+        capture_output=True,
+        text=True,
     )
     piped = subprocess.run(
-        ["bash", "-c", '"$0" tools/plan.py --preset 3b | head -1', sys.executable], cwd=ROOT, capture_output=True, text=True
+        ["bash", "-c", '"$0" tools/plan.py --preset 3b | head -1', sys.executable],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert "3b: 3.34B parameters" in piped.stdout and not piped.stderr
     assert script.returncode == 2 and "FAULT" in script.stdout and "Traceback" not in script.stderr

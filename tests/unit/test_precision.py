@@ -7,18 +7,37 @@ import warnings
 import doctor
 import pytest
 
-from megatron_tst import refusals
-from megatron_tst.config import TSTConfig, TSTError
-from megatron_tst.precision import check_precision, recipe_of, recipes, tokens_of_a_rank
+from megatron_tst.checks import refusals
+from megatron_tst.checks.precision import check_precision, recipe_of, recipes, tokens_of_a_rank
+from megatron_tst.config import TSTConfig
+from megatron_tst.errors import TSTError
 
 TST = TSTConfig(bag_size=4, step_ratio=0.3)
 H100, B200 = ((9, 0), "13.0"), ((10, 0), "13.0")
 
 
 def arguments(**changes):
-    fine = dict(fp8="hybrid", fp8_recipe="tensorwise", fp4=None, fp4_recipe="nvfp4", seq_length=2048, micro_batch_size=1, context_parallel_size=1,
-                tensor_model_parallel_size=1, sequence_parallel=False, first_last_layers_bf16=True, fp8_output_proj=False, hidden_size=1024,
-                padded_vocab_size=128256, num_attention_heads=8, kv_channels=128, ffn_hidden_size=4096, tp_comm_overlap=False, fp8_dot_product_attention=False, fp8_multi_head_attention=False)  # fmt: skip
+    fine = dict(
+        fp8="hybrid",
+        fp8_recipe="tensorwise",
+        fp4=None,
+        fp4_recipe="nvfp4",
+        seq_length=2048,
+        micro_batch_size=1,
+        context_parallel_size=1,
+        tensor_model_parallel_size=1,
+        sequence_parallel=False,
+        first_last_layers_bf16=True,
+        fp8_output_proj=False,
+        hidden_size=1024,
+        padded_vocab_size=128256,
+        num_attention_heads=8,
+        kv_channels=128,
+        ffn_hidden_size=4096,
+        tp_comm_overlap=False,
+        fp8_dot_product_attention=False,
+        fp8_multi_head_attention=False,
+    )
     return argparse.Namespace(**(fine | changes))
 
 
@@ -28,31 +47,129 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
 @pytest.mark.parametrize(
     "gpu, changes, message",
     [
-        (None, {}, "--fp8-recipe tensorwise: expected an NVIDIA GPU and Transformer Engine, got training on CPU"),
+        (
+            None,
+            {},
+            "--fp8-recipe tensorwise: expected an NVIDIA GPU and Transformer Engine, got training "
+            "on CPU",
+        ),
         (None, dict(fp8=None, fp4="e2m1"), "--fp4-format: expected an NVIDIA GPU"),
-        (((8, 0), "13.0"), {}, "--fp8-recipe tensorwise: expected sm_89 or newer, got sm_80 with CUDA 13.0. Use one that runs: none does; train in bf16"),
-        (H100, dict(fp8_recipe="mxfp8"), "mxfp8: expected sm_100 or newer, below sm_120, got sm_90 .* Use one that runs: delayed, tensorwise, blockwise"),
+        (
+            ((8, 0), "13.0"),
+            {},
+            "--fp8-recipe tensorwise: expected sm_89 or newer, got sm_80 with CUDA 13.0. Use one "
+            "that runs: none does; train in bf16",
+        ),
+        (
+            H100,
+            dict(fp8_recipe="mxfp8"),
+            "mxfp8: expected sm_100 or newer, below sm_120, got sm_90 .* Use one that runs: "
+            "delayed, tensorwise, blockwise",
+        ),
         (((12, 0), "13.0"), dict(fp8_recipe="mxfp8"), "below sm_120, got sm_120"),
         (H100, dict(fp8=None, fp4="e2m1"), "--fp4-format: expected sm_100 or newer, got sm_90"),
-        (((9, 0), "12.8"), dict(fp8_recipe="blockwise"), "blockwise: expected sm_90 or newer with CUDA 12.9, got sm_90 with CUDA 12.8"),
+        (
+            ((9, 0), "12.8"),
+            dict(fp8_recipe="blockwise"),
+            "blockwise: expected sm_90 or newer with CUDA 12.9, got sm_90 with CUDA 12.8",
+        ),
         (((8, 9), "13.0"), dict(fp8_recipe="blockwise"), "blockwise: expected sm_90 or newer"),
-        (H100, dict(seq_length=2056), r"tensorwise: tokens of a rank: expected a multiple of 16, got 2056. --seq-length 2056 / CP 1 x --micro-batch-size 1"),
-        (H100, dict(seq_length=72, micro_batch_size=4, context_parallel_size=2, **SP2), r"multiple of 16, got 72. --seq-length 72 / CP 2 / TP 2 x --micro-batch-size 4, in both phases"),
-        (H100, dict(fp8_recipe="delayed", seq_length=24), "delayed: tokens of a rank: expected a multiple of 16, got 24"),
-        (H100, dict(fp8_recipe="blockwise", seq_length=2048 + 128, **SP2), "blockwise --sequence-parallel: tokens of a rank: expected a multiple of 128, got 1088"),
-        (B200, dict(fp8_recipe="mxfp8", seq_length=2048 + 16), "mxfp8: tokens of a rank: expected a multiple of 32, got 2064"),
-        (B200, dict(fp8_recipe="mxfp8", seq_length=2048 + 64, tp_comm_overlap=True), "mxfp8 --tp-comm-overlap: tokens of a rank: expected a multiple of 128, got 2112"),
-        (B200, dict(fp8=None, fp4="e2m1", seq_length=2056), "--fp4-format: tokens of a rank: expected a multiple of 16, got 2056"),
-        (B200, dict(fp8_recipe="mxfp8", fp8_multi_head_attention=True, seq_length=192), "in attention: positions of a rank: expected a multiple of 128, got 192"),
-        (B200, dict(fp8_recipe="mxfp8", fp8_dot_product_attention=True, seq_length=256, context_parallel_size=4), "in attention: .* got 64"),
-        (B200, dict(fp8_recipe="mxfp8", hidden_size=1040), "mxfp8: --hidden-size: expected a multiple of 32, got 1040"),
-        (H100, dict(fp8_recipe="blockwise", ffn_hidden_size=11008, tensor_model_parallel_size=4), "--ffn-hidden-size of a rank: expected a multiple of 128, got 2752"),
-        (H100, dict(num_attention_heads=9, hidden_size=576, kv_channels=None, group_query_attention=True, num_query_groups=3, fp8_recipe="blockwise"), "blockwise: --hidden-size: expected a multiple of 128, got 576"),
-        (H100, dict(num_attention_heads=6, kv_channels=36), r"queries, keys and values of a rank: expected a multiple of 16, got 648"),
-        (H100, dict(num_experts=8, moe_ffn_hidden_size=1000), "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 1000"),
-        (B200, dict(fp8_recipe="mxfp8", fp8_output_proj=True, padded_vocab_size=512 + 32, tensor_model_parallel_size=2), "vocabulary / TP: expected a multiple of 32, got 272"),
+        (
+            H100,
+            dict(seq_length=2056),
+            r"tensorwise: tokens of a rank: expected a multiple of 16, got 2056. --seq-length "
+            r"2056 / CP 1 x --micro-batch-size 1",
+        ),
+        (
+            H100,
+            dict(seq_length=72, micro_batch_size=4, context_parallel_size=2, **SP2),
+            r"multiple of 16, got 72. --seq-length 72 / CP 2 / TP 2 x --micro-batch-size 4, in "
+            r"both phases",
+        ),
+        (
+            H100,
+            dict(fp8_recipe="delayed", seq_length=24),
+            "delayed: tokens of a rank: expected a multiple of 16, got 24",
+        ),
+        (
+            H100,
+            dict(fp8_recipe="blockwise", seq_length=2048 + 128, **SP2),
+            "blockwise --sequence-parallel: tokens of a rank: expected a multiple of 128, got 1088",
+        ),
+        (
+            B200,
+            dict(fp8_recipe="mxfp8", seq_length=2048 + 16),
+            "mxfp8: tokens of a rank: expected a multiple of 32, got 2064",
+        ),
+        (
+            B200,
+            dict(fp8_recipe="mxfp8", seq_length=2048 + 64, tp_comm_overlap=True),
+            "mxfp8 --tp-comm-overlap: tokens of a rank: expected a multiple of 128, got 2112",
+        ),
+        (
+            B200,
+            dict(fp8=None, fp4="e2m1", seq_length=2056),
+            "--fp4-format: tokens of a rank: expected a multiple of 16, got 2056",
+        ),
+        (
+            B200,
+            dict(fp8_recipe="mxfp8", fp8_multi_head_attention=True, seq_length=192),
+            "in attention: positions of a rank: expected a multiple of 128, got 192",
+        ),
+        (
+            B200,
+            dict(
+                fp8_recipe="mxfp8",
+                fp8_dot_product_attention=True,
+                seq_length=256,
+                context_parallel_size=4,
+            ),
+            "in attention: .* got 64",
+        ),
+        (
+            B200,
+            dict(fp8_recipe="mxfp8", hidden_size=1040),
+            "mxfp8: --hidden-size: expected a multiple of 32, got 1040",
+        ),
+        (
+            H100,
+            dict(fp8_recipe="blockwise", ffn_hidden_size=11008, tensor_model_parallel_size=4),
+            "--ffn-hidden-size of a rank: expected a multiple of 128, got 2752",
+        ),
+        (
+            H100,
+            dict(
+                num_attention_heads=9,
+                hidden_size=576,
+                kv_channels=None,
+                group_query_attention=True,
+                num_query_groups=3,
+                fp8_recipe="blockwise",
+            ),
+            "blockwise: --hidden-size: expected a multiple of 128, got 576",
+        ),
+        (
+            H100,
+            dict(num_attention_heads=6, kv_channels=36),
+            r"queries, keys and values of a rank: expected a multiple of 16, got 648",
+        ),
+        (
+            H100,
+            dict(num_experts=8, moe_ffn_hidden_size=1000),
+            "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 1000",
+        ),
+        (
+            B200,
+            dict(
+                fp8_recipe="mxfp8",
+                fp8_output_proj=True,
+                padded_vocab_size=512 + 32,
+                tensor_model_parallel_size=2,
+            ),
+            "vocabulary / TP: expected a multiple of 32, got 272",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_with_the_numbers(gpu, changes, message):
     with pytest.raises(TSTError, match=message):
         check_precision(TST, arguments(**changes), gpu)
@@ -62,12 +179,25 @@ def test_refused_with_the_numbers(gpu, changes, message):
 @pytest.mark.parametrize(
     "gpu, changes, message",
     [
-        (H100, dict(fp8_recipe="delayed"), "Megatron's default.* also over the boundary.*NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1.*--drop-fp8-state"),
-        (H100, dict(first_last_layers_bf16=False), "the first layer sees means of embeddings.*--first-last-layers-bf16"),
-        (H100, dict(fp8_recipe="blockwise", seq_length=2048 + 64), "blockwise: 2112 tokens of a rank .*whole blocks need a multiple of 128"),
+        (
+            H100,
+            dict(fp8_recipe="delayed"),
+            "Megatron's default.* also over the "
+            "boundary.*NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1.*--drop-fp8-state",
+        ),
+        (
+            H100,
+            dict(first_last_layers_bf16=False),
+            "the first layer sees means of embeddings.*--first-last-layers-bf16",
+        ),
+        (
+            H100,
+            dict(fp8_recipe="blockwise", seq_length=2048 + 64),
+            "blockwise: 2112 tokens of a rank .*whole blocks need a multiple of 128",
+        ),
         (B200, dict(fp8=None, fp4="e2m1", seq_length=2048 + 64), "2112 tokens of a rank"),
     ],
-)  # fmt: skip
+)
 def test_warned_of(gpu, changes, message):
     with pytest.warns(UserWarning, match=message):
         check_precision(TST, arguments(**changes), gpu)
@@ -81,7 +211,15 @@ def test_warned_of(gpu, changes, message):
         (H100, dict(seq_length=2048, micro_batch_size=4, context_parallel_size=2, **SP2)),
         (H100, dict(seq_length=2056, micro_batch_size=2)),  # the product counts
         (H100, dict(fp8_recipe="blockwise", seq_length=2048 + 128, micro_batch_size=2, **SP2)),
-        (B200, dict(fp8_recipe="mxfp8", fp8_output_proj=True, fp8_multi_head_attention=True, tp_comm_overlap=True)),
+        (
+            B200,
+            dict(
+                fp8_recipe="mxfp8",
+                fp8_output_proj=True,
+                fp8_multi_head_attention=True,
+                tp_comm_overlap=True,
+            ),
+        ),
         (B200, dict(fp8=None, fp4="e2m1")),
         (H100, dict(fp8_recipe="custom", seq_length=2049)),  # the user's own
         (None, dict(fp8=None)),
@@ -92,11 +230,24 @@ def test_what_fits_says_nothing(gpu, changes):
         check_precision(TST, arguments(**changes), gpu)
 
 
-@pytest.mark.parametrize("config", [TST, TSTConfig(bag_size=4, step_ratio=0.3, fused_linear_loss=True)], ids=["", "fused linear"])
+@pytest.mark.parametrize(
+    "config",
+    [TST, TSTConfig(bag_size=4, step_ratio=0.3, fused_linear_loss=True)],
+    ids=["", "fused linear"],
+)
 def test_gathering_parameters_in_fp8_passes_through(monkeypatch, config):
-    """The weights that gather in FP8 and the buffers they reuse are Transformer Engine's linear layers', not the embedding or output layer."""
+    """The weights that gather in FP8 and the buffers they reuse are Transformer Engine's linear
+    layers', not the embedding or output layer.
+    """
     monkeypatch.setattr(refusals, "_gpu", lambda: B200)
-    args = arguments(fp8_recipe="mxfp8", fp8_param_gather=True, reuse_grad_buf_for_mxfp8_param_ag=True, train_iters=100, train_samples=None, global_batch_size=8)  # fmt: skip
+    args = arguments(
+        fp8_recipe="mxfp8",
+        fp8_param_gather=True,
+        reuse_grad_buf_for_mxfp8_param_ag=True,
+        train_iters=100,
+        train_samples=None,
+        global_batch_size=8,
+    )
     before = copy.copy(args)
     with warnings.catch_warnings(action="error"):
         refusals.check_arguments(config, args)
@@ -104,10 +255,18 @@ def test_gathering_parameters_in_fp8_passes_through(monkeypatch, config):
 
 
 def test_recipe_and_tokens():
-    assert [recipe_of(arguments(**c)) for c in ({}, dict(fp8=None), dict(fp8_recipe=None), dict(fp8=None, fp4="e2m1"))] == [
-        "tensorwise", None, "delayed", "nvfp4",
-    ]  # fmt: skip
-    assert tokens_of_a_rank(arguments(tensor_model_parallel_size=2)) == 2048  # without sequence parallelism each rank has all
+    assert [
+        recipe_of(arguments(**c))
+        for c in ({}, dict(fp8=None), dict(fp8_recipe=None), dict(fp8=None, fp4="e2m1"))
+    ] == [
+        "tensorwise",
+        None,
+        "delayed",
+        "nvfp4",
+    ]
+    assert (
+        tokens_of_a_rank(arguments(tensor_model_parallel_size=2)) == 2048
+    )  # without sequence parallelism each rank has all
     assert tokens_of_a_rank(arguments(micro_batch_size=3, context_parallel_size=2, **SP2)) == 1536
 
 

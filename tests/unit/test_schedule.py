@@ -1,4 +1,6 @@
-"""Every raw token exactly once over all phases, whoever reads it and however often the run stops; a sample's index alone says its phase."""
+"""Every raw token exactly once over all phases, whoever reads it and however often the run stops; a
+sample's index alone says its phase.
+"""
 
 import dataclasses
 
@@ -7,14 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tst.config import TSTConfig, TSTError
-from megatron_tst.data import PhasedDataset
+from megatron_tst.config import TSTConfig
+from megatron_tst.data.dataset import PhasedDataset
+from megatron_tst.errors import TSTError
+from megatron_tst.loop.switch import first_end
 from megatron_tst.schedule import RECOVERY, SUPERPOSITION, Schedule
-from megatron_tst.switch import first_end
 
 
 class Stream(torch.utils.data.Dataset):
-    """Long samples over the stream 0, 1, 2, ...: token ids are positions in the corpus. Overlaps by one token, as Megatron's do."""
+    """Long samples over the stream 0, 1, 2, ...: token ids are positions in the corpus. Overlaps by
+    one token, as Megatron's do.
+    """
 
     def __init__(self, count, length):
         self.count, self.length = count, length
@@ -24,7 +29,12 @@ class Stream(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         raw = torch.arange(i * self.length, (i + 1) * self.length + 1)
-        return {"tokens": raw[:-1], "labels": raw[1:], "loss_mask": torch.ones(self.length), "dataset_id": i}
+        return {
+            "tokens": raw[:-1],
+            "labels": raw[1:],
+            "loss_mask": torch.ones(self.length),
+            "dataset_id": i,
+        }
 
 
 def dataset(plan, superpose="both"):
@@ -34,17 +44,28 @@ def dataset(plan, superpose="both"):
 
 @st.composite
 def plans(draw):
-    """A run: bag sizes (one, or a schedule of them), iterations of each, of recovery, L and the global batch."""
+    """A run: bag sizes (one, or a schedule of them), iterations of each, of recovery, L and the
+    global batch.
+    """
     superpose = draw(st.sampled_from(["both", "input", "output"]))
-    sizes = draw(st.one_of(st.lists(st.integers(2, 7), min_size=1, max_size=1), st.sampled_from([(16, 8, 4), (6, 4), (8, 2), (4, 6, 3), (9, 3)])))  # fmt: skip
+    sizes = draw(
+        st.one_of(
+            st.lists(st.integers(2, 7), min_size=1, max_size=1),
+            st.sampled_from([(16, 8, 4), (6, 4), (8, 2), (4, 6, 3), (9, 3)]),
+        )
+    )
     L, batch = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 4, 6]))
     samples = [draw(st.integers(1, 7)) * batch for _ in sizes]
     recovery = draw(st.integers(1, 9)) * batch
-    return Schedule((*sizes, 1), (*samples, recovery), L, batch, single_tokens_in=superpose == "output"), superpose
+    return Schedule(
+        (*sizes, 1), (*samples, recovery), L, batch, single_tokens_in=superpose == "output"
+    ), superpose
 
 
 def read(data, plan, start, stop, dp=1, micro=1):
-    """What the ranks of a run read from sample `start` to `stop`, by Megatron's own sampler. -> samples"""
+    """What the ranks of a run read from sample `start` to `stop`, by Megatron's own sampler. ->
+    samples
+    """
     from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
     for rank in range(dp if stop > start else 0):
@@ -54,19 +75,30 @@ def read(data, plan, start, stop, dp=1, micro=1):
 
 
 def tokens_of(samples):
-    return torch.cat([sample["tokens"].flatten() for sample in samples] or [torch.empty(0, dtype=torch.int64)])
+    return torch.cat(
+        [sample["tokens"].flatten() for sample in samples] or [torch.empty(0, dtype=torch.int64)]
+    )
 
 
 def check_once(tokens, plan, consumed):
-    """Each raw token once, as many as the accounting says, and between them no more left out than the ends of phases that do not come out even."""
+    """Each raw token once, as many as the accounting says, and between them no more left out than
+    the ends of phases that do not come out even.
+    """
     assert len(tokens) == len(tokens.unique()) == plan.raw_tokens(consumed)
     for phase in plan.phases:
         if phase.end > consumed:
             break
-        first, length = phase.first_long * plan.long_sample_length, phase.long_samples * plan.long_sample_length
+        first, length = (
+            phase.first_long * plan.long_sample_length,
+            phase.long_samples * plan.long_sample_length,
+        )
         of_phase = ((tokens >= first) & (tokens < first + length)).sum()
         left = length - int(of_phase)
-        assert left == (phase.long_samples * phase.pieces - phase.samples) * phase.width * plan.seq_length < plan.long_sample_length
+        assert (
+            left
+            == (phase.long_samples * phase.pieces - phase.samples) * phase.width * plan.seq_length
+            < plan.long_sample_length
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,8 +111,12 @@ def test_every_raw_token_is_read_exactly_once(run, data):
     stops = sorted(data.draw(st.sets(st.integers(1, total), max_size=4)) | {total})
     for stop in stops:
         dp = data.draw(st.sampled_from([d for d in range(1, batch + 1) if batch % d == 0]))
-        micro = data.draw(st.sampled_from([m for m in range(1, batch // dp + 1) if batch // dp % m == 0]))
-        tokens.append(tokens_of(read(dataset(plan, superpose), plan, consumed, stop * batch, dp, micro)))
+        micro = data.draw(
+            st.sampled_from([m for m in range(1, batch // dp + 1) if batch // dp % m == 0])
+        )
+        tokens.append(
+            tokens_of(read(dataset(plan, superpose), plan, consumed, stop * batch, dp, micro))
+        )
         consumed = stop * batch
     check_once(torch.cat(tokens), plan, consumed)
 
@@ -97,18 +133,24 @@ def test_every_label_is_what_follows_in_the_corpus(run):
             assert torch.equal(labels, tokens + 1)
         elif superpose == "both":
             assert tokens.shape == labels.shape == (plan.seq_length, s)
-            assert (labels[labels >= 0] == (tokens + s)[labels >= 0]).all() and (labels[:, 0] >= 0).all()
+            assert (labels[labels >= 0] == (tokens + s)[labels >= 0]).all() and (
+                labels[:, 0] >= 0
+            ).all()
         elif superpose == "input":
             assert torch.equal(labels, tokens[:, -1] + 1)
         else:
             expected = tokens.unsqueeze(-1) + torch.arange(1, s + 1)
-            assert (labels[labels >= 0] == expected[labels >= 0]).all() and (labels[:, 0] >= 0).all()
+            assert (labels[labels >= 0] == expected[labels >= 0]).all() and (
+                labels[:, 0] >= 0
+            ).all()
 
 
 @settings(max_examples=200, deadline=None)
 @given(plans(), st.data())
 def test_moved_boundaries_keep_the_accounting(run, data):
-    """Phases ended early while the run goes on (--tst-switch auto), by ranks whose workers have fetched ahead."""
+    """Phases ended early while the run goes on (--tst-switch auto), by ranks whose workers have
+    fetched ahead.
+    """
     plan, superpose = run
     batch, tokens, consumed = plan.global_batch_size, [], 0
     samples = dataset(plan, superpose)
@@ -120,7 +162,9 @@ def test_moved_boundaries_keep_the_accounting(run, data):
         phase = plan.phase_at(now)
         tokens.append(tokens_of(read(samples, plan, consumed, now)))
         fetched = min(now + ahead, plan.train_samples)
-        tokens.append(tokens_of(read(samples, plan, now, fetched)))  # as bags of the plan before the change
+        tokens.append(
+            tokens_of(read(samples, plan, now, fetched))
+        )  # as bags of the plan before the change
         consumed = fetched
         if phase.name == RECOVERY:
             break
@@ -129,7 +173,11 @@ def test_moved_boundaries_keep_the_accounting(run, data):
         if end >= phase.samples:
             continue
         new = plan.ending(phase, end)
-        assert new.reads_as(plan, fetched) and new.long_samples <= plan.long_samples and new.train_samples == plan.train_samples
+        assert (
+            new.reads_as(plan, fetched)
+            and new.long_samples <= plan.long_samples
+            and new.train_samples == plan.train_samples
+        )
         plan = new
         samples.follow(plan)
     tokens.append(tokens_of(read(samples, plan, consumed, plan.train_samples)))
@@ -139,32 +187,53 @@ def test_moved_boundaries_keep_the_accounting(run, data):
 @settings(max_examples=300, deadline=None)
 @given(plans(), st.data())
 def test_reads_as_is_what_is_read(run, data):
-    """The short answer against reading both, in runs that differ in the length or the bag size of one phase."""
+    """The short answer against reading both, in runs that differ in the length or the bag size of
+    one phase.
+    """
     plan, _ = run
     batch, sizes, samples = plan.global_batch_size, list(plan.bag_sizes), list(plan.samples)
     i = data.draw(st.integers(0, len(samples) - 1))
     samples[i] = data.draw(st.integers(1, 9)) * batch
     if i < len(samples) - 1 and data.draw(st.booleans()):
-        sizes[i] = data.draw(st.sampled_from([s for s in range(2, plan.width + 1) if plan.width % s == 0] or [sizes[i]]))
+        sizes[i] = data.draw(
+            st.sampled_from(
+                [s for s in range(2, plan.width + 1) if plan.width % s == 0] or [sizes[i]]
+            )
+        )
     new = dataclasses.replace(plan, bag_sizes=tuple(sizes), samples=tuple(samples))
-    consumed = data.draw(st.integers(plan.phases[i].first_sample, min(plan.train_samples, new.train_samples)))
-    one, other = ([(p.name, p.bag_size, long, piece) for p, long, piece in map(x.locate, range(consumed))] for x in (plan, new))
+    consumed = data.draw(
+        st.integers(plan.phases[i].first_sample, min(plan.train_samples, new.train_samples))
+    )
+    one, other = (
+        [(p.name, p.bag_size, long, piece) for p, long, piece in map(x.locate, range(consumed))]
+        for x in (plan, new)
+    )
     if plan.reads_as(new, consumed):
         assert one == other
-    else:  # it may say no where a block happens to be read alike, never before the phase that differs or at its beginning
-        assert one != other or (plan.phases[i].pieces > 1 and consumed > plan.phases[i].first_sample)
+    # it may say no where a block happens to be read alike, never before the phase that differs or
+    # at its beginning
+    else:
+        assert one != other or (
+            plan.phases[i].pieces > 1 and consumed > plan.phases[i].first_sample
+        )
     assert new.reads_as(plan, consumed) == plan.reads_as(new, consumed)
 
 
 def test_a_lengthened_recovery_reads_text_of_its_own():
     plan = Schedule.of(4, 3, 40, 2, 4)
     longer = plan.lengthened(12).lengthened(8)
-    assert longer.reads_as(plan, 40) and longer.train_samples == 60 and longer.superposition_samples == 12
+    assert (
+        longer.reads_as(plan, 40)
+        and longer.train_samples == 60
+        and longer.superposition_samples == 12
+    )
     check_once(tokens_of(read(dataset_of(longer), longer, 0, 60)), longer, 60)
 
 
 def dataset_of(plan):
-    return PhasedDataset(Stream(plan.long_samples, plan.long_sample_length), plan, TSTConfig(4, iters=3))
+    return PhasedDataset(
+        Stream(plan.long_samples, plan.long_sample_length), plan, TSTConfig(4, iters=3)
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -187,7 +256,9 @@ def test_paper_accounting():
 
 
 def test_a_schedule_of_bag_sizes_reads_whole_long_samples():
-    """16, 8, 4: each phase's samples fit its long samples of 16*L tokens exactly, so no text is left out."""
+    """16, 8, 4: each phase's samples fit its long samples of 16*L tokens exactly, so no text is
+    left out.
+    """
     plan = Schedule((16, 8, 4, 1), (8 * 10, 8 * 10, 8 * 12, 8 * 32), 4096, 8)
     assert (plan.width, plan.long_samples) == (16, 80 + 40 + 24 + 16)
     assert [phase.pieces for phase in plan.phases] == [1, 2, 4, 16]
@@ -208,7 +279,10 @@ def test_locate_refuses_what_is_outside():
 
 def test_too_few_long_samples_are_refused():
     plan = Schedule.of(4, 3, 16, 4, 2)
-    with pytest.raises(TSTError, match=rf"expected {plan.long_samples} samples of 16 tokens, got {plan.long_samples - 1}"):
+    with pytest.raises(
+        TSTError,
+        match=rf"expected {plan.long_samples} samples of 16 tokens, got {plan.long_samples - 1}",
+    ):
         PhasedDataset(Stream(plan.long_samples - 1, 16), plan, TSTConfig(4, iters=3))
 
 
@@ -221,10 +295,19 @@ def test_samples_of_another_length_and_foreign_tokens_are_refused():
 
 
 def test_ratio_becomes_iterations():
-    args = type("Args", (), dict(train_samples=None, train_iters=20000, global_batch_size=8, seq_length=4))
+    args = type(
+        "Args", (), dict(train_samples=None, train_iters=20000, global_batch_size=8, seq_length=4)
+    )
     assert TSTConfig(6, step_ratio=0.3).schedule(args).samples == (6000 * 8, 14000 * 8)
-    assert TSTConfig((16, 8, 4), step_ratio=(0.1, 0.1, 0.1)).schedule(args).samples == (16000, 16000, 16000, 112000)
+    assert TSTConfig((16, 8, 4), step_ratio=(0.1, 0.1, 0.1)).schedule(args).samples == (
+        16000,
+        16000,
+        16000,
+        112000,
+    )
     args.train_iters = 100
-    assert TSTConfig(6, step_ratio=0.29).schedule(args).superposition_samples == 29 * 8  # 0.29 * 100 = 28.999999999999996
+    assert (
+        TSTConfig(6, step_ratio=0.29).schedule(args).superposition_samples == 29 * 8
+    )  # 0.29 * 100 = 28.999999999999996
     args.train_samples, args.train_iters = 800, None
     assert TSTConfig(6, step_ratio=0.25).schedule(args).superposition_samples == 200

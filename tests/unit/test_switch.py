@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from megatron_tst.config import TSTConfig
+from megatron_tst.loop.switch import SETTLED, LossTrend, first_end
 from megatron_tst.schedule import Schedule
-from megatron_tst.switch import SETTLED, LossTrend, first_end
 
 
 def trend(window=0.01, iterations=1000, **settings):
-    return LossTrend(TSTConfig(8, iters=500, switch="auto", switch_window=window, **settings), iterations)
+    return LossTrend(
+        TSTConfig(8, iters=500, switch="auto", switch_window=window, **settings), iterations
+    )
 
 
 @pytest.mark.parametrize("window", [0.002, 0.01, 0.1])

@@ -1,4 +1,6 @@
-"""What is read off training curves: on curves whose answer is known, on Megatron's log lines, and on real TensorBoard files."""
+"""What is read off training curves: on curves whose answer is known, on Megatron's log lines, and
+on real TensorBoard files.
+"""
 
 import math
 
@@ -11,29 +13,47 @@ import training_curves
 from runner import ROOT
 from training_curves import Run, reached, speed_up, spread
 
-ARGUMENTS = {"global_batch_size": "4", "seq_length": "8", "hidden_size": "16", "vocab_size": "100", "untie_embeddings_and_output_weights": "True",
-             "make_vocab_size_divisible_by": "64", "tensor_model_parallel_size": "1", "num_layers": "2"}  # fmt: skip
+ARGUMENTS = {
+    "global_batch_size": "4",
+    "seq_length": "8",
+    "hidden_size": "16",
+    "vocab_size": "100",
+    "untie_embeddings_and_output_weights": "True",
+    "make_vocab_size_divisible_by": "64",
+    "tensor_model_parallel_size": "1",
+    "num_layers": "2",
+}
 
 
 def line(slope, steps=10, **more):
     """A run whose validation loss falls on a straight line from 10."""
     validation = {100 * i: 10 - slope * i for i in range(1, steps + 1)}
-    return Run(train=validation, validation=validation, arguments=ARGUMENTS, parameters=10000, **more)
+    return Run(
+        train=validation, validation=validation, arguments=ARGUMENTS, parameters=10000, **more
+    )
 
 
 def test_reached_lies_between_two_points():
     assert reached([1, 2, 4], [5.0, 4.0, 2.0], 3.0) == 3.0
-    assert reached([1, 2, 4], [5.0, 4.0, 2.0], 4.0) == 2.0 and reached([1, 2, 4], [5.0, 4.0, 2.0], 6.0) == 1
+    assert (
+        reached([1, 2, 4], [5.0, 4.0, 2.0], 4.0) == 2.0
+        and reached([1, 2, 4], [5.0, 4.0, 2.0], 6.0) == 1
+    )
     assert reached([1, 2], [5.0, 4.0], 3.9) is None
     assert reached([1, 2, 3], [5.0, 3.0, 4.0], 4.0) == 1.5  # the first time
 
 
 def test_speed_up_has_the_known_answer():
-    """Twice the slope: the loss at which the slow one ends is reached in half the steps; the other way round it is the reciprocal."""
+    """Twice the slope: the loss at which the slow one ends is reached in half the steps; the other
+    way round it is the reciprocal.
+    """
     slow, fast = line(0.5), line(1.0)
-    assert speed_up(slow, fast, "steps") == pytest.approx(2) and speed_up(fast, slow, "steps") == pytest.approx(0.5)
+    assert speed_up(slow, fast, "steps") == pytest.approx(2) and speed_up(
+        fast, slow, "steps"
+    ) == pytest.approx(0.5)
     assert speed_up(slow, slow, "FLOPs") == 1
-    # the fast one read twice the text until step 200: 600 of its tokens a position by step 500, where it has the slow one's last loss
+    # the fast one read twice the text until step 200: 600 of its tokens a position by step 500,
+    # where it has the slow one's last loss
     fast.raw_tokens, slow.raw_tokens = {100: 6400, 200: 12800, 1000: 38400}, {1000: 32000}
     assert speed_up(slow, fast, "raw tokens") == pytest.approx(32000 / (12800 + 300 * 32))
     slow.seconds, fast.seconds = {100: 10.0, 1000: 100.0}, {100: 20.0, 1000: 200.0}
@@ -44,9 +64,18 @@ def test_speed_up_has_the_known_answer():
 def test_speed_up_over_seeds(tmp_path, capsys):
     groups = {"a": [line(0.5), line(0.5)], "b": [line(1.0), line(0.5)]}
     text = plot_runs.speed_ups(groups)
-    assert text[0] == "b against a, equal validation loss: speed-up in steps 1.500 (1.000 to 2.000, standard error 0.500, n = 2)"
-    assert [t.split("speed-up in ")[1].split(" ")[0] for t in text] == ["steps", "FLOPs"]  # no raw tokens, no times there
-    assert plot_runs.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})[0].endswith("speed-up in steps 2.000 (one pair)")
+    assert (
+        text[0]
+        == "b against a, equal validation loss: speed-up in steps 1.500 (1.000 to 2.000, standard "
+        "error 0.500, n = 2)"
+    )
+    assert [t.split("speed-up in ")[1].split(" ")[0] for t in text] == [
+        "steps",
+        "FLOPs",
+    ]  # no raw tokens, no times there
+    assert plot_runs.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})[0].endswith(
+        "speed-up in steps 2.000 (one pair)"
+    )
 
 
 def test_spread():
@@ -58,12 +87,22 @@ def test_spread():
 def test_flops_are_6nd_of_what_a_position_is_multiplied_with():
     table = 128 * 16  # 100 ids padded to 128
     assert line(1).flops == 6 * (10000 - table) * 32
-    tied = Run(parameters=10000, arguments=ARGUMENTS | {"untie_embeddings_and_output_weights": "False"})
+    tied = Run(
+        parameters=10000, arguments=ARGUMENTS | {"untie_embeddings_and_output_weights": "False"}
+    )
     assert tied.flops == 6 * 10000 * 32
     mtp = Run(parameters=10000, arguments=ARGUMENTS | {"mtp_num_layers": "1"})
     assert mtp.flops == 6 * 10000 * 32  # less the input table, the output table once more
-    experts = ARGUMENTS | {"num_experts": "4", "moe_router_topk": "1", "moe_ffn_hidden_size": "8", "swiglu": "False"}
-    assert Run(parameters=10000, arguments=experts).flops == 6 * (10000 - table - 3 * 2 * 2 * 16 * 8) * 32  # 3 of 4 experts rest
+    experts = ARGUMENTS | {
+        "num_experts": "4",
+        "moe_router_topk": "1",
+        "moe_ffn_hidden_size": "8",
+        "swiglu": "False",
+    }
+    assert (
+        Run(parameters=10000, arguments=experts).flops
+        == 6 * (10000 - table - 3 * 2 * 2 * 16 * 8) * 32
+    )  # 3 of 4 experts rest
     assert Run(parameters=10000, arguments={}).flops is None
 
 
@@ -100,7 +139,9 @@ def test_a_log_and_its_continuation_by_stock_megatron(tmp_path):
     )
     assert run.raw_tokens == {1: 64, 5: 320, 10: 480, 20: 480 + 10 * 32}
     assert run.seconds == pytest.approx({1: 0.5, 10: 1.4, 20: 3.4})
-    assert run.curve("raw tokens") == ([480, 800], [4.0, 3.0]) and run.curve("seconds")[0] == pytest.approx([1.4, 3.4])
+    assert run.curve("raw tokens") == ([480, 800], [4.0, 3.0]) and run.curve("seconds")[
+        0
+    ] == pytest.approx([1.4, 3.4])
     baseline = training_curves.read_log(tmp_path / "two")
     assert baseline.raw_tokens == {20: 640} and baseline.curve("FLOPs") is None
 
@@ -117,9 +158,16 @@ def test_tensorboard_files(tmp_path):
             writer.add_scalar("tst raw tokens", 32 * (step + 2 * min(step, 4)), step)
         writer.add_scalar("lm loss validation", 5.25, 10)
     run = training_curves.read(tmp_path / "tb")
-    assert run.boundary == 4 and run.total == run.last == 10 and run.final_validation == 5.25 and run.positions == 32
     assert (
-        run.train[10] == pytest.approx(5.0) and run.curve("raw tokens") == ([32 * 18], [5.25]) and run.curve("seconds")[0] == [18.0]
+        run.boundary == 4
+        and run.total == run.last == 10
+        and run.final_validation == 5.25
+        and run.positions == 32
+    )
+    assert (
+        run.train[10] == pytest.approx(5.0)
+        and run.curve("raw tokens") == ([32 * 18], [5.25])
+        and run.curve("seconds")[0] == [18.0]
     )
     assert run.flops is None
     run.parameters = 5000
@@ -132,7 +180,12 @@ def test_plots_of_groups(tmp_path, capsys, suffix, begins):
         (tmp_path / name).write_text(text)
     out, paths = tmp_path / f"x{suffix}", [str(tmp_path / name) for name in ("a1", "a2", "b")]
     (tmp_path / "with=sign").write_text(LOG)
-    assert plot_runs.main(["--output", str(out), f"b={paths[2]}", f"r=.5={paths[0]},{tmp_path / 'with=sign'}"]) == 0
+    assert (
+        plot_runs.main(
+            ["--output", str(out), f"b={paths[2]}", f"r=.5={paths[0]},{tmp_path / 'with=sign'}"]
+        )
+        == 0
+    )
     assert out.read_bytes().startswith(begins) and "r=.5 against b" in capsys.readouterr().out
     assert plot_runs.main(["--output", str(tmp_path / "x.pdf"), f"b={paths[2]}"]) == 2
 
@@ -142,13 +195,26 @@ def rows(question="q", **losses):
     blank = dict.fromkeys(results.COLUMNS, "")
     for arm, (iterations, settings, found) in losses.items():
         for seed, loss in enumerate(found, 1):
-            yield blank | {"question": question, "arm": arm, "seed": str(seed), "base_iterations": "100", "iterations": str(iterations),
-                           "validation_loss": str(loss), "flops": str(iterations * 1e9), "settings": settings, "raw_tokens": "5"}  # fmt: skip
+            yield blank | {
+                "question": question,
+                "arm": arm,
+                "seed": str(seed),
+                "base_iterations": "100",
+                "iterations": str(iterations),
+                "validation_loss": str(loss),
+                "flops": str(iterations * 1e9),
+                "settings": settings,
+                "raw_tokens": "5",
+            }
 
 
 def test_the_experiments_figure(tmp_path, capsys):
     table = results.Table(tmp_path / "results.csv")
-    for row in rows(base=(100, "gpt", (4.0, 4.4)), long=(200, "gpt", (3.0, 3.4)), TST=(100, "gpt --tst-bag-size 2", (3.5, 3.8))):
+    for row in rows(
+        base=(100, "gpt", (4.0, 4.4)),
+        long=(200, "gpt", (3.0, 3.4)),
+        TST=(100, "gpt --tst-bag-size 2", (3.5, 3.8)),
+    ):
         table.append(row)
     out = tmp_path / "x.svg"
     call = [str(table.path), "--question", "q", "--output", str(out)]
@@ -156,10 +222,21 @@ def test_the_experiments_figure(tmp_path, capsys):
     said = capsys.readouterr().out
     assert out.read_bytes().startswith(b"<?xml")
     assert "minus base: -0.5500 standard error 0.0500 (-0.6000 to -0.5000, 2 seeds)" in said
-    assert "stock runs to the loss of TST: flops times 1.5500 standard error 0.0500 (1.5000 to 1.6000, 2 seeds)" in said
+    assert (
+        "stock runs to the loss of TST: flops times 1.5500 standard error 0.0500 (1.5000 to "
+        "1.6000, 2 seeds)" in said
+    )
     assert experiments_plot.main(call) == 0
-    for wrong in (["--question", "none"], ["--reference", "none"], ["--output", "x.pdf"], ["--iterations", "7"]):
-        assert experiments_plot.main([*call, *wrong]) == 2 and "plot: error:" in capsys.readouterr().err
+    for wrong in (
+        ["--question", "none"],
+        ["--reference", "none"],
+        ["--output", "x.pdf"],
+        ["--iterations", "7"],
+    ):
+        assert (
+            experiments_plot.main([*call, *wrong]) == 2
+            and "plot: error:" in capsys.readouterr().err
+        )
 
 
 def test_arms_stand_as_in_the_config_whichever_ended_first(tmp_path, capsys):
@@ -167,20 +244,35 @@ def test_arms_stand_as_in_the_config_whichever_ended_first(tmp_path, capsys):
     found = [("mine", 2.0), ("s=2 r=0.2", 3.0), ("baseline", 4.0)]
     for row in rows(**{name: (100, "gpt", (loss,)) for name, loss in found}):
         table.append(row | {"question": "equal_flops"})
-    assert experiments_plot.main([str(table.path), "--question", "equal_flops", "--output", str(tmp_path / "x.png")]) == 0
+    assert (
+        experiments_plot.main(
+            [str(table.path), "--question", "equal_flops", "--output", str(tmp_path / "x.png")]
+        )
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in said[:3]] == ["baseline", "s=2 r=0.2", "mine"] and "minus baseline: -1.0000" in said[1]
+    assert [line.split("  ")[0] for line in said[:3]] == [
+        "baseline",
+        "s=2 r=0.2",
+        "mine",
+    ] and "minus baseline: -1.0000" in said[1]
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ("question = 'x'\n", "expected .*arm.* tables"),
-        ("question = 'x'\nseed = 3\n[[arm]]\nname = 'a'\n", "expected entries of .*seeds.*got seed"),
+        (
+            "question = 'x'\nseed = 3\n[[arm]]\nname = 'a'\n",
+            "expected entries of .*seeds.*got seed",
+        ),
         ("question = 'x'\n[[arm]]\nname = 'a'\ntts = ''\n", "arm a: expected entries of .*tst"),
         ("[[arm]]\nname = 'a'\n", "expected an entry 'question'"),
         ("question = 'x'\n[[arm]]\ntst = ''\n", "expected an entry 'name'"),
-        ("question = 'x'\n[[arm]]\nname = 'a'\n[[arm]]\nname = 'a'\n", "a name of its own, got a, a"),
+        (
+            "question = 'x'\n[[arm]]\nname = 'a'\n[[arm]]\nname = 'a'\n",
+            "a name of its own, got a, a",
+        ),
         ("question = 'x'\n[[arm]]\nname = 'a'\nconvert = ''\n", "expected 'tst' beside 'convert'"),
         ("question = ", "expected a TOML file"),
     ],
@@ -192,6 +284,8 @@ def test_mistakes_in_a_config_are_named(tmp_path, text, message):
 
 
 def test_every_config_can_be_read():
-    found = [questions.load(path) for path in sorted((ROOT / "examples" / "experiments").glob("*.toml"))]
+    found = [
+        questions.load(path) for path in sorted((ROOT / "examples" / "experiments").glob("*.toml"))
+    ]
     assert len(found) >= 9 and all(q.time and q.expect and not q.arms[0].tst for q in found)
     assert all(len(q.seeds) >= 3 or q.name == "at_100m" for q in found)

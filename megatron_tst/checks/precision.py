@@ -1,0 +1,190 @@
+"""FP8 and NVFP4 with TST: what a run is refused or warned of before training (docs/precision.md).
+
+Both phases have the same number of positions L, so each rule holds in both or in neither: bags
+change no shape inside the model. Outside of it, embedding, bag mean, router, norms, output layer
+and loss are bf16 or fp32 whatever the recipe. Rules: Transformer Engine 2.20, megatron-core 0.19.2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from megatron_tst.config import TSTConfig
+from megatron_tst.errors import refuse, warn
+
+# recipe: (lowest compute capability, first one that is too new, lowest CUDA),
+# transformer_engine/pytorch/quantization.py
+_HARDWARE = {
+    "delayed": ((8, 9), None, None),
+    "tensorwise": ((8, 9), None, None),
+    "blockwise": ((9, 0), None, (12, 9)),
+    "mxfp8": ((10, 0), (12, 0), None),
+    "nvfp4": ((10, 0), None, None),
+}
+# Tokens of a rank are a GEMM's M, and its K in the gradient of the weights: 16 values, or the
+# scale's block.
+_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 16}
+# By what a recipe cuts the widths of weights, as a rank holds them.
+_WIDTHS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32, "nvfp4": 16}
+_FASTER_TOKENS = {"blockwise": 128, "nvfp4": 128}  # whole blocks
+
+
+def recipes(capability: tuple[int, int], cuda: str | None) -> list[str]:
+    """The recipes that run on a GPU of this compute capability with torch's CUDA version."""
+    return [recipe for recipe in _HARDWARE if not _why_not(recipe, capability, cuda)]
+
+
+def check_precision(
+    config: TSTConfig, args: argparse.Namespace, gpu: tuple[tuple[int, int], str] | None
+) -> None:
+    """Refuse a recipe that cannot run here or shapes that its GEMMs do not take; warn of state that
+    does not survive the boundary.
+
+    Args:
+        config: the TST settings.
+        args: Megatron's arguments after its own validation.
+        gpu: (compute capability, torch's CUDA version); None on CPU.
+
+    Raises:
+        TSTError: with the flag, what was expected, what was got, what to do.
+    """
+    recipe = recipe_of(args)
+    if not config.enabled or recipe not in _HARDWARE:  # none, or the user's own
+        return
+    flag = "--fp4-format" if recipe == "nvfp4" else f"--fp8-recipe {recipe}"
+    if gpu is None:
+        refuse(
+            flag,
+            "an NVIDIA GPU and Transformer Engine",
+            "training on CPU",
+            "Drop it, or train on a GPU.",
+        )
+    if expected := _why_not(recipe, *gpu):
+        do = f"Use one that runs: {', '.join(recipes(*gpu)) or 'none does; train in bf16'}."
+        refuse(flag, expected, f"sm_{gpu[0][0]}{gpu[0][1]} with CUDA {gpu[1]}", do)
+    _check_shapes(flag, recipe, args)
+    if recipe == "delayed":
+        warn(
+            "--fp8-recipe delayed (Megatron's default) keeps scales of earlier steps, also over "
+            "the boundary, and newer Transformer Engines refuse "
+            "to load them from a checkpoint (NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1, or "
+            "convert_checkpoint.py boundary --drop-fp8-state). "
+            "tensorwise, blockwise and mxfp8 have no state"
+        )
+    elif not getattr(args, "first_last_layers_bf16", False):
+        warn(
+            f"{flag}: the first layer sees means of embeddings, then single ones; "
+            f"--first-last-layers-bf16 keeps it out of {flag}"
+        )
+
+
+def recipe_of(args: argparse.Namespace) -> str | None:
+    """The recipe that a run's GEMMs use: one of Megatron's names, "nvfp4", or None for 16 bit."""
+    if getattr(args, "fp4", None):
+        return str(getattr(args, "fp4_recipe", None) or "nvfp4")
+    return (
+        str(getattr(args, "fp8_recipe", None) or "delayed") if getattr(args, "fp8", None) else None
+    )
+
+
+def tokens_of_a_rank(args: argparse.Namespace) -> int:
+    """Positions of one micro-batch that one rank quantises: L / CP, / TP with sequence parallelism,
+    x micro-batch size.
+    """
+    tp = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
+    return (
+        args.seq_length // (getattr(args, "context_parallel_size", 1) * tp) * args.micro_batch_size
+    )
+
+
+def _why_not(recipe, capability, cuda) -> str | None:
+    """What the recipe needs, where this GPU or CUDA is not it."""
+    low, too_new, least_cuda = _HARDWARE[recipe]
+    version = tuple(int(part) for part in re.findall(r"\d+", cuda or "0")[:2])
+    if (
+        tuple(capability) < low
+        or (too_new and tuple(capability) >= too_new)
+        or (least_cuda and version < least_cuda)
+    ):
+        below = f", below sm_{too_new[0]}{too_new[1]}" if too_new else ""
+        return f"sm_{low[0]}{low[1]} or newer{below}" + (
+            f" with CUDA {least_cuda[0]}.{least_cuda[1]}" if least_cuda else ""
+        )
+    return None
+
+
+def _check_shapes(flag, recipe, args):
+    def of(name, default=None):
+        return getattr(args, name, default)
+
+    tokens, tp = tokens_of_a_rank(args), of("tensor_model_parallel_size", 1)
+    multiple, flags = _TOKENS[recipe], flag
+    if recipe == "mxfp8" and of("tp_comm_overlap"):
+        multiple, flags = 128, f"{flag} --tp-comm-overlap"
+    elif recipe == "blockwise" and of(
+        "sequence_parallel"
+    ):  # each rank quantises its positions before they are gathered
+        multiple, flags = 128, f"{flag} --sequence-parallel"
+    why = f"--seq-length {args.seq_length} / CP {of('context_parallel_size', 1)}"
+    why += f" / TP {tp}" if of("sequence_parallel") else ""
+    if tokens % multiple:
+        do = (
+            f"{why} x --micro-batch-size {args.micro_batch_size}, in both phases: change one of "
+            f"them."
+        )
+        refuse(f"{flags}: tokens of a rank", f"a multiple of {multiple}", tokens, do)
+    if tokens % _FASTER_TOKENS.get(recipe, 1):
+        warn(
+            f"{flag}: {tokens} tokens of a rank ({why} x {args.micro_batch_size}); whole blocks "
+            f"need a multiple of {_FASTER_TOKENS[recipe]}"
+        )
+    for what, size in _widths(args, tp).items():
+        if size % _WIDTHS[recipe]:
+            refuse(
+                f"{flag}: {what}",
+                f"a multiple of {_WIDTHS[recipe]}",
+                size,
+                "Use another recipe or another layout.",
+            )
+    if recipe == "mxfp8" and (of("fp8_dot_product_attention") or of("fp8_multi_head_attention")):
+        positions = args.seq_length // of("context_parallel_size", 1)
+        if positions % 128:
+            refuse(
+                f"{flag} in attention: positions of a rank",
+                "a multiple of 128",
+                positions,
+                "Change --seq-length, or leave attention in bf16.",
+            )
+    if of("fp8_output_proj"):
+        size = of("padded_vocab_size", 0) // tp
+        if size % 32:
+            refuse(
+                "--fp8-output-proj: vocabulary / TP",
+                "a multiple of 32",
+                size,
+                "Drop the flag, or change --make-vocab-size-divisible-by.",
+            )
+
+
+def _widths(args, tp) -> dict[str, int]:
+    """Widths of the quantised weights of a rank, by what they hang on."""
+
+    def of(name, default=None):
+        return getattr(args, name, None) or default
+
+    heads, hidden = args.num_attention_heads, args.hidden_size
+    groups = of("num_query_groups", heads) if of("group_query_attention") else heads
+    channels = of("kv_channels", hidden // heads)
+    widths = {
+        "--hidden-size": hidden,
+        "queries, keys and values of a rank": (heads + 2 * groups) * channels // tp,
+        "--num-attention-heads x --kv-channels of a rank": heads * channels // tp,
+    }
+    if of("num_experts"):
+        widths["--moe-ffn-hidden-size of a rank"] = of(
+            "moe_ffn_hidden_size", args.ffn_hidden_size
+        ) // of("expert_tensor_parallel_size", 1)
+    else:
+        widths["--ffn-hidden-size of a rank"] = args.ffn_hidden_size // tp
+    return widths

@@ -1,0 +1,376 @@
+"""What TST cannot work with, and what to be warned of: looked at before training starts.
+
+A refusal names the flag, what was expected, what was got and what to do. (Settings out of their
+range: config.py. A resume: loop/resume.py.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from megatron_tst import cpu, extension
+from megatron_tst.checks.precision import check_precision, recipe_of
+from megatron_tst.config import TSTConfig
+from megatron_tst.errors import refuse, warn
+from megatron_tst.ops.names import ABLATIONS
+
+ROBUST_BAG_SIZES, LARGEST_BAG_SIZE, ROBUST_RATIOS = (
+    (4, 8),
+    16,
+    (0.2, 0.4),
+)  # paper, section 4 and tables 4 to 7
+LARGEST_WIDTH = 64  # bags of 16, 12 and 8 need 48
+
+
+def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
+    """Refuse what cannot work with TST; warn outside the range that the paper found robust.
+
+    Args:
+        config: the TST settings.
+        args: Megatron's arguments after its own validation.
+
+    Raises:
+        TSTError: with the flag, what was expected, what was got, what to do.
+    """
+    if config.bag_size == 1:
+        if (
+            config.step_ratio
+            or config.iters
+            or config.exit_at_boundary
+            or config.kernel_in_recovery
+            or config.fused_linear_loss
+        ):
+            warn(
+                "--tst-bag-size is 1: the other --tst flags have no effect and the run is stock "
+                "Megatron"
+            )
+        return
+    if config.step_ratio is None and config.iters is None:
+        refuse(
+            "--tst-bag-size",
+            "--tst-step-ratio or --tst-iters beside it",
+            config.bag_size,
+            "Say how long to superpose.",
+        )
+    if not config.enabled:
+        warn("no iteration is superposed: the run is stock Megatron")
+        return
+    check_sequence_length(config, args)
+    for what, bad, expected, got, do in _conflicts(args):
+        if bad:
+            refuse(f"{what} with TST", expected, got, do)
+    for name in _NOT_WITH_FUSED_LINEAR_LOSS if config.fused_linear_loss else ():
+        if getattr(args, name, None):
+            flag = f"--{name.replace('_', '-')}"
+            refuse(
+                f"{flag} with --tst-fused-linear-loss",
+                "unset",
+                "set",
+                "It needs the output layer's own forward. Drop one of the two.",
+            )
+    _check_ablation(config)
+    _check_kernel(config)
+    if recipe_of(args):
+        check_precision(config, args, _gpu())
+    schedule = config.schedule(args)
+    _check_switch(config, schedule, args)
+    ratio = schedule.superposition_samples / schedule.train_samples
+    low, high = ROBUST_BAG_SIZES
+    for size in config.bag_sizes:
+        if not low <= size <= high:
+            warn(
+                f"bag size {size}: the paper found {low} to {high} robust, and up to "
+                f"{LARGEST_BAG_SIZE} at 10B parameters"
+            )
+    if list(config.bag_sizes) != sorted(config.bag_sizes, reverse=True):
+        warn(
+            f"bag sizes {', '.join(map(str, config.bag_sizes))}: expected to fall towards the 1 "
+            f"of the recovery phase"
+        )
+    if schedule.width > LARGEST_WIDTH:
+        warn(
+            f"bag sizes whose least common multiple is {schedule.width}: each sample is cut from "
+            f"{schedule.long_sample_length} tokens, which are all read for it"
+        )
+    if getattr(args, "context_parallel_size", 1) > 1:
+        _warn_of_unequal_ranks(args)
+    if not ROBUST_RATIOS[0] - 0.005 <= ratio <= ROBUST_RATIOS[1] + 0.005:
+        warn(
+            f"step ratio {ratio:.3f}: the paper found {ROBUST_RATIOS[0]} to {ROBUST_RATIOS[1]} "
+            f"robust"
+        )
+
+
+def _check_switch(config, schedule, args):
+    """Refuse settings of the boundary that would have no effect."""
+    defaults = TSTConfig()
+    if config.exit_at_boundary:
+        if not getattr(args, "save", None):
+            refuse(
+                "--tst-exit-at-boundary",
+                "--save beside it",
+                "none",
+                "Without a checkpoint the superposition phase would be lost.",
+            )
+        boundary = schedule.superposition_samples // schedule.global_batch_size
+        if boundary in (getattr(args, "iterations_to_skip", None) or ()):
+            do = (
+                "Megatron neither saves nor exits after a skipped iteration. Move the boundary, "
+                "or skip another one."
+            )
+            refuse(
+                "--iterations-to-skip with --tst-exit-at-boundary",
+                "other iterations than the boundary's",
+                boundary,
+                do,
+            )
+    if config.switch == "fixed":
+        for name in ("switch_slope", "switch_window"):
+            if getattr(config, name) != getattr(defaults, name):
+                refuse(
+                    f"--tst-{name.replace('_', '-')}",
+                    "--tst-switch auto beside it",
+                    "fixed",
+                    "Drop one of the two.",
+                )
+
+
+def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
+    """Refuse a number of positions that the layout cannot cut into equal parts of whole bags;
+    Megatron's arguments, validated or not.
+
+    Raises:
+        TSTError: with --seq-length and what it must be a multiple of.
+    """
+    length = getattr(args, "seq_length", None)
+    if not config.enabled or not length:
+        return
+    cp, tp = (
+        getattr(args, "context_parallel_size", 1),
+        getattr(args, "tensor_model_parallel_size", 1),
+    )
+    tp = tp if getattr(args, "sequence_parallel", False) else 1
+    two = 2 * cp if cp > 1 else 1  # each context-parallel rank holds two chunks
+    multiple = math.lcm(two, cp * tp)
+    if length % multiple:
+        layout = [f"--context-parallel-size {cp}"] * (cp > 1) + [
+            f"--tensor-model-parallel-size {tp} --sequence-parallel"
+        ] * (tp > 1)
+        refuse(
+            f"--seq-length with {' and '.join(layout)}",
+            f"a multiple of {multiple}",
+            length,
+            "It counts positions (bags or tokens), which are spread evenly over the ranks. Change "
+            "it or the layout.",
+        )
+
+
+# MuP scales logits between the output layer and the loss, multi-token prediction counts right
+# guesses from them; the others take the output layer, its precision or its gradient elsewhere.
+_NOT_WITH_FUSED_LINEAR_LOSS = (
+    "use_mup",
+    "mtp_num_layers",
+    "defer_embedding_wgrad_compute",
+    "overlap_moe_expert_parallel_comm",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "fp8_output_proj",
+)
+
+
+def _warn_of_unequal_ranks(args):
+    """Megatron averages each context-parallel rank's own positions and then the ranks: the same
+    only where their numbers are.
+    """
+    per_token = getattr(args, "calculate_per_token_loss", False)
+    if getattr(args, "eod_mask_loss", False) and not per_token:
+        warn(
+            "--context-parallel-size with --eod-mask-loss: Megatron weighs a label by how many "
+            "its rank has. "
+            "Add --calculate-per-token-loss to weigh all alike"
+        )
+    if getattr(args, "mtp_num_layers", None):
+        warn(
+            "--context-parallel-size with --mtp-num-layers: Megatron averages the heads' losses "
+            "over each rank's own positions, so that "
+            "the result hangs a little on the number of ranks, with and without TST"
+        )
+
+
+def _gpu():
+    """(compute capability, torch's CUDA version) of this rank's GPU; None on CPU."""
+    if cpu.asked_for():
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(), torch.version.cuda
+
+
+def _check_ablation(config):
+    """The ablations' losses are in torch alone, and not in the op with the output layer."""
+    for flag, asked in (
+        ("--tst-kernel extension", config.kernel == "extension"),
+        ("--tst-fused-linear-loss", config.fused_linear_loss),
+    ):
+        if config.loss in ABLATIONS and asked:
+            do = "It is an ablation, in torch alone. Drop one of the two."
+            refuse(
+                f"{flag} with --tst-loss {config.loss}",
+                "--tst-loss mce or mce-alt",
+                config.loss,
+                do,
+            )
+
+
+def _check_kernel(config):
+    """Refuse kernels that are not there before training, not at the first loss."""
+    device = "cpu" if cpu.asked_for() else "cuda"
+    for flag, asked, kernel in (
+        ("--tst-kernel extension", config.kernel == "extension", "extension"),
+        (
+            "--tst-kernel-in-recovery",
+            config.kernel_in_recovery,
+            "torch" if config.kernel == "torch" else "extension",
+        ),
+    ):
+        if not asked:
+            continue
+        try:
+            if extension.choose(kernel, device) == "extension":
+                continue
+            got = "--tst-kernel torch"
+        except ValueError:
+            got = f"an extension that is {extension.load().description}"
+        refuse(
+            flag, f"the extension's {device} kernels", got, "Build the extension, or drop the flag."
+        )
+
+
+def _conflicts(args):
+    """(what, whether it is asked for, expected, got, what to do) of everything in Megatron that TST
+    does not work with.
+    """
+
+    def of(name, default=None):
+        return getattr(args, name, default)
+
+    one_document = (
+        "Bags would mix documents that must not see each other. Drop the flag: TST "
+        "packs documents as plain pre-training does."
+    )
+    constant = (
+        "The boundary is a number of samples of one batch size. Use a constant --global-batch-size."
+    )
+    graph = (
+        of("cuda_graph_impl"),
+        [str(getattr(x, "name", x)) for x in of("cuda_graph_scope") or []],
+    )
+    fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
+    fused_linear = bool(of("fuse_linear_cross_entropy")) or fusion == "linear"
+    yield (
+        "--sft",
+        of("sft"),
+        "plain pre-training data",
+        "packed sequences",
+        "Use TST for pre-training alone.",
+    )
+    for name in ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"):
+        yield f"--{name.replace('_', '-')}", of(name), "unset", "set", one_document
+    yield "--rampup-batch-size", of("rampup_batch_size"), "none", of("rampup_batch_size"), constant
+    yield (
+        "--step-batch-size-schedule",
+        of("step_batch_size_schedule"),
+        "none",
+        of("step_batch_size_schedule"),
+        constant,
+    )
+    yield (
+        "--decrease-batch-size-if-needed",
+        of("decrease_batch_size_if_needed"),
+        "unset",
+        "set",
+        constant,
+    )
+    yield (
+        "cross-entropy fusion",
+        fused_linear or fusion == "te",
+        "a loss that goes through compute_language_model_loss with ordinary logits (fusion off, "
+        "or 'native')",
+        "fuse_linear_cross_entropy" if fused_linear else f"--cross-entropy-fusion-impl {fusion}",
+        "It takes one label a position. Drop the fusion flag; the superposed loss has its own "
+        "kernel.",
+    )
+    yield (
+        "--cuda-graph-impl",
+        graph[0] == "full_iteration" or "full_iteration" in graph[1],
+        "none or a per-layer graph",
+        "full_iteration",
+        "The graph would be captured with the shapes of one phase. Use --cuda-graph-impl local or "
+        "transformer_engine.",
+    )
+    yield (
+        "--dataloader-type",
+        of("dataloader_type", "single") not in (None, "single"),
+        "single",
+        of("dataloader_type"),
+        "A sample's index says its phase, so samples must come in order. Use --dataloader-type "
+        "single.",
+    )
+    yield (
+        "label smoothing",
+        of("label_smoothing"),
+        "0",
+        of("label_smoothing"),
+        "It is defined for one label a position. Switch it off.",
+    )
+    yield (
+        "--hybrid-context-parallel",
+        of("hybrid_context_parallel"),
+        "unset",
+        "set",
+        "Use --context-parallel-size alone.",
+    )
+    yield (
+        "--fim-data",
+        of("fim_data"),
+        "unset",
+        "set",
+        "Fill-in-the-middle rearranges samples of ordinary length. Drop the flag.",
+    )
+    yield (
+        "--perform-rl-step",
+        of("perform_rl_step"),
+        "unset",
+        "set",
+        "Use TST for pre-training alone.",
+    )
+    yield (
+        "--logits-load-dir",
+        of("logits_load_dir"),
+        "none",
+        of("logits_load_dir"),
+        "Distillation needs one label a position.",
+    )
+    yield (
+        "ModelOpt",
+        of("modelopt_enabled"),
+        "off",
+        "on",
+        "Quantise or distil after recovery, without the --tst- flags.",
+    )
+    yield (
+        "--gtp-weight-remat-size",
+        of("gtp_weight_remat_size", 1) > 1,
+        "1",
+        of("gtp_weight_remat_size"),
+        "Not verified with bags.",
+    )
+    phases = of("phase_transition_iterations")
+    yield (
+        "--phase-transition-iterations",
+        phases,
+        "none",
+        phases,
+        "The run has two phases already. Use --tst-exit-at-boundary.",
+    )

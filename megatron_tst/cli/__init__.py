@@ -1,0 +1,1 @@
+"""megatron-tst: one verb a module, which reads flags and prints."""

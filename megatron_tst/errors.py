@@ -1,0 +1,28 @@
+"""The exceptions of the package, and the one way to refuse. No torch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import NoReturn
+
+
+class TSTError(ValueError):
+    """A mistake in how a run is set up or in a file that is handed in; its text is one line for the
+    user.
+    """
+
+
+class PatchError(RuntimeError):
+    """A seam is missing, has changed, or was replaced by somebody else; nothing was left half done."""
+
+
+def refuse(what: object, expected: object, got: object, do: str) -> NoReturn:
+    """Raise TSTError: "what: expected ..., got .... What to do." """
+    raise TSTError(f"{what}: expected {expected}, got {got}. {do}")
+
+
+def warn(text: str) -> None:
+    """Warn once a job, on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"megatron_tst: {text}", stacklevel=3)

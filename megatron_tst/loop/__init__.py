@@ -1,0 +1,1 @@
+"""Inside a training loop: patches, entry, the run, its log, its boundary."""

@@ -1,0 +1,169 @@
+"""What a checkpoint's arguments hold of a run's phases, and what a run that resumes from it may
+change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from megatron_tst.checkpoint.phases import stored
+from megatron_tst.config import TSTConfig
+from megatron_tst.errors import refuse
+from megatron_tst.schedule import Schedule
+
+# The data's order and the objective hang on these.
+_KEPT = {
+    "global_batch_size": None,
+    "seq_length": None,
+    "tst_superpose": "both",
+    "tst_target_weighting": "uniform",
+    "tst_loss": "mce",
+}
+_WITH_OVERRIDE = {
+    "tst_bag_size": 1,
+    "tst_switch": "fixed",
+    "tst_switch_slope": None,
+    "tst_switch_window": None,
+}
+
+
+def check_resume(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> Schedule | None:
+    """The phases of a run that goes on from a checkpoint (not asked with --finetune).
+
+    Args:
+        args: this run's, with its phases stored.
+        checkpoint_args: the checkpoint's; consumed_train_samples says how far it is.
+
+    Returns:
+        the phases in effect from here on, None for a run without TST.
+
+    Raises:
+        TSTError: naming the first setting that differs and may not, its value in the checkpoint and
+            in this run.
+    """
+    ours, theirs = stored(args, "tst_planned"), stored(checkpoint_args)
+    if not ours and not theirs:
+        return None
+    if not theirs:
+        got, do = (
+            "one without TST settings",
+            "Add --finetune to start TST from its weights, or drop the --tst- flags.",
+        )
+        refuse("resuming with TST", "a checkpoint of a TST run", got, do)
+    if not ours:
+        do = (
+            f"Add --tst-bag-size {checkpoint_args.tst_bag_size} and the run's other --tst- "
+            f"flags, or --finetune to keep the weights alone."
+        )
+        refuse("resuming without TST", "the --tst- flags of the checkpoint's run", "none", do)
+    for name, default in _KEPT.items():
+        _same(
+            name,
+            default,
+            args,
+            checkpoint_args,
+            "The order of the data and the objective hang on it. Give the first run's flags.",
+        )
+    check_optimizer(args, checkpoint_args)
+    before = stored(checkpoint_args, "tst_planned")
+    if not TSTConfig.from_args(args).override:
+        for name, default in _WITH_OVERRIDE.items():
+            _same(
+                name,
+                default,
+                args,
+                checkpoint_args,
+                "Give the first run's flags, or --tst-override to change what lies ahead.",
+            )
+        if ours != before:
+            do = (
+                "Give the first run's --tst-iters or --tst-step-ratio and --train-iters or "
+                "--train-samples, or --tst-override to change what lies ahead."
+            )
+            refuse("resuming with other phases", before.described, ours.described, do)
+        return theirs
+    if ours == before and args.tst_switch == checkpoint_args.tst_switch:
+        return theirs
+    return _changed(theirs, before, ours, checkpoint_args.consumed_train_samples)
+
+
+def _changed(old: Schedule, planned: Schedule, new: Schedule, consumed: int) -> Schedule:
+    """`new` as far as what is read already allows it."""
+    widths = [1 if new.single_tokens_in else s for s in new.bag_sizes]
+    if any(old.width % w for w in widths):
+        do = "The run's data are cut from samples of so many bags. Choose among these."
+        refuse(
+            "--tst-bag-size with --tst-override",
+            f"divisors of {old.width}",
+            ",".join(map(str, new.bag_sizes[:-1])),
+            do,
+        )
+    new = dataclasses.replace(new, width=old.width)
+    if new.reads_as(old, consumed):
+        return new
+    boundary = old.superposition_samples
+    if consumed < boundary:
+        phase, batch = old.phase_at(consumed), old.global_batch_size
+        first = phase.first_sample // batch
+        expected = (
+            f"bag size {phase.bag_size} from iteration {first + 1} to {consumed // batch} "
+            f"as in the checkpoint"
+        )
+        if phase.pieces > 1:
+            expected += f", to its end after iteration {first} + a multiple of {phase.pieces}"
+        refuse(
+            "--tst-override",
+            expected,
+            new.described,
+            "Only what lies ahead can change: write what lies behind as it was.",
+        )
+    if not any(_superposed(new) == _superposed(known) for known in (old, planned)):
+        do = (
+            "The run is in recovery: superposition cannot be taken up again. Only --train-iters "
+            "or --train-samples can change."
+        )
+        refuse("--tst-override", old.described, new.described, do)
+    more = new.train_samples - old.train_samples
+    return old.lengthened(more) if more > 0 else old
+
+
+def _superposed(schedule):
+    return [(phase.bag_size, phase.samples) for phase in schedule.superposed_phases]
+
+
+def _same(name, default, args, checkpoint_args, do):
+    value, kept = getattr(args, name, default), getattr(checkpoint_args, name, default)
+    if value != kept:
+        refuse(f"resuming with another {name}", f"{kept} as in the checkpoint", value, do)
+
+
+def check_optimizer(args, checkpoint_args):
+    """Refuse layouts between which Megatron does not carry the optimizer's state; weights alone it
+    carries between all.
+
+    Raises:
+        TSTError: with the flag, what the checkpoint has and what this run has.
+    """
+    if getattr(args, "no_load_optim", False):
+        return
+    ep, kept = (getattr(x, "expert_model_parallel_size", 1) for x in (args, checkpoint_args))
+    if (ep == 1) != (kept == 1):
+        refuse(
+            "--expert-model-parallel-size with the optimizer's state",
+            f"{'1' if kept == 1 else 'more than 1'}, as the checkpoint's {kept}",
+            ep,
+            "Megatron keeps the experts' optimizer apart only above 1. Keep to that side of 1, or "
+            "add --no-load-optim.",
+        )
+    ours, theirs = (
+        bool(getattr(x, "use_distributed_optimizer", False)) for x in (args, checkpoint_args)
+    )
+    if ours != theirs:
+        refuse(
+            "--use-distributed-optimizer with the optimizer's state",
+            f"{'it' if theirs else 'none'}, as in the checkpoint",
+            "it" if ours else "none",
+            "Megatron loads neither optimizer's state into the other. Keep to the checkpoint's, "
+            "or add --no-load-optim.",
+        )

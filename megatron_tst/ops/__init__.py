@@ -1,0 +1,1 @@
+"""The method on tensors: embedding, loss, their kernels, the reference."""

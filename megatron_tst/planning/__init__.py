@@ -1,0 +1,1 @@
+"""A run before it starts: text, cost, memory, layout, and what the paper measured."""
