@@ -31,7 +31,7 @@ cpu.enable_if_asked()
 compat.hide_broken_transformer_engine()
 
 import pytest
-from runner import Zygote
+from support.runs import ForkServer
 
 torch.set_num_threads(1)
 
@@ -123,12 +123,12 @@ def patched(megatron):
 
 
 @pytest.fixture(scope="session")
-def zygote(tmp_path_factory, pytestconfig):
+def fork_server(tmp_path_factory, pytestconfig):
     """Starts training runs and multi-rank functions in processes that need not import torch and
     Megatron again.
     """
     where = (pytestconfig.getoption(name) for name in ("nodes", "node", "master"))
-    with Zygote(tmp_path_factory.mktemp("zygote"), *where) as running:
+    with ForkServer(tmp_path_factory.mktemp("fork_server"), *where) as running:
         yield running
 
 

@@ -5,13 +5,11 @@ iteration, whatever its layout (without pipeline stages); ids are below --vocab-
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
 
 import megatron.training.training as loop
-import pretrain_gpt_tst as script
 import torch
+
+from megatron_tst import pretrain_gpt as script
 
 
 def logits_of(model, tokens):

@@ -15,7 +15,7 @@ from pathlib import Path
 import convert_checkpoint
 import pytest
 import torch
-from runner import TINY, TST, all_over, data, in_a_fork
+from support.runs import TINY, TST, all_over, data, in_a_fork
 
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
@@ -25,10 +25,12 @@ MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64".split()
 
 
 @pytest.fixture(scope="module")
-def dense(zygote, corpus, tmp_path_factory):
+def dense(fork_server, corpus, tmp_path_factory):
     """Checkpoints at 4, 6 (the boundary) and 8 of a run in one process. -> folder"""
     folder = tmp_path_factory.mktemp("dense")
-    run = zygote.train(*TINY, *TST, *data(corpus), "--save", folder / "ck", "--save-interval", "2")
+    run = fork_server.train(
+        *TINY, *TST, *data(corpus), "--save", folder / "ck", "--save-interval", "2"
+    )
     assert run.ok, run.log[-3000:]
     return folder / "ck"
 
@@ -164,7 +166,7 @@ def test_new_embedding_and_head(dense, tmp_path):
                 )
 
 
-def test_one_end_has_new_values_as_the_run_drew_them(zygote, corpus, tmp_path):
+def test_one_end_has_new_values_as_the_run_drew_them(fork_server, corpus, tmp_path):
     given = [
         "--embedding-init-method-std",
         "0.5",
@@ -174,7 +176,7 @@ def test_one_end_has_new_values_as_the_run_drew_them(zygote, corpus, tmp_path):
         "--save-interval",
         "99",
     ]
-    assert zygote.train(*TINY, *TST, *data(corpus), *given).ok
+    assert fork_server.train(*TINY, *TST, *data(corpus), *given).ok
     ends = {
         "embedding": ("embedding.word_embeddings.weight", 0.5),
         "head": ("output_layer.weight", 0.02),
@@ -191,7 +193,7 @@ def test_one_end_has_new_values_as_the_run_drew_them(zygote, corpus, tmp_path):
         assert weight.std().item() == pytest.approx(std, rel=0.05)
 
 
-def test_resetting_the_optimizer_keeps_the_schedule(dense, zygote, corpus, tmp_path):
+def test_resetting_the_optimizer_keeps_the_schedule(dense, fork_server, corpus, tmp_path):
     assert tool("boundary", at(dense, 6), tmp_path / "plain") == 0
     assert tool("boundary", at(dense, 6), tmp_path / "out", "--reset-optimizer") == 0
     source, after = Checkpoint(at(dense, 6)), Checkpoint(tmp_path / "out")
@@ -201,7 +203,8 @@ def test_resetting_the_optimizer_keeps_the_schedule(dense, zygote, corpus, tmp_p
     assert after.common["opt_param_scheduler"] == source.common["opt_param_scheduler"]
     assert [int(c.common["optimizer"]["state"]["common_step"]) for c in (source, after)] == [6, 0]
     runs = [
-        zygote.train(*TINY, *data(corpus), "--load", tmp_path / name) for name in ("plain", "out")
+        fork_server.train(*TINY, *data(corpus), "--load", tmp_path / name)
+        for name in ("plain", "out")
     ]
     rates, losses = zip(
         *((re.findall(r"learning rate: ([\d.E+-]+)", run.log), run.stock_losses) for run in runs)
@@ -242,8 +245,8 @@ def test_either_format_holds_the_same(dense, tmp_path, format, there):
     )  # it is a stock checkpoint now
 
 
-def test_names_of_expert_layers(zygote, corpus, tmp_path, capsys):
-    run = zygote.train(
+def test_names_of_expert_layers(fork_server, corpus, tmp_path, capsys):
+    run = fork_server.train(
         *TINY,
         *TST,
         *data(corpus),
@@ -272,7 +275,7 @@ def test_names_of_expert_layers(zygote, corpus, tmp_path, capsys):
     ] - names["ck"] == {prefix + new for prefix in prefixes}
 
 
-def test_verify_over_different_cuts(zygote, corpus, dense, tmp_path, capsys):
+def test_verify_over_different_cuts(fork_server, corpus, dense, tmp_path, capsys):
     """One step from the same checkpoint, in one process and under TP2: the same but for rounding,
     whichever way the shards lie.
     """
@@ -293,7 +296,7 @@ def test_verify_over_different_cuts(zygote, corpus, dense, tmp_path, capsys):
         ("one", 1, []),
         ("two", 2, ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]),
     ):
-        run = zygote.train(*flags, *layout, "--save", tmp_path / name, nproc=nproc)
+        run = fork_server.train(*flags, *layout, "--save", tmp_path / name, nproc=nproc)
         assert run.ok, run.log[-2000:]
     one, two = Checkpoint(tmp_path / "one"), Checkpoint(tmp_path / "two")
     assert [len(c.tensors["embedding.word_embeddings.weight"].chunks) for c in (one, two)] == [1, 2]
@@ -382,8 +385,8 @@ def test_too_little_space(copied, tmp_path, capsys, monkeypatch):
     assert "GB of free space" in refused(capsys, "boundary", copied, tmp_path / "out")
 
 
-def test_a_source_without_tst(zygote, corpus, tmp_path, capsys):
-    run = zygote.train(
+def test_a_source_without_tst(fork_server, corpus, tmp_path, capsys):
+    run = fork_server.train(
         *TINY,
         *data(corpus),
         "--save",

@@ -14,8 +14,8 @@ from pathlib import Path
 import export_checkpoint
 import pytest
 import torch
-from runner import TINY, all_over, in_a_fork
-from trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
+from support.runs import TINY, all_over, in_a_fork
+from support.trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
@@ -26,8 +26,8 @@ ASK = str(Path(__file__).parent / "ask_model.py")
 
 
 @pytest.fixture(scope="module")
-def runs(zygote, corpus, tmp_path_factory):
-    return Trained(zygote, corpus, tmp_path_factory.mktemp)
+def runs(fork_server, corpus, tmp_path_factory):
+    return Trained(fork_server, corpus, tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="session")
@@ -413,7 +413,7 @@ def test_a_kept_config_of_another_model_is_refused(models, tmp_path):
     ],
 )
 def test_megatron_says_what_transformers_says(
-    zygote, corpus, models, tmp_path, name, nproc, layout
+    fork_server, corpus, models, tmp_path, name, nproc, layout
 ):
     """An import in a real run with the flags that it names, whose one step changes nothing:
     Megatron's logits are transformers'.
@@ -438,7 +438,7 @@ def test_megatron_says_what_transformers_says(
     ).split()
     load = ["--load", tmp_path / "ck", *LOAD]
     experts = ["--moe-token-dispatcher-type", "alltoall"] if "moe" in name else []
-    run = zygote.train(
+    run = fork_server.train(
         tmp_path / "answers.pt",
         *rest,
         *still,

@@ -5,17 +5,17 @@ the same loss, the same bits.
 import random
 
 import pytest
-from runner import TINY, TST, data
+from support.runs import TINY, TST, data
 
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 
 
 @pytest.mark.timeout(1800)  # sixty runs
-def test_thirty_killed_runs(zygote, corpus, tmp_path):
+def test_thirty_killed_runs(fork_server, corpus, tmp_path):
     def train(name, **job):
         folder = tmp_path / name
-        return zygote.train(
+        return fork_server.train(
             *TINY,
             *TST,
             *data(corpus),

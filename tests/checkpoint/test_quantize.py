@@ -10,7 +10,7 @@ from pathlib import Path
 
 import export_checkpoint
 import pytest
-from runner import TINY, TST, data
+from support.runs import TINY, TST, data
 
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
@@ -18,9 +18,11 @@ from megatron_tst.export.quantize import quantize
 
 
 @pytest.fixture(scope="module")
-def trained(zygote, corpus, tmp_path_factory):
+def trained(fork_server, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "ck"
-    assert zygote.train(*TINY, *TST, *data(corpus), "--save", folder, "--save-interval", "10").ok
+    assert fork_server.train(
+        *TINY, *TST, *data(corpus), "--save", folder, "--save-interval", "10"
+    ).ok
     return folder
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runner import TINY, TST, data
+from support.runs import TINY, TST, data
 
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
@@ -21,22 +21,22 @@ EP2 = [*MOE, "--expert-model-parallel-size", "2"]
 DENSE_TO = {"tp2": (2, TP2), "pp2": (2, PP2), "dp2": (2, [])}
 
 
-def saved(zygote, corpus, folder, nproc, layout):
-    run = zygote.train(
+def saved(fork_server, corpus, folder, nproc, layout):
+    run = fork_server.train(
         *TINY, *TST, *data(corpus), *layout, "--save", folder, "--save-interval", "4", nproc=nproc
     )
     assert run.ok, run.log[-3000:]
     return run
 
 
-def resumed(zygote, corpus, folder, iteration, nproc, layout):
+def resumed(fork_server, corpus, folder, iteration, nproc, layout):
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    return zygote.train(*TINY, *TST, *data(corpus), *layout, "--load", folder, nproc=nproc)
+    return fork_server.train(*TINY, *TST, *data(corpus), *layout, "--load", folder, nproc=nproc)
 
 
-def check(zygote, corpus, folder, want, nproc, layout):
+def check(fork_server, corpus, folder, want, nproc, layout):
     for iteration in (4, 8):  # the boundary is after 6
-        run = resumed(zygote, corpus, folder, iteration, nproc, layout)
+        run = resumed(fork_server, corpus, folder, iteration, nproc, layout)
         assert run.ok, run.log[-3000:]
         assert set(run.losses) == set(range(iteration + 1, 11))
         for i in run.losses:
@@ -47,14 +47,14 @@ def check(zygote, corpus, folder, want, nproc, layout):
 
 
 @pytest.fixture(scope="module")
-def whole(zygote, corpus, tmp_path_factory):
+def whole(fork_server, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return saved(zygote, corpus, folder, 1, []), folder
+    return saved(fork_server, corpus, folder, 1, []), folder
 
 
 @pytest.mark.parametrize("layout", DENSE_TO)
-def test_from_one_process(zygote, corpus, whole, layout):
-    check(zygote, corpus, whole[1], whole[0], *DENSE_TO[layout])
+def test_from_one_process(fork_server, corpus, whole, layout):
+    check(fork_server, corpus, whole[1], whole[0], *DENSE_TO[layout])
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_from_one_process(zygote, corpus, whole, layout):
         "ep2 to ep2 pp2",
     ],
 )
-def test_from_one_layout_to_another(zygote, corpus, tmp_path, there, here):
+def test_from_one_layout_to_another(fork_server, corpus, tmp_path, there, here):
     """With the distributed optimizer too: the second and third step after a resume show a wrong
     step of Adam (cpu.py).
     """
-    check(zygote, corpus, tmp_path, saved(zygote, corpus, tmp_path, *there), *here)
+    check(fork_server, corpus, tmp_path, saved(fork_server, corpus, tmp_path, *there), *here)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +93,19 @@ def test_from_one_layout_to_another(zygote, corpus, tmp_path, there, here):
     ],
     ids=["ep2 to one", "one to ep2", "zero to dp2", "dp2 to zero"],
 )
-def test_where_megatron_cannot(zygote, corpus, tmp_path, there, here, flag):
-    want = saved(zygote, corpus, tmp_path, *there)
-    run = resumed(zygote, corpus, tmp_path, 4, *here)
+def test_where_megatron_cannot(fork_server, corpus, tmp_path, there, here, flag):
+    want = saved(fork_server, corpus, tmp_path, *there)
+    run = resumed(fork_server, corpus, tmp_path, 4, *here)
     assert set(run.codes) == {2} and f"{flag} with the optimizer's state: expected" in run.error
-    weights_alone = resumed(zygote, corpus, tmp_path, 4, here[0], [*here[1], "--no-load-optim"])
+    weights_alone = resumed(
+        fork_server, corpus, tmp_path, 4, here[0], [*here[1], "--no-load-optim"]
+    )
     assert weights_alone.ok and float(weights_alone.losses[5]) == pytest.approx(
         float(want.losses[5]), rel=1e-6
     )
 
 
-def test_a_tracker_that_was_emptied_is_mended(zygote, corpus, whole, tmp_path):
+def test_a_tracker_that_was_emptied_is_mended(fork_server, corpus, whole, tmp_path):
     """Killed between Megatron's emptying of the file and its writing: the run goes on from the last
     checkpoint that is whole.
     """
@@ -111,7 +113,7 @@ def test_a_tracker_that_was_emptied_is_mended(zygote, corpus, whole, tmp_path):
     shutil.rmtree(folder / "iter_0000010")
     os.truncate(folder / "iter_0000008" / "__0_0.distcp", 1000)
     (folder / "latest_checkpointed_iteration.txt").write_text("")
-    run = zygote.train(*TINY, *TST, *data(corpus), "--load", folder)
+    run = fork_server.train(*TINY, *TST, *data(corpus), "--load", folder)
     assert (
         run.ok
         and "was empty (a run killed while it wrote it); going on from iteration 4" in run.log

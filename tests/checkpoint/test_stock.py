@@ -8,7 +8,7 @@ import shutil
 import convert_checkpoint
 import pytest
 import torch
-from runner import SCRIPT, TINY, TST, data
+from support.runs import SCRIPT, TINY, TST, data
 
 from megatron_tst import TSTConfig
 from megatron_tst.checkpoint.format import Checkpoint
@@ -68,11 +68,11 @@ def boundary_alone(folder, here):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_three_ways_over_the_boundary(zygote, corpus, stock_script, tmp_path, name):
+def test_three_ways_over_the_boundary(fork_server, corpus, stock_script, tmp_path, name):
     nproc, layout = LAYOUTS[name]
     flags = [*TINY, *data(corpus), *layout]
     save = ["--save-interval", "6"]
-    a = zygote.train(
+    a = fork_server.train(
         *flags,
         *TST,
         *save,
@@ -84,7 +84,7 @@ def test_three_ways_over_the_boundary(zygote, corpus, stock_script, tmp_path, na
     )
     assert a.ok, a.log[-3000:]
 
-    stopped = zygote.train(
+    stopped = fork_server.train(
         *flags,
         *TST,
         "--save",
@@ -94,7 +94,7 @@ def test_three_ways_over_the_boundary(zygote, corpus, stock_script, tmp_path, na
         "--tst-exit-at-boundary",
         nproc=nproc,
     )
-    b = zygote.train(
+    b = fork_server.train(
         *flags, *TST, *save, "--load", tmp_path / "b", "--save", tmp_path / "b", nproc=nproc
     )
     assert stopped.ok and b.ok, b.log[-3000:]
@@ -111,7 +111,7 @@ def test_three_ways_over_the_boundary(zygote, corpus, stock_script, tmp_path, na
         "--data-cache-path",
         tmp_path / "index",
     ]
-    c = zygote.train(*continued, script=stock_script, nproc=nproc)
+    c = fork_server.train(*continued, script=stock_script, nproc=nproc)
     assert c.ok and "[tst]" not in c.log, c.log[-3000:]
 
     one, two, three = (shown(run) for run in (a, b, c))
@@ -123,9 +123,11 @@ def test_three_ways_over_the_boundary(zygote, corpus, stock_script, tmp_path, na
     assert not differences(ends[0], ends[1]) and not differences(ends[0], ends[2])
 
 
-def test_without_the_index_other_text_is_read(zygote, corpus, stock_script, tmp_path):
+def test_without_the_index_other_text_is_read(fork_server, corpus, stock_script, tmp_path):
     """The control: the same weights and state, and stock Megatron's own order of the text."""
-    a = zygote.train(*TINY, *TST, *data(corpus), "--save", tmp_path / "a", "--save-interval", "6")
+    a = fork_server.train(
+        *TINY, *TST, *data(corpus), "--save", tmp_path / "a", "--save-interval", "6"
+    )
     assert (
         convert_checkpoint.main(
             [
@@ -136,7 +138,7 @@ def test_without_the_index_other_text_is_read(zygote, corpus, stock_script, tmp_
         )
         == 0
     )
-    c = zygote.train(*TINY, *data(corpus), "--load", tmp_path / "c", script=stock_script)
+    c = fork_server.train(*TINY, *data(corpus), "--load", tmp_path / "c", script=stock_script)
     assert a.ok and c.ok and shown(a)[7] != shown(c)[7]
 
 

@@ -4,7 +4,7 @@ over the boundary to a stock run.
 
 import convert_checkpoint
 import pytest
-from runner import CHECKOUTS, NO_CHECKOUT, TINY, TST, data, from_checkout
+from support.runs import CHECKOUTS, NO_CHECKOUT, TINY, TST, data, from_checkout
 
 from megatron_tst.checkpoint.format import Checkpoint
 

@@ -26,7 +26,7 @@ def documents(language, count, length, generator):
 
 def train(seed, s):
     """Final next-token validation loss of a run with bag size s for the first part of its steps."""
-    from models import gpt
+    from support.models import gpt
 
     from megatron_tst.data.bags import bag_view
 

@@ -12,10 +12,10 @@ from layouts import NOT_VERIFIED, REFUSED
 
 
 @pytest.fixture(scope="session")
-def folder(zygote, tmp_path_factory, pytestconfig):
+def folder(fork_server, tmp_path_factory, pytestconfig):
     """Of the runs; on several nodes the one that all of them see."""
     shared = pytestconfig.getoption("shared_folder")
-    if zygote.nodes > 1 and not shared:
+    if fork_server.nodes > 1 and not shared:
         pytest.exit("--nodes needs --shared-folder, a new folder that all nodes see", returncode=2)
     folder = Path(shared) if shared else tmp_path_factory.mktemp("runs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -23,14 +23,14 @@ def folder(zygote, tmp_path_factory, pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def short_documents(folder, zygote, corpus):
+def short_documents(folder, fork_server, corpus):
     """The test corpus cut into documents of 3 to 40 tokens, so that most samples hold ends of
     documents. -> prefix
     """
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
     prefix, end = folder / "text", 511
-    if zygote.node > 0:
+    if fork_server.node > 0:
         while not Path(f"{prefix}.idx").exists():
             time.sleep(0.1)
         return prefix
@@ -48,9 +48,9 @@ def short_documents(folder, zygote, corpus):
 
 
 @pytest.fixture(scope="session")
-def trainer(zygote, folder, short_documents, pytestconfig):
+def trainer(fork_server, folder, short_documents, pytestconfig):
     """Starts the runs of a case."""
-    return Trainer(zygote, folder, short_documents, pytestconfig.getoption("backend"))
+    return Trainer(fork_server, folder, short_documents, pytestconfig.getoption("backend"))
 
 
 @pytest.fixture(scope="session")

@@ -31,12 +31,12 @@ class Figures:
 class Trainer:
     """Starts runs, and keeps those in one process for the cases that share them.
 
-    On several nodes (zygote.nodes) each starts its share of a layout's processes; runs in one
+    On several nodes (fork_server.nodes) each starts its share of a layout's processes; runs in one
     process are node 0's, the others wait for its files in `folder`, which all see.
     """
 
-    def __init__(self, zygote, folder: Path, data: Path, backend: str):
-        self.zygote, self.folder, self.data, self.backend = zygote, folder, data, backend
+    def __init__(self, fork_server, folder: Path, data: Path, backend: str):
+        self.fork_server, self.folder, self.data, self.backend = fork_server, folder, data, backend
         self.alone: dict[tuple, Figures] = {}
         self.starts: dict[str, Path] = {}
         self.runs = 0
@@ -119,8 +119,10 @@ class Trainer:
             env = env | {
                 "CUDA_DEVICE_MAX_CONNECTIONS": "8"
             }  # Megatron demands it there, and 1 elsewhere
-        if layout.world > 1 or self.zygote.node == 0:
-            run = self.zygote.train(str(folder), *flags, script=SCRIPT, nproc=layout.world, env=env)
+        if layout.world > 1 or self.fork_server.node == 0:
+            run = self.fork_server.train(
+                str(folder), *flags, script=SCRIPT, nproc=layout.world, env=env
+            )
             assert run.ok, run.log[-4000:]
         ranks = [self._result(folder / f"rank{rank}.pt") for rank in range(layout.world)]
         last = ranks[-1]  # the last pipeline stage has the losses
@@ -131,11 +133,11 @@ class Trainer:
             whole_weights(ranks),
             [rank["batches"] for rank in ranks],
             last["schedule_plans"],
-            run.log if self.zygote.node == 0 else "",
+            run.log if self.fork_server.node == 0 else "",
         )
 
     def _result(self, path):
-        deadline = time.time() + (0 if self.zygote.nodes == 1 else 300)
+        deadline = time.time() + (0 if self.fork_server.nodes == 1 else 300)
         while not path.exists() and time.time() < deadline:
             time.sleep(0.1)
         return torch.load(path, weights_only=True)

@@ -34,7 +34,7 @@ _ALLTOALL, _ALLGATHER = (
     "--moe-token-dispatcher-type alltoall",
     "--moe-token-dispatcher-type allgather",
 )
-_HYBRID = f"{_LLAMA} --spec hybrid_spec hybrid_stack_spec --hybrid-layer-pattern"
+_HYBRID = f"{_LLAMA} --spec support.hybrid_spec hybrid_stack_spec --hybrid-layer-pattern"
 
 MODELS = {
     "dense": f"--num-layers 2 {_LLAMA} {_UNTIED}",

@@ -21,7 +21,7 @@ def within(found: Difference, allowed: Difference) -> bool:
 
 def needs(layout, trainer):
     """Skip what the machines here cannot hold."""
-    nodes = trainer.zygote.nodes
+    nodes = trainer.fork_server.nodes
     if layout.world % nodes:
         pytest.skip(f"NOT RUN: {layout.world} processes cannot be spread over {nodes} nodes")
     if trainer.backend == "nccl":

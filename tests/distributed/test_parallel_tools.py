@@ -76,10 +76,10 @@ def test_mistakes(tmp_path, capsys):
     assert page.read_text() == "no marks"
 
 
-def test_fabric_check(zygote, tmp_path):
+def test_fabric_check(fork_server, tmp_path):
     flags = ["--seq-length", "64", "--hidden-size", "32", "--bucket", "4096", "--rounds", "3"]
     script = str(ROOT / "tools" / "check_fabric.py")
-    run = zygote.train(*flags, "--json", tmp_path / "out.jsonl", script=script, nproc=2)
+    run = fork_server.train(*flags, "--json", tmp_path / "out.jsonl", script=script, nproc=2)
     assert run.ok, run.log
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["bytes"] for row in rows] == [
@@ -93,5 +93,5 @@ def test_fabric_check(zygote, tmp_path):
         assert row["bus_GB_per_s"] == pytest.approx(
             factor * row["bytes"] / row["milliseconds"] / 1e6
         )
-    slow = zygote.train(*flags, "--at-least", "1e6", script=script, nproc=2)
+    slow = fork_server.train(*flags, "--at-least", "1e6", script=script, nproc=2)
     assert slow.codes == [1, 1] and "TOO SLOW" in slow.log

@@ -57,7 +57,7 @@ def start(dtype):
 def rank_counts_embedding(dtype, scatter):
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import VocabParallelEmbedding
-    from models import config
+    from support.models import config
 
     ranks, dtype = start(dtype)
     table = VocabParallelEmbedding(
@@ -120,7 +120,7 @@ def rank_counts_model(sequence_parallel):
     """A superposed step of a whole model sends what an ordinary one does, but for the loss's
     statistics.
     """
-    from models import batch, gpt
+    from support.models import batch, gpt
 
     ranks, _ = start("float32")
     model = gpt(vocab=V, tensor_model_parallel_size=ranks, sequence_parallel=sequence_parallel)
@@ -138,16 +138,16 @@ def rank_counts_model(sequence_parallel):
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_embedding(zygote, ranks, dtype, scatter):
-    zygote.call("test_wire:rank_counts_embedding", dtype, scatter, nproc=ranks)
+def test_embedding(fork_server, ranks, dtype, scatter):
+    fork_server.call("test_wire:rank_counts_embedding", dtype, scatter, nproc=ranks)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_loss(zygote, ranks, dtype):
-    zygote.call("test_wire:rank_counts_loss", dtype, nproc=ranks)
+def test_loss(fork_server, ranks, dtype):
+    fork_server.call("test_wire:rank_counts_loss", dtype, nproc=ranks)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_whole_step(zygote, sequence_parallel):
-    zygote.call("test_wire:rank_counts_model", sequence_parallel, nproc=2)
+def test_whole_step(fork_server, sequence_parallel):
+    fork_server.call("test_wire:rank_counts_model", sequence_parallel, nproc=2)

@@ -16,16 +16,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
-import pretrain_gpt_tst as script
 import torch
+
+from megatron_tst import pretrain_gpt as script
 
 
 def main(folder, *flags):
-    import cp_attention
     import megatron.training.training as loop
     from megatron.core.models.gpt import GPTModel
+    from support import cp_attention
 
     cp_attention.install()
     kept = {

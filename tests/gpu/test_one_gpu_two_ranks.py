@@ -59,5 +59,5 @@ def rank_sweep(device="cuda"):
                 rank_compares_its_shard(n, v, s, loss, dtype, device)
 
 
-def test_halves_of_the_vocabulary_equal_the_reference(zygote):
-    zygote.call("test_one_gpu_two_ranks:rank_sweep", nproc=2)
+def test_halves_of_the_vocabulary_equal_the_reference(fork_server):
+    fork_server.call("test_one_gpu_two_ranks:rank_sweep", nproc=2)

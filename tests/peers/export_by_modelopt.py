@@ -5,14 +5,12 @@ OURS is our export of the same checkpoint, whose config.json says the architectu
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
 
 import megatron.training.training as loop
-import pretrain_gpt_tst as script
 import torch
 from megatron.core.utils import unwrap_model
+
+from megatron_tst import pretrain_gpt as script
 
 
 def export(forward_step, model, *rest, **named):

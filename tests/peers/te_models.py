@@ -8,8 +8,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
-from runner import TINY, TST
-from trained import GQA, MOE, NORM, VOCAB
+from support.runs import TINY, TST
+from support.trained import GQA, MOE, NORM, VOCAB
 
 MODELS = {
     "llama": [],

@@ -18,8 +18,8 @@ if (
     )
 
 import export_checkpoint
-from runner import ROOT
-from trained import RUNS, VOCAB, Trained, corpus_below
+from support.runs import ROOT
+from support.trained import RUNS, VOCAB, Trained, corpus_below
 
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.tensors import Tensors
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folders(zygote, corpus, tmp_path_factory):
+def folders(fork_server, corpus, tmp_path_factory):
     """name -> folder with ck, answers.pt, the exports hf and nemo, and what Bridge made of them
     (ask_bridge.py)
     """
@@ -44,7 +44,7 @@ def folders(zygote, corpus, tmp_path_factory):
     Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")).save(
         str(tokenizer)
     )
-    trained = Trained(zygote, corpus, tmp_path_factory.mktemp)
+    trained = Trained(fork_server, corpus, tmp_path_factory.mktemp)
     made = {name: trained(name) for name in RUNS}
     for folder in made.values():
         given = ["--tokenizer", str(tokenizer)]

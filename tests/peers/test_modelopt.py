@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner import TINY, TST
-from trained import GQA, MOE, NORM, TP2, VOCAB, corpus_below, known
+from support.runs import TINY, TST
+from support.trained import GQA, MOE, NORM, TP2, VOCAB, corpus_below, known
 
 if importlib.util.find_spec("modelopt") is None:
     pytest.skip(
@@ -47,7 +47,7 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(zygote, corpus, tmp_path_factory):
+def runs(fork_server, corpus, tmp_path_factory):
     """name -> a checkpoint folder, trained through both phases when it is first asked for"""
     made = {}
 
@@ -55,7 +55,7 @@ def runs(zygote, corpus, tmp_path_factory):
         if name not in made:
             flags, layout, nproc = RUNS[name]
             folder = tmp_path_factory.mktemp("run") / "ck"
-            run = zygote.train(
+            run = fork_server.train(
                 *flags,
                 *layout,
                 *TST,
@@ -76,7 +76,7 @@ def runs(zygote, corpus, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_modelopts_exporter_writes_the_same_tensors(zygote, runs, corpus, tmp_path, name):
+def test_modelopts_exporter_writes_the_same_tensors(fork_server, runs, corpus, tmp_path, name):
     """The checkpoint in Megatron's own model of one process, written by ModelOpt, and ours from the
     files: the same bits.
     """
@@ -94,7 +94,7 @@ def test_modelopts_exporter_writes_the_same_tensors(zygote, runs, corpus, tmp_pa
         "--no-load-optim",
         "--no-load-rng",
     ]
-    run = zygote.train(ours, theirs, *flags, script=str(HERE / "export_by_modelopt.py"))
+    run = fork_server.train(ours, theirs, *flags, script=str(HERE / "export_by_modelopt.py"))
     assert run.ok, run.log[-3000:]
     want = {
         key: tensor
@@ -372,7 +372,7 @@ def test_the_folder(made, tokenizer, name, recipe):
 
 
 @pytest.fixture(scope="module")
-def refusals(zygote, runs, corpus, tokenizer, tmp_path_factory):
+def refusals(fork_server, runs, corpus, tokenizer, tmp_path_factory):
     """name -> (what the tool answered, what lies in the target's folder afterwards)"""
     import argparse
     import shutil
@@ -397,7 +397,7 @@ def refusals(zygote, runs, corpus, tokenizer, tmp_path_factory):
 
     shutil.copytree(source.path, folder / "part")
     (folder / "part" / "__0_0.distcp").unlink()
-    narrow = zygote.train(
+    narrow = fork_server.train(
         *TINY,
         *TST,
         *known(corpus),

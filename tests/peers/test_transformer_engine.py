@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runner import ROOT
+from support.runs import ROOT
 
 PARTS, TESTED = (
     ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"),

@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from runner import SCRIPT, TINY, TST, data
+from support.runs import SCRIPT, TINY, TST, data
 
 
 def refused(run, *parts):
@@ -60,8 +60,8 @@ def refused(run, *parts):
         ),
     ],
 )
-def test_refusals_end_to_end(zygote, corpus, flags, parts):
-    refused(zygote.train(*TINY, *data(corpus), *flags), *parts)
+def test_refusals_end_to_end(fork_server, corpus, flags, parts):
+    refused(fork_server.train(*TINY, *data(corpus), *flags), *parts)
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,15 @@ def test_refusals_end_to_end(zygote, corpus, flags, parts):
         (["--tensor-model-parallel-size", "2", "--sequence-parallel"], 31, 2),
     ],
 )
-def test_positions_that_the_layout_cannot_share_out(zygote, corpus, layout, length, multiple):
-    run = zygote.train(*TINY, *TST, *data(corpus), *layout, "--seq-length", str(length), nproc=2)
+def test_positions_that_the_layout_cannot_share_out(fork_server, corpus, layout, length, multiple):
+    run = fork_server.train(
+        *TINY, *TST, *data(corpus), *layout, "--seq-length", str(length), nproc=2
+    )
     refused(run, "--seq-length with", layout[0], f"expected a multiple of {multiple}, got {length}")
 
 
-def test_every_rank_says_so_and_exits(zygote, corpus):
-    refused(zygote.train(*TINY, *data(corpus), "--tst-bag-size", "0", nproc=2))
+def test_every_rank_says_so_and_exits(fork_server, corpus):
+    refused(fork_server.train(*TINY, *data(corpus), "--tst-bag-size", "0", nproc=2))
 
 
 @pytest.fixture
@@ -88,37 +90,41 @@ def copied(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("tst", [TST, []])
-def test_missing_dataset(zygote, tmp_path, tst):
+def test_missing_dataset(fork_server, tmp_path, tst):
     refused(
-        zygote.train(*TINY, *tst, *data(tmp_path / "no")),
+        fork_server.train(*TINY, *tst, *data(tmp_path / "no")),
         "--data-path: expected",
         "no.idx",
         "tools/prepare_corpus.py",
     )
 
 
-def test_truncated_dataset(zygote, copied):
+def test_truncated_dataset(fork_server, copied):
     os.truncate(f"{copied}.bin", 5000)
-    refused(zygote.train(*TINY, *TST, *data(copied)), "text.bin: expected", "got 5000", "truncated")
+    refused(
+        fork_server.train(*TINY, *TST, *data(copied)), "text.bin: expected", "got 5000", "truncated"
+    )
     os.truncate(f"{copied}.idx", 50)
-    refused(zygote.train(*TINY, *TST, *data(copied)), "text.idx: expected a whole Megatron index")
+    refused(
+        fork_server.train(*TINY, *TST, *data(copied)), "text.idx: expected a whole Megatron index"
+    )
 
 
-def test_vocabulary_mismatch(zygote, corpus):
+def test_vocabulary_mismatch(fork_server, corpus):
     flags = data(corpus)
     flags[flags.index("512")] = "400"
-    refused(zygote.train(*TINY, *TST, *flags), "vocabulary of", "below the tokenizer's 400")
+    refused(fork_server.train(*TINY, *TST, *flags), "vocabulary of", "below the tokenizer's 400")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_foreign_tokens_are_named_by_the_dataset_too(zygote, copied, workers):
+def test_foreign_tokens_are_named_by_the_dataset_too(fork_server, copied, workers):
     """The check at start-up looks at 256 documents; the dataset looks at every sample that it gives
     out (here the first is off).
     """
     with open(f"{copied}.bin", "r+b") as tokens:
         tokens.write(b"\xff\x7f" * (os.path.getsize(f"{copied}.bin") // 2))
     refused(
-        zygote.train(*TINY, *TST, *data(copied)),
+        fork_server.train(*TINY, *TST, *data(copied)),
         "token ids below the tokenizer's 512",
         "32767 in document 0",
     )
@@ -134,77 +140,81 @@ def test_foreign_tokens_are_named_by_the_dataset_too(zygote, copied, workers):
     )
     flags = list(TINY)
     flags[flags.index("--num-workers") + 1] = workers
-    run = zygote.train(*flags, *TST, *data(copied), script=str(script))
+    run = fork_server.train(*flags, *TST, *data(copied), script=str(script))
     refused(run, "training sample 0: expected token ids below the vocabulary size 512, got 32767")
 
 
-def test_unwritable_output_folder(zygote, corpus, tmp_path):
+def test_unwritable_output_folder(fork_server, corpus, tmp_path):
     (tmp_path / "file").write_text("")
     refused(
-        zygote.train(
+        fork_server.train(
             *TINY, *TST, *data(corpus), "--save", tmp_path / "file" / "ck", "--save-interval", "5"
         ),
         "--save: expected a folder that can be written to",
     )
     refused(
-        zygote.train(*TINY, *TST, *data(corpus), "--tensorboard-dir", "/proc/tb"),
+        fork_server.train(*TINY, *TST, *data(corpus), "--tensorboard-dir", "/proc/tb"),
         "--tensorboard-dir: expected a folder",
     )
 
 
-def test_too_little_data(zygote, corpus):
+def test_too_little_data(fork_server, corpus):
     """Several unweighted datasets are never repeated by Megatron: too few samples is said at
     start-up.
     """
     flags = data(corpus)
     flags.insert(2, str(corpus))
     refused(
-        zygote.train(*TINY, *TST, *flags, "--global-batch-size", "4096", "--micro-batch-size", "2"),
+        fork_server.train(
+            *TINY, *TST, *flags, "--global-batch-size", "4096", "--micro-batch-size", "2"
+        ),
         "training data: expected",
         "samples of 128 tokens",
     )
 
 
-def test_resume_with_other_settings(zygote, corpus, tmp_path):
+def test_resume_with_other_settings(fork_server, corpus, tmp_path):
     flags = [*TINY, *data(corpus)]
     save = ["--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4"]
-    assert zygote.train(*flags, *TST, *save).ok
+    assert fork_server.train(*flags, *TST, *save).ok
     load = ["--load", tmp_path / "ck"]
     refused(
-        zygote.train(*flags, "--tst-bag-size", "2", "--tst-iters", "6", *load),
+        fork_server.train(*flags, "--tst-bag-size", "2", "--tst-iters", "6", *load),
         "resuming with another tst_bag_size: expected 4 as in the checkpoint, got 2",
     )
     refused(
-        zygote.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load),
+        fork_server.train(*flags, "--tst-bag-size", "4", "--tst-iters", "5", *load),
         "resuming with other phases: expected bag size 4 for 6 iterations, recovery for 4, got "
         "bag size 4 for 5",
         "or --tst-override",
     )
     refused(
-        zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load),
+        fork_server.train(*flags, *TST, "--tst-target-weighting", "power-law", *load),
         "tst_target_weighting",
     )
     refused(
-        zygote.train(*flags, *TST, *load, "--global-batch-size", "2", "--train-iters", "20"),
+        fork_server.train(*flags, *TST, *load, "--global-batch-size", "2", "--train-iters", "20"),
         "resuming with another global_batch_size: expected 4 as in the checkpoint, got 2",
     )
-    refused(zygote.train(*flags, *load), "resuming without TST", "Add --tst-bag-size 4")
-    assert zygote.train(*flags, *TST, "--tst-target-weighting", "power-law", *load, "--finetune").ok
+    refused(fork_server.train(*flags, *load), "resuming without TST", "Add --tst-bag-size 4")
+    assert fork_server.train(
+        *flags, *TST, "--tst-target-weighting", "power-law", *load, "--finetune"
+    ).ok
 
 
-def test_resume_of_a_stock_checkpoint_with_tst(zygote, corpus, tmp_path):
+def test_resume_of_a_stock_checkpoint_with_tst(fork_server, corpus, tmp_path):
     flags = [*TINY, *data(corpus)]
-    assert zygote.train(
+    assert fork_server.train(
         *flags, "--save", tmp_path / "ck", "--save-interval", "4", "--exit-interval", "4"
     ).ok
     refused(
-        zygote.train(*flags, *TST, "--load", tmp_path / "ck"),
+        fork_server.train(*flags, *TST, "--load", tmp_path / "ck"),
         "resuming with TST: expected a checkpoint of a TST run",
         "--finetune",
     )
 
 
-def test_a_script_that_took_stock_pretrain_is_stopped(zygote, corpus, tmp_path):
+def test_a_script_that_took_stock_pretrain_is_stopped(fork_server, corpus, tmp_path):
     """Flags that would silently do nothing: the script binds Megatron's pretrain before
     megatron_tst is there.
     """
@@ -216,7 +226,7 @@ def test_a_script_that_took_stock_pretrain_is_stopped(zygote, corpus, tmp_path):
             "from megatron.training import pretrain as stock\nfrom megatron_tst import training",
         ).replace("    pretrain(config,", "    stock(config,")
     )
-    run = zygote.train(*TINY, *TST, *data(corpus), script=str(script))
+    run = fork_server.train(*TINY, *TST, *data(corpus), script=str(script))
     refused(
         run,
         "the --tst flags: expected a script that calls the pretrain",
@@ -224,8 +234,8 @@ def test_a_script_that_took_stock_pretrain_is_stopped(zygote, corpus, tmp_path):
     )
 
 
-def test_launch_says_what_it_wants(zygote):
-    run = zygote.launch("no_such_script.py")
+def test_launch_says_what_it_wants(fork_server):
+    run = fork_server.launch("no_such_script.py")
     assert (
         run.codes == [2]
         and "expected the path of a Megatron script, got 'no_such_script.py'" in run.log

@@ -5,7 +5,7 @@ process, over a restart, in layouts.
 import re
 
 import pytest
-from runner import TINY, TST, data
+from support.runs import TINY, TST, data
 
 RUN = [*TINY, *TST, "--train-iters", "12"]
 MOE = (
@@ -44,8 +44,8 @@ def blocks(run):
 
 
 @pytest.fixture(scope="module")
-def whole(zygote, corpus):
-    run = zygote.train(*RUN, *data(corpus))
+def whole(fork_server, corpus):
+    run = fork_server.train(*RUN, *data(corpus))
     assert run.ok, run.log[-3000:]
     return run
 
@@ -75,7 +75,7 @@ def test_every_figure(whole):
     assert iterations[10] < text.index(head) < iterations[11]
 
 
-def test_after_a_restart_at_the_boundary(zygote, corpus, whole, tmp_path):
+def test_after_a_restart_at_the_boundary(fork_server, corpus, whole, tmp_path):
     """What only the run before it knew comes from the checkpoint."""
     flags = [
         *RUN,
@@ -86,11 +86,11 @@ def test_after_a_restart_at_the_boundary(zygote, corpus, whole, tmp_path):
         "--save-interval",
         "1000",
     ]
-    first, second = zygote.train(*flags), zygote.train(*flags, "--load", tmp_path)
+    first, second = fork_server.train(*flags), fork_server.train(*flags, "--load", tmp_path)
     assert first.ok and second.ok and not blocks(first) and blocks(second) == blocks(whole)
 
 
-def test_an_optimizer_that_was_not_kept_is_named(zygote, corpus, tmp_path):
+def test_an_optimizer_that_was_not_kept_is_named(fork_server, corpus, tmp_path):
     flags = [
         *RUN,
         *data(corpus),
@@ -101,8 +101,8 @@ def test_an_optimizer_that_was_not_kept_is_named(zygote, corpus, tmp_path):
         "1000",
     ]
     first, second = (
-        zygote.train(*flags),
-        zygote.train(*flags, "--load", tmp_path, "--no-load-optim"),
+        fork_server.train(*flags),
+        fork_server.train(*flags, "--load", tmp_path, "--no-load-optim"),
     )
     assert first.ok and second.ok, second.log[-3000:]
     assert (
@@ -111,8 +111,8 @@ def test_an_optimizer_that_was_not_kept_is_named(zygote, corpus, tmp_path):
     )
 
 
-def test_before_any_validation_and_at_the_end_of_the_run(zygote, corpus):
-    run = zygote.train(
+def test_before_any_validation_and_at_the_end_of_the_run(fork_server, corpus):
+    run = fork_server.train(
         *TINY, "--tst-bag-size", "4,2", "--tst-iters", "2,6", "--eval-iters", "0", *data(corpus)
     )
     assert run.ok, run.log[-3000:]
@@ -131,12 +131,12 @@ def test_before_any_validation_and_at_the_end_of_the_run(zygote, corpus):
 
 
 @pytest.fixture(scope="module")
-def experts(zygote, corpus, tmp_path_factory):
+def experts(fork_server, corpus, tmp_path_factory):
     """A run with experts from its checkpoint after iteration 3. -> (run, folder)"""
     folder = tmp_path_factory.mktemp("experts")
     save = ["--save", folder, "--save-interval", "3", "--exit-interval", "3"]
-    assert zygote.train(*RUN, *MOE, *data(corpus), *save).ok
-    run = zygote.train(*RUN, *MOE, *data(corpus), "--load", folder, "--no-load-optim")
+    assert fork_server.train(*RUN, *MOE, *data(corpus), *save).ok
+    run = fork_server.train(*RUN, *MOE, *data(corpus), "--load", folder, "--no-load-optim")
     assert run.ok, run.log[-3000:]
     return run, folder
 
@@ -160,11 +160,11 @@ def test_expert_load(experts):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_expert_load_is_the_same_in_layouts(zygote, corpus, experts, layout):
+def test_expert_load_is_the_same_in_layouts(fork_server, corpus, experts, layout):
     """Layers on other stages, tokens on other ranks, activations computed twice."""
     run, folder = experts
     nproc, flags = LAYOUTS[layout]
-    other = zygote.train(
+    other = fork_server.train(
         *RUN, *MOE, *data(corpus), "--load", folder, "--no-load-optim", *flags, nproc=nproc
     )
     assert other.ok, other.log[-3000:]

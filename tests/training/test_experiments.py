@@ -14,7 +14,7 @@ import dry_run
 import pytest
 import questions
 import training_curves
-from runner import ROOT
+from support.runs import ROOT
 
 pytestmark = pytest.mark.timeout(
     1800

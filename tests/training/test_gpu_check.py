@@ -17,7 +17,7 @@ import gpu_report
 import measure
 import pytest
 import torch
-from runner import ROOT
+from support.runs import ROOT
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None,

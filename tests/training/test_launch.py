@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from runner import CHECKOUTS, NO_CHECKOUT, ROOT, SCRIPT, TINY, TST, Run, data, from_checkout
+from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT, SCRIPT, TINY, TST, Run, data, from_checkout
 
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 
@@ -22,31 +22,31 @@ def plain(tmp_path_factory):
     return path
 
 
-def test_plain_script_trains_both_phases_as_our_own_does(zygote, corpus, plain):
-    want = zygote.train(*TINY, *TST, *data(corpus))
-    got = zygote.launch(plain, *TINY, *TST, *data(corpus))
+def test_plain_script_trains_both_phases_as_our_own_does(fork_server, corpus, plain):
+    want = fork_server.train(*TINY, *TST, *data(corpus))
+    got = fork_server.launch(plain, *TINY, *TST, *data(corpus))
     assert got.ok and len(got.losses) == 10, got.log[-3000:]
     assert got.losses == want.losses and got.validation == want.validation
 
 
-def test_without_flags_the_script_is_stock(zygote, corpus, plain):
-    got = zygote.launch(plain, *TINY, *data(corpus))
+def test_without_flags_the_script_is_stock(fork_server, corpus, plain):
+    got = fork_server.launch(plain, *TINY, *data(corpus))
     assert got.ok and "[tst]" not in got.log and len(got.stock_losses) == 10, got.log[-3000:]
 
 
-def test_tensor_parallel_ranks_get_their_batches(zygote, corpus, plain, tmp_path):
+def test_tensor_parallel_ranks_get_their_batches(fork_server, corpus, plain, tmp_path):
     flags = [*TINY, *TST, *data(corpus)]
-    one = zygote.launch(plain, *flags, "--save", tmp_path, "--save-interval", "4")
+    one = fork_server.launch(plain, *flags, "--save", tmp_path, "--save-interval", "4")
     assert one.ok, one.log[-3000:]
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
-    two = zygote.launch(plain, *flags, "--load", tmp_path, *TP2, nproc=2)
+    two = fork_server.launch(plain, *flags, "--load", tmp_path, *TP2, nproc=2)
     assert two.ok, two.log[-3000:]
     for i in range(5, 11):
         assert float(two.losses[i]) == pytest.approx(float(one.losses[i]), rel=1e-6)
 
 
 def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parallelism(
-    zygote, corpus, plain, tmp_path
+    fork_server, corpus, plain, tmp_path
 ):
     script = tmp_path / "other.py"
     script.write_text(
@@ -58,7 +58,7 @@ def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parall
             "as another_name",
         )
     )
-    run = zygote.launch(script, *TINY, *TST, *data(corpus), *TP2, nproc=2)
+    run = fork_server.launch(script, *TINY, *TST, *data(corpus), *TP2, nproc=2)
     assert (
         run.codes == [2, 2]
         and "tensor parallelism with this script: expected a forward_step whose module calls"
@@ -66,14 +66,20 @@ def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parall
     )
 
 
-def test_hybrid_model_gives_the_digits_of_the_gpt_model(zygote, corpus, plain, tmp_path):
+def test_hybrid_model_gives_the_digits_of_the_gpt_model(fork_server, corpus, plain, tmp_path):
     hybrid = tmp_path / "pretrain_hybrid.py"
     hybrid.write_text(plain.read_text().replace("gpt_config_from_args", "hybrid_config_from_args"))
     flags = [*TINY, *TST, *data(corpus)]
     at = flags.index("--num-layers")
-    layers = ["--hybrid-layer-pattern", "*-*-", "--spec", "hybrid_spec", "hybrid_stack_spec"]
-    want = zygote.launch(plain, *flags)
-    got = zygote.launch(hybrid, *flags[:at], *flags[at + 2 :], *layers)
+    layers = [
+        "--hybrid-layer-pattern",
+        "*-*-",
+        "--spec",
+        "support.hybrid_spec",
+        "hybrid_stack_spec",
+    ]
+    want = fork_server.launch(plain, *flags)
+    got = fork_server.launch(hybrid, *flags[:at], *flags[at + 2 :], *layers)
     assert got.ok and len(got.losses) == 10, got.log[-3000:]
     assert got.losses == want.losses and got.validation == want.validation
 
@@ -108,14 +114,14 @@ def test_a_launch_line_after_the_readmes_change(corpus, plain, tmp_path):
     ] * 2
 
 
-def test_a_script_with_the_readmes_two_lines(zygote, corpus, plain, tmp_path):
+def test_a_script_with_the_readmes_two_lines(fork_server, corpus, plain, tmp_path):
     lines = re.search(
         r"^```python\n(from megatron_tst import training\n.*?)```",
         (ROOT / "README.md").read_text(),
         re.M | re.S,
     )[1]
     (tmp_path / "mine.py").write_text(lines + plain.read_text())
-    run = zygote.train(*TINY, *TST, *data(corpus), script=str(tmp_path / "mine.py"))
+    run = fork_server.train(*TINY, *TST, *data(corpus), script=str(tmp_path / "mine.py"))
     assert run.ok and run.phases[6][0] == "superposition" and run.phases[7][0] == "recovery", (
         run.log[-3000:]
     )
@@ -135,7 +141,7 @@ def test_megatron_lms_own_script(checkout, script, corpus, tmp_path):
             "--hybrid-layer-pattern",
             "*-*-",
             "--spec",
-            "hybrid_spec",
+            "support.hybrid_spec",
             "hybrid_stack_spec",
         ]
     first = from_checkout(checkout / script, *flags, "--save", tmp_path, "--save-interval", "4")

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from runner import SCRIPT, TINY, TST, data
+from support.runs import ROOT, TINY, TST, data
 
 from megatron_tst import extension
 
@@ -15,12 +15,12 @@ TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "6
 
 
 @pytest.fixture(scope="module")
-def whole(zygote, corpus, tmp_path_factory):
+def whole(fork_server, corpus, tmp_path_factory):
     """The undisturbed run, with checkpoints before, at and after the boundary. -> (run, folder of
     checkpoints)
     """
     folder = tmp_path_factory.mktemp("whole")
-    run = zygote.train(
+    run = fork_server.train(
         *TINY,
         *TST,
         *data(corpus),
@@ -35,12 +35,12 @@ def whole(zygote, corpus, tmp_path_factory):
     return run, folder
 
 
-def resume(zygote, corpus, folder, iteration, tmp_path, *flags, nproc=1):
+def resume(fork_server, corpus, folder, iteration, tmp_path, *flags, nproc=1):
     """Continue from one of the checkpoints in a copy of the folder."""
     here = tmp_path / "ck"
     shutil.copytree(folder / "ck" / f"iter_{iteration:07d}", here / f"iter_{iteration:07d}")
     (here / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    return zygote.train(*TINY, *TST, *data(corpus), "--load", here, *flags, nproc=nproc)
+    return fork_server.train(*TINY, *TST, *data(corpus), "--load", here, *flags, nproc=nproc)
 
 
 def test_both_phases_and_what_is_said(whole, corpus):
@@ -90,10 +90,12 @@ def test_tensorboard_has_phase_and_raw_tokens(whole):
 
 
 @pytest.mark.parametrize("iteration", [2, 4, 6, 8])
-def test_stopped_and_resumed_prints_the_same_losses(zygote, corpus, whole, tmp_path, iteration):
+def test_stopped_and_resumed_prints_the_same_losses(
+    fork_server, corpus, whole, tmp_path, iteration
+):
     """Before, at (6) and after the boundary, to the last digit."""
     run, folder = whole
-    again = resume(zygote, corpus, folder, iteration, tmp_path)
+    again = resume(fork_server, corpus, folder, iteration, tmp_path)
     assert again.ok, again.log[-3000:]
     later = range(iteration + 1, 11)
     assert again.losses == {i: run.losses[i] for i in later} and again.phases == {
@@ -122,9 +124,9 @@ def test_stopped_and_resumed_prints_the_same_losses(zygote, corpus, whole, tmp_p
         "PP2, fused linear",
     ],
 )
-def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
+def test_resumed_in_another_layout(fork_server, corpus, whole, tmp_path, flags):
     run, folder = whole
-    again = resume(zygote, corpus, folder, 4, tmp_path, *flags, nproc=2)
+    again = resume(fork_server, corpus, folder, 4, tmp_path, *flags, nproc=2)
     assert again.ok, again.log[-3000:]
     for i in range(5, 11):
         assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=1e-6), i
@@ -136,13 +138,13 @@ def test_resumed_in_another_layout(zygote, corpus, whole, tmp_path, flags):
     [["--tst-kernel", "torch"], ["--tst-kernel-in-recovery"], ["--tst-fused-linear-loss"]],
     ids=["torch", "in recovery", "fused linear"],
 )
-def test_every_kernel_trains_the_same(zygote, corpus, whole, flags):
+def test_every_kernel_trains_the_same(fork_server, corpus, whole, flags):
     """Both phases, gradients through DistributedDataParallel's buffers; nothing else depends on the
     kernel.
     """
     if "--tst-kernel-in-recovery" in flags and not extension.load().loaded:
         pytest.skip(f"NOT RUN: the extension is {extension.load().description}")
-    run = zygote.train(*TINY, *TST, *data(corpus), *flags)
+    run = fork_server.train(*TINY, *TST, *data(corpus), *flags)
     assert run.ok, run.log[-3000:]
     for i, loss in whole[0].losses.items():
         assert float(run.losses[i]) == pytest.approx(float(loss), rel=2e-6), i
@@ -152,17 +154,17 @@ def test_every_kernel_trains_the_same(zygote, corpus, whole, flags):
     assert run.log.count(f"loss kernel: {said} (extension: ") == 1
 
 
-def test_skipped_iterations_reach_tensor_parallel_ranks(zygote, corpus, whole, tmp_path):
+def test_skipped_iterations_reach_tensor_parallel_ranks(fork_server, corpus, whole, tmp_path):
     skip = ["--iterations-to-skip", "5", "9"]
-    one = resume(zygote, corpus, whole[1], 4, tmp_path / "a", *skip)
-    two = resume(zygote, corpus, whole[1], 4, tmp_path / "b", *skip, *TP2, nproc=2)
+    one = resume(fork_server, corpus, whole[1], 4, tmp_path / "a", *skip)
+    two = resume(fork_server, corpus, whole[1], 4, tmp_path / "b", *skip, *TP2, nproc=2)
     assert one.ok and two.ok, two.log[-3000:]
     assert sorted(one.losses) == sorted(two.losses) == [6, 7, 8, 10]
     for i in one.losses:
         assert float(two.losses[i]) == pytest.approx(float(one.losses[i]), rel=1e-6)
 
 
-def test_attention_mask_from_the_dataloader(zygote, corpus, whole, tmp_path):
+def test_attention_mask_from_the_dataloader(fork_server, corpus, whole, tmp_path):
     """Megatron's default: the mask has the latent length in both phases, and the losses do not
     change.
     """
@@ -171,41 +173,42 @@ def test_attention_mask_from_the_dataloader(zygote, corpus, whole, tmp_path):
     shutil.copytree(whole[1] / "ck" / "iter_0000004", here / "iter_0000004")
     (here / "latest_checkpointed_iteration.txt").write_text("4")
     for nproc, layout in ((1, []), (2, TP2)):
-        run = zygote.train(*flags, *TST, *data(corpus), "--load", here, *layout, nproc=nproc)
+        run = fork_server.train(*flags, *TST, *data(corpus), "--load", here, *layout, nproc=nproc)
         assert run.ok, run.log[-3000:]
         for i in range(5, 11):
             assert float(run.losses[i]) == pytest.approx(float(whole[0].losses[i]), rel=1e-6)
 
 
-def test_masked_end_of_document_and_samples_instead_of_iterations(zygote, corpus):
+def test_masked_end_of_document_and_samples_instead_of_iterations(fork_server, corpus):
     flags = [f for f in TINY if f != "10"]
     flags[flags.index("--train-iters")] = "--train-samples"
     flags.insert(flags.index("--train-samples") + 1, "40")
     for name in ("--lr-wsd-decay-iters", "--lr-warmup-iters"):
         flags[flags.index(name)] = name.replace("iters", "samples")
-    run = zygote.train(
+    run = fork_server.train(
         *flags, "--tst-bag-size", "4", "--tst-step-ratio", "0.6", "--eod-mask-loss", *data(corpus)
     )
     assert run.ok, run.log[-3000:]
     assert [p for p, _, _ in run.phases.values()] == ["superposition"] * 6 + ["recovery"] * 4
 
 
-def test_bag_size_one_is_stock(zygote, corpus, tmp_path):
+def test_bag_size_one_is_stock(fork_server, corpus, tmp_path):
     """The script without flags, and with bag size 1, against the same script on
     megatron.training.pretrain alone.
     """
     stock = tmp_path / "stock.py"
-    lines = [line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""')]
-    assert len(lines) == len(list(open(SCRIPT))) - 2
+    ours = (ROOT / "megatron_tst/pretrain_gpt.py").read_text().splitlines(keepends=True)
+    lines = [line for line in ours if "(TST)" not in line]
+    assert len(lines) == len(ours) - 2
     built = (
         "import megatron.core.datasets.utils\nmegatron.core.datasets.utils.compile_helpers = "
         "lambda: None\n"
     )
     stock.write_text("".join(lines).replace("if __name__", built + "if __name__"))
-    want = zygote.train(*TINY, *data(corpus), script=str(stock))
+    want = fork_server.train(*TINY, *data(corpus), script=str(stock))
     assert want.ok and len(want.stock_losses) == 10, want.log[-3000:]
     for flags in ([], ["--tst-bag-size", "1", "--tst-step-ratio", "0.3"]):
-        got = zygote.train(*TINY, *data(corpus), *flags)
+        got = fork_server.train(*TINY, *data(corpus), *flags)
         assert (
             got.stock_losses == want.stock_losses
             and got.grad_norms == want.grad_norms
@@ -214,7 +217,9 @@ def test_bag_size_one_is_stock(zygote, corpus, tmp_path):
         assert "[tst]" not in got.log
 
 
-def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(zygote, corpus, whole, tmp_path):
+def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(
+    fork_server, corpus, whole, tmp_path
+):
     """The boundary's checkpoint loads without TST and gives the validation loss that TST's own run
     gives, to the last digit.
     """
@@ -222,7 +227,7 @@ def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(zygote, corpus, w
     weights = tmp_path / "ck"
     shutil.copytree(folder / "ck" / "iter_0000006", weights / "iter_0000006")
     (weights / "latest_checkpointed_iteration.txt").write_text("6")
-    stock = zygote.train(
+    stock = fork_server.train(
         *TINY,
         *data(corpus),
         "--load",
@@ -235,13 +240,13 @@ def test_weights_of_the_boundary_evaluate_as_in_stock_megatron(zygote, corpus, w
         "--skip-train",
     )
     assert stock.ok, stock.log[-3000:]
-    again = zygote.train(*TINY, *TST, *data(corpus), "--load", weights, "--skip-train")
+    again = fork_server.train(*TINY, *TST, *data(corpus), "--load", weights, "--skip-train")
     assert again.ok, again.log[-3000:]
     evaluated = [re.findall(r"lm loss value: ([\d.E+]+)", r.log) for r in (stock, again)]
     assert evaluated[0] and evaluated[0] == evaluated[1]
 
 
-def test_exit_at_boundary_and_resume(zygote, corpus, whole, tmp_path):
+def test_exit_at_boundary_and_resume(fork_server, corpus, whole, tmp_path):
     run, _ = whole
     flags = [
         *TINY,
@@ -253,10 +258,10 @@ def test_exit_at_boundary_and_resume(zygote, corpus, whole, tmp_path):
         "--save-interval",
         "1000",
     ]
-    first = zygote.train(*flags)
+    first = fork_server.train(*flags)
     assert first.ok and sorted(first.losses) == [1, 2, 3, 4, 5, 6], first.log[-3000:]
     assert (tmp_path / "ck" / "latest_checkpointed_iteration.txt").read_text() == "6"
-    second = zygote.train(*flags, "--load", tmp_path / "ck")
+    second = fork_server.train(*flags, "--load", tmp_path / "ck")
     assert second.ok and second.losses == {i: run.losses[i] for i in range(7, 11)}, second.log[
         -3000:
     ]
@@ -264,9 +269,9 @@ def test_exit_at_boundary_and_resume(zygote, corpus, whole, tmp_path):
 
 
 @pytest.mark.parametrize("superpose", ["input", "output"])
-def test_half_superposed_modes_train_and_resume(zygote, corpus, tmp_path, superpose):
+def test_half_superposed_modes_train_and_resume(fork_server, corpus, tmp_path, superpose):
     flags = [*TINY, *TST, *data(corpus), "--tst-superpose", superpose]
-    run = zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4")
+    run = fork_server.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4")
     assert run.ok and len(run.losses) == 10, run.log[-3000:]
     assert float(run.losses[6]) < float(run.losses[1]) and float(run.losses[10]) < float(
         run.losses[7]
@@ -274,22 +279,22 @@ def test_half_superposed_modes_train_and_resume(zygote, corpus, tmp_path, superp
     raw = run.phases[6][2]
     assert raw == 6 * 4 * 32 * (4 if superpose == "input" else 1)
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("4")
-    again = zygote.train(*flags, "--load", tmp_path / "ck", *TP2, nproc=2)
+    again = fork_server.train(*flags, "--load", tmp_path / "ck", *TP2, nproc=2)
     assert again.ok, again.log[-3000:]
     for i in range(5, 11):
         assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=1e-6)
 
 
-def test_mixture_of_experts(zygote, corpus, tmp_path):
+def test_mixture_of_experts(fork_server, corpus, tmp_path):
     moe = (
         "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 "
         "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"
     ).split()
     flags = [*TINY, *TST, *data(corpus), *moe, "--moe-token-dispatcher-type", "alltoall"]
-    run = zygote.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4")
+    run = fork_server.train(*flags, "--save", tmp_path / "ck", "--save-interval", "4")
     assert run.ok and len(run.losses) == 10 and "load_balancing_loss" in run.log, run.log[-3000:]
     (tmp_path / "ck" / "latest_checkpointed_iteration.txt").write_text("4")
-    again = zygote.train(
+    again = fork_server.train(
         *flags,
         "--load",
         tmp_path / "ck",

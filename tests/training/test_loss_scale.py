@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from runner import ROOT, TINY, TST, data
+from support.runs import ROOT, TINY, TST, data
 
 from megatron_tst import extension
 
@@ -85,12 +85,12 @@ class Figures:
 
 
 @pytest.fixture(scope="module")
-def train(zygote, corpus, tmp_path_factory):
+def train(fork_server, corpus, tmp_path_factory):
     def run(*flags, nproc=1, kernel="extension"):
         folder = tmp_path_factory.mktemp("figures")
         kernel = [] if "--tst-kernel" in flags else ["--tst-kernel", kernel]
         script = str(ROOT / "tests/distributed/train.py")
-        done = zygote.train(
+        done = fork_server.train(
             folder,
             *TINY,
             *TST,
@@ -249,11 +249,11 @@ def resumed(train, folder, iteration, here, *flags, nproc=1):
     return train(*OVERFLOWING, *flags, "--load", here, nproc=nproc)
 
 
-def test_a_skipped_boundary_is_still_the_boundary(zygote, corpus, tmp_path):
+def test_a_skipped_boundary_is_still_the_boundary(fork_server, corpus, tmp_path):
     """Every iteration of superposition overflows with Megatron's default scale of 2^32: the run
     saves and exits where it was told to.
     """
-    run = zygote.train(
+    run = fork_server.train(
         *TINY,
         *TST,
         *data(corpus),

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from runner import TINY, data
+from support.runs import TINY, data
 
 LAYOUTS = {
     "tp2 sp": (
@@ -35,19 +35,21 @@ AUTO = (
 ).split()
 
 
-def resume(zygote, corpus, folder, iteration, tmp_path, *flags, nproc=1):
+def resume(fork_server, corpus, folder, iteration, tmp_path, *flags, nproc=1):
     here = tmp_path / "ck"
     shutil.copytree(folder / f"iter_{iteration:07d}", here / f"iter_{iteration:07d}")
     (here / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    run = zygote.train(*data(corpus), *flags, "--load", here, nproc=nproc)
+    run = fork_server.train(*data(corpus), *flags, "--load", here, nproc=nproc)
     assert run.ok, run.log[-3000:]
     return run
 
 
 @pytest.fixture(scope="module")
-def several(zygote, corpus, tmp_path_factory):
+def several(fork_server, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("several")
-    run = zygote.train(*TINY, *SEVERAL, *data(corpus), "--save", folder, "--save-interval", "1")
+    run = fork_server.train(
+        *TINY, *SEVERAL, *data(corpus), "--save", folder, "--save-interval", "1"
+    )
     assert run.ok, run.log[-3000:]
     return run, folder
 
@@ -79,31 +81,31 @@ def test_a_schedule_of_bag_sizes(several):
 
 
 @pytest.mark.parametrize("iteration", [2, 3, 4, 6, 7])
-def test_a_schedule_resumes_to_the_last_digit(zygote, corpus, several, tmp_path, iteration):
+def test_a_schedule_resumes_to_the_last_digit(fork_server, corpus, several, tmp_path, iteration):
     run, folder = several
-    again = resume(zygote, corpus, folder, iteration, tmp_path, *TINY, *SEVERAL)
+    again = resume(fork_server, corpus, folder, iteration, tmp_path, *TINY, *SEVERAL)
     assert again.losses == {i: run.losses[i] for i in range(iteration + 1, 11)}
     assert again.phases == {i: run.phases[i] for i in range(iteration + 1, 11)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_schedule_in_layouts(zygote, corpus, several, tmp_path, layout):
+def test_a_schedule_in_layouts(fork_server, corpus, several, tmp_path, layout):
     run, folder = several
     nproc, flags = LAYOUTS[layout]
-    again = resume(zygote, corpus, folder, 2, tmp_path, *TINY, *SEVERAL, *flags, nproc=nproc)
+    again = resume(fork_server, corpus, folder, 2, tmp_path, *TINY, *SEVERAL, *flags, nproc=nproc)
     assert again.phases == {i: run.phases[i] for i in range(3, 11)}
     for i in range(3, 11):
         assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=1e-6), i
 
 
 @pytest.mark.parametrize("superpose", ["input", "output"])
-def test_a_schedule_half_superposed(zygote, corpus, superpose):
-    run = zygote.train(*TINY, *SEVERAL, *data(corpus), "--tst-superpose", superpose)
+def test_a_schedule_half_superposed(fork_server, corpus, superpose):
+    run = fork_server.train(*TINY, *SEVERAL, *data(corpus), "--tst-superpose", superpose)
     assert run.ok and len(run.losses) == 10, run.log[-3000:]
     assert run.phases[7][2] == 128 * (36 if superpose == "input" else 7)
 
 
-def test_exit_comes_after_the_last_bag_size(zygote, corpus, several, tmp_path):
+def test_exit_comes_after_the_last_bag_size(fork_server, corpus, several, tmp_path):
     flags = [
         *TINY,
         *SEVERAL,
@@ -114,16 +116,16 @@ def test_exit_comes_after_the_last_bag_size(zygote, corpus, several, tmp_path):
         "--save-interval",
         "1000",
     ]
-    run = zygote.train(*flags)
+    run = fork_server.train(*flags)
     assert run.ok and sorted(run.losses) == list(range(1, 8)), run.log[-3000:]
-    again = zygote.train(*flags, "--load", tmp_path)
+    again = fork_server.train(*flags, "--load", tmp_path)
     assert again.ok and {**run.losses, **again.losses} == several[0].losses
 
 
 @pytest.fixture(scope="module")
-def auto(zygote, corpus, tmp_path_factory):
+def auto(fork_server, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("auto")
-    run = zygote.train(*LONG, *AUTO, *data(corpus), "--save", folder, "--save-interval", "1")
+    run = fork_server.train(*LONG, *AUTO, *data(corpus), "--save", folder, "--save-interval", "1")
     assert run.ok, run.log[-3000:]
     return run, folder
 
@@ -168,37 +170,37 @@ def test_the_loss_decides_when(auto):
 
 
 @pytest.mark.parametrize("iteration", [8, 12, 14, 17, 20])
-def test_the_decision_survives_a_restart(zygote, corpus, auto, tmp_path, iteration):
+def test_the_decision_survives_a_restart(fork_server, corpus, auto, tmp_path, iteration):
     """Before it (with half of the losses that it looks at), at it, before the boundary that it has
     set, at that and after it.
     """
     run, folder = auto
-    again = resume(zygote, corpus, folder, iteration, tmp_path, *LONG, *AUTO)
+    again = resume(fork_server, corpus, folder, iteration, tmp_path, *LONG, *AUTO)
     assert again.losses == {i: run.losses[i] for i in range(iteration + 1, 31)}
     assert again.phases == {i: run.phases[i] for i in range(iteration + 1, 31)}
     assert DECIDED.findall(again.log) == (DECIDED.findall(run.log) if iteration < 12 else [])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_loss_decides_in_layouts(zygote, corpus, auto, tmp_path, layout):
+def test_the_loss_decides_in_layouts(fork_server, corpus, auto, tmp_path, layout):
     """The last stage has the loss, rank 0 decides, every rank's batches follow; workers have
     fetched ahead by then.
     """
     run, folder = auto
     nproc, flags = LAYOUTS[layout]
-    again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags, nproc=nproc)
+    again = resume(fork_server, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags, nproc=nproc)
     assert again.phases == {i: run.phases[i] for i in range(9, 31)}
     for i in range(9, 31):
         assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6), i
 
 
-def test_more_workers_than_the_boundary_waits_for(zygote, corpus, auto, tmp_path):
+def test_more_workers_than_the_boundary_waits_for(fork_server, corpus, auto, tmp_path):
     """With one micro-batch an iteration and four workers eight iterations may have been fetched:
     the boundary waits for them.
     """
     run, folder = auto
     flags = ["--num-workers", "4", "--micro-batch-size", "4"]
-    again = resume(zygote, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags)
+    again = resume(fork_server, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags)
     assert [bag for _, bag, _ in again.phases.values()] == [4] * 12 + [1] * 10  # 12 + 8
     assert all(
         float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6)
@@ -206,16 +208,16 @@ def test_more_workers_than_the_boundary_waits_for(zygote, corpus, auto, tmp_path
     )
 
 
-def test_a_loss_that_falls_goes_on(zygote, corpus):
+def test_a_loss_that_falls_goes_on(fork_server, corpus):
     flags = [flag if flag != "5" else "1e-9" for flag in AUTO]
-    run = zygote.train(*LONG, *flags, *data(corpus))
+    run = fork_server.train(*LONG, *flags, *data(corpus))
     assert run.ok and [bag for _, bag, _ in run.phases.values()] == [4] * 25 + [1] * 5, run.log[
         -3000:
     ]
     assert "--tst-switch auto at" not in run.log
 
 
-def test_the_loss_ends_each_of_several_bag_sizes(zygote, corpus):
+def test_the_loss_ends_each_of_several_bag_sizes(fork_server, corpus):
     """A later phase ends where its long samples are read to their ends: for pairs of samples after
     an even number of iterations.
     """
@@ -228,7 +230,7 @@ def test_the_loss_ends_each_of_several_bag_sizes(zygote, corpus):
         "--tst-switch-window",
         "0.05",
     ]  # averages over 3 and 6 of 60
-    run = zygote.train(*LONG, *flags, "--train-iters", "60", *data(corpus))
+    run = fork_server.train(*LONG, *flags, "--train-iters", "60", *data(corpus))
     assert run.ok, run.log[-3000:]
     ends = re.findall(
         r"auto at iteration (\d+): .*: bag size (\d) ends after iteration (\d+) instead of (\d+)",
@@ -238,18 +240,20 @@ def test_the_loss_ends_each_of_several_bag_sizes(zygote, corpus):
     assert [bag for _, bag, _ in run.phases.values()] == [4] * 17 + [2] * 18 + [1] * 25
 
 
-def test_not_before_the_learning_rate_is_up(zygote, corpus):
-    run = zygote.train(*LONG, *AUTO, "--lr-warmup-iters", "15", *data(corpus))
+def test_not_before_the_learning_rate_is_up(fork_server, corpus):
+    run = fork_server.train(*LONG, *AUTO, "--lr-warmup-iters", "15", *data(corpus))
     assert run.ok and DECIDED.findall(run.log)[0][0] == "15", run.log[-3000:]
 
 
-def test_the_stock_index_follows(zygote, corpus, tmp_path):
+def test_the_stock_index_follows(fork_server, corpus, tmp_path):
     """The index for a stock recovery is written anew when the boundary has moved."""
     import numpy as np
 
-    run = zygote.train(*LONG, *AUTO, *data(corpus), "--tst-stock-index", tmp_path / "auto")
+    run = fork_server.train(*LONG, *AUTO, *data(corpus), "--tst-stock-index", tmp_path / "auto")
     fixed = [flag for flag in AUTO[:4] if flag != "25"]
-    want = zygote.train(*LONG, *fixed, "17", *data(corpus), "--tst-stock-index", tmp_path / "fixed")
+    want = fork_server.train(
+        *LONG, *fixed, "17", *data(corpus), "--tst-stock-index", tmp_path / "fixed"
+    )
     assert run.ok and want.ok, run.log[-3000:]
     files = sorted((tmp_path / "fixed").glob("*train-*.npy"))
     assert len(files) == 3

@@ -4,13 +4,12 @@ and however often it stopped.
 
 import collections
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from runner import TINY
+from support.runs import ROOT, TINY
 
-OBSERVED = str(Path(__file__).parent / "observed.py")
+WATCHED_SCRIPT = str(ROOT / "tests/support/watched.py")
 TOKENS, L, BATCH = 6000, 32, 4
 FLAGS = [*TINY, "--split", "100,0,0", "--eval-iters", "0", "--micro-batch-size", "1"]
 
@@ -36,9 +35,9 @@ def texts(tmp_path_factory):
 class Reader:
     """A run in as many starts as wanted, and what it has read."""
 
-    def __init__(self, zygote, texts, folder, *flags):
+    def __init__(self, fork_server, texts, folder, *flags):
         blend = [] if "--data-path" in flags else ["--data-path", "0.3", texts[0], "0.7", texts[1]]
-        self.zygote, self.folder = zygote, folder
+        self.fork_server, self.folder = fork_server, folder
         self.flags = [*FLAGS, *blend, "--vocab-size", str(2 * TOKENS), *flags]
         self.starts = 0
 
@@ -55,12 +54,12 @@ class Reader:
             "1000",
         ]
         stop = ["--exit-interval", str(until)] if until else []
-        run = self.zygote.train(
+        run = self.fork_server.train(
             *self.flags,
             *save,
             *stop,
             *flags,
-            script=OBSERVED,
+            script=WATCHED_SCRIPT,
             nproc=nproc,
             env={"TOKENS": str(here)},
         )
@@ -97,13 +96,13 @@ def without(flags, *names):
 @pytest.mark.parametrize(
     "tst", ["--tst-bag-size 4 --tst-iters 6", "--tst-bag-size 4,2 --tst-iters 3,2"]
 )
-def test_every_raw_token_once(zygote, texts, tmp_path, tst, length):
+def test_every_raw_token_once(fork_server, texts, tmp_path, tst, length):
     """A blend; one process against three starts on 2, 4 and 1 data-parallel ranks, with and without
     prefetch workers.
     """
     more = SAMPLES if length == "samples" else []
-    whole = Reader(zygote, texts, tmp_path / "whole", *tst.split(), *more)
-    parts = Reader(zygote, texts, tmp_path / "parts", *tst.split(), *more)
+    whole = Reader(fork_server, texts, tmp_path / "whole", *tst.split(), *more)
+    parts = Reader(fork_server, texts, tmp_path / "parts", *tst.split(), *more)
     if length == "samples":
         for reader in (whole, parts):
             reader.flags = without(
@@ -124,18 +123,18 @@ def test_every_raw_token_once(zygote, texts, tmp_path, tst, length):
     assert parts.read == whole.read
 
 
-def test_nothing_is_left_out(zygote, texts, tmp_path):
+def test_nothing_is_left_out(fork_server, texts, tmp_path):
     """One corpus read to its end, 46 long samples of 128 tokens: every token of it but for what
     does not fill a long sample.
     """
     flags = ["--tst-bag-size", "4,2", "--tst-iters", "6,6", "--train-iters", "22"]
-    reader = Reader(zygote, texts, tmp_path, "--data-path", texts[0], *flags)
+    reader = Reader(fork_server, texts, tmp_path, "--data-path", texts[0], *flags)
     reader.train(nproc=2)
     assert each_once(reader.read) == L * BATCH * (6 * 4 + 6 * 2 + 10) == 46 * 128 > TOKENS - 128
 
 
-def test_a_boundary_moved_to_now(zygote, texts, tmp_path):
-    reader = Reader(zygote, texts, tmp_path)
+def test_a_boundary_moved_to_now(fork_server, texts, tmp_path):
+    reader = Reader(fork_server, texts, tmp_path)
     reader.train("--tst-bag-size", "4", "--tst-iters", "6", until=3)
     run = reader.train("--tst-bag-size", "4", "--tst-iters", "3", "--tst-override")
     assert (
@@ -146,9 +145,9 @@ def test_a_boundary_moved_to_now(zygote, texts, tmp_path):
     assert each_once(reader.read) == run.phases[10][2] == 2432
 
 
-def test_a_later_boundary_and_a_longer_recovery(zygote, texts, tmp_path):
+def test_a_later_boundary_and_a_longer_recovery(fork_server, texts, tmp_path):
     flags = ["--tst-override", "--override-opt_param-scheduler"]
-    reader = Reader(zygote, texts, tmp_path, *flags)
+    reader = Reader(fork_server, texts, tmp_path, *flags)
     reader.train("--tst-bag-size", "4", "--tst-iters", "6", until=5)
     later = reader.train("--tst-bag-size", "4,2", "--tst-iters", "7,2", nproc=2, until=8)
     assert (
@@ -161,7 +160,7 @@ def test_a_later_boundary_and_a_longer_recovery(zygote, texts, tmp_path):
     assert each_once(reader.read) == longer.phases[12][2] == L * BATCH * (7 * 4 + 2 * 2 + 3)
 
 
-def test_a_later_boundary_that_would_read_text_twice(zygote, texts, tmp_path):
+def test_a_later_boundary_that_would_read_text_twice(fork_server, texts, tmp_path):
     """Where the longer run needs another epoch, Megatron would shuffle everything anew."""
     flags = [
         "--data-path",
@@ -172,23 +171,31 @@ def test_a_later_boundary_that_would_read_text_twice(zygote, texts, tmp_path):
         "12",
         "--tst-override",
     ]
-    reader = Reader(zygote, texts, tmp_path, *flags)
+    reader = Reader(fork_server, texts, tmp_path, *flags)
     reader.train("--tst-iters", "3", until=2)  # 12 + 5 long samples of 256; the corpus has 23
     reader.starts += 1
     save = ["--load", tmp_path / "ck"]
-    run = zygote.train(*reader.flags, *save, "--tst-iters", "6")
+    run = fork_server.train(*reader.flags, *save, "--tst-iters", "6")
     assert (
         run.codes == [2]
         and "--tst-override: expected at most the 17 long samples of 256 tokens" in run.error
     ), run.log[-2000:]
     assert "text would be read twice" in run.error
-    assert zygote.train(*reader.flags, *save, "--tst-iters", "4").ok
+    assert fork_server.train(*reader.flags, *save, "--tst-iters", "4").ok
 
 
-def test_control_the_observer_sees_text_read_twice(zygote, texts, tmp_path):
+def test_control_the_observer_sees_text_read_twice(fork_server, texts, tmp_path):
     """More epochs than one: the same check fails."""
     reader = Reader(
-        zygote, texts, tmp_path, "--data-path", texts[0], "--tst-bag-size", "8", "--tst-iters", "8"
+        fork_server,
+        texts,
+        tmp_path,
+        "--data-path",
+        texts[0],
+        "--tst-bag-size",
+        "8",
+        "--tst-iters",
+        "8",
     )
     reader.train()
     with pytest.raises(AssertionError):

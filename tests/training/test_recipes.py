@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runner import CHECKOUTS, NO_CHECKOUT, ROOT
+from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 
 EXAMPLES = ROOT / "examples"
 sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]

@@ -9,7 +9,7 @@ import sys
 
 import plot_runs
 import pytest
-from runner import ROOT
+from support.runs import ROOT
 
 
 def run(*command, **environment):

@@ -142,7 +142,7 @@ def test_the_model_trains_with_it(megatron, loss):
     """Through the patch, bags of one included: those must not fall back to Megatron's cross
     entropy.
     """
-    from models import gpt
+    from support.models import gpt
 
     for s in (1, 3):
         logits, labels = torch.randn(8, 2, 96), torch.randint(0, 96, (2, 8, s))
@@ -189,5 +189,5 @@ def rank_compares_with_the_whole(loss):
         )
 
 
-def test_vocabulary_split_over_ranks(zygote, loss):
-    zygote.call("test_bag_ablations:rank_compares_with_the_whole", loss, nproc=2)
+def test_vocabulary_split_over_ranks(fork_server, loss):
+    fork_server.call("test_bag_ablations:rank_compares_with_the_whole", loss, nproc=2)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from runner import ROOT
+from support.runs import ROOT
 
 from megatron_tst.config import add_tst_arguments
 

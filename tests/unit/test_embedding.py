@@ -174,5 +174,5 @@ def rank_compares_with_the_whole(scatter):
 
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_table_split_over_ranks_equals_the_whole(zygote, size, scatter):
-    zygote.call("test_embedding:rank_compares_with_the_whole", scatter, nproc=size)
+def test_table_split_over_ranks_equals_the_whole(fork_server, size, scatter):
+    fork_server.call("test_embedding:rank_compares_with_the_whole", scatter, nproc=size)

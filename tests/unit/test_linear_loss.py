@@ -4,7 +4,7 @@ without the logits.
 
 import pytest
 import torch
-from models import batch, gpt, hybrid
+from support.models import batch, gpt, hybrid
 
 from megatron_tst import TSTConfig, extension
 from megatron_tst.loop import patch
@@ -187,7 +187,7 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
 
 
 @pytest.mark.parametrize("size, sequence_parallel", [(2, False), (2, True), (4, True)])
-def test_tensor_and_sequence_parallel(zygote, size, sequence_parallel):
-    zygote.call(
+def test_tensor_and_sequence_parallel(fork_server, size, sequence_parallel):
+    fork_server.call(
         "test_linear_loss:rank_compares_with_the_separate_layer", sequence_parallel, nproc=size
     )

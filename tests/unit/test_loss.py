@@ -502,5 +502,5 @@ def rank_sweep(size, kernel):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_vocabulary_split_over_ranks_equals_the_whole(zygote, size, kernel):
-    zygote.call("test_loss:rank_sweep", size, kernel, nproc=size)
+def test_vocabulary_split_over_ranks_equals_the_whole(fork_server, size, kernel):
+    fork_server.call("test_loss:rank_sweep", size, kernel, nproc=size)

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from models import batch, gpt
+from support.models import batch, gpt
 
 from megatron_tst import TSTConfig, extension
 from megatron_tst.loop import patch

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import batch, copy_gpt_to_hybrid, gpt, hybrid
+from support.models import batch, copy_gpt_to_hybrid, gpt, hybrid
 
 from megatron_tst.data.bags import bag_view
 from megatron_tst.ops import reference

@@ -4,7 +4,7 @@ guesses are looked up in the bag.
 
 import pytest
 import torch
-from models import batch
+from support.models import batch
 
 from megatron_tst.loop import seams
 from megatron_tst.ops import reference
@@ -21,7 +21,7 @@ def mtp_model(depth):
         get_gpt_mtp_block_spec,
     )
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from models import config
+    from support.models import config
 
     MTPLossLoggingHelper.tracker.clear()  # the class's, with the depth of the first model
     torch.manual_seed(0)
@@ -78,8 +78,8 @@ def rank_rolls():
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_over_the_borders_of_context_parallel_ranks(zygote, ranks):
-    zygote.call("test_multi_token:rank_rolls", nproc=ranks)
+def test_over_the_borders_of_context_parallel_ranks(fork_server, ranks):
+    fork_server.call("test_multi_token:rank_rolls", nproc=ranks)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -173,5 +173,5 @@ def rank_counts_guesses():
 
 
 @counts_guesses
-def test_guesses_over_a_split_vocabulary(zygote):
-    zygote.call("test_multi_token:rank_counts_guesses", nproc=2)
+def test_guesses_over_a_split_vocabulary(fork_server):
+    fork_server.call("test_multi_token:rank_counts_guesses", nproc=2)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from models import batch, gpt
+from support.models import batch, gpt
 
 from megatron_tst import TSTConfig
 from megatron_tst.loop import patch, seams

@@ -10,7 +10,7 @@ import plan_screen
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
+from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
 from megatron_tst.planning import arithmetic, paper
 from megatron_tst.schedule import Schedule
@@ -188,7 +188,7 @@ def test_steps_that_fit():
 
 
 def test_parameters_are_those_of_a_real_model(megatron):
-    from models import gpt
+    from support.models import gpt
 
     shape = {
         "num_layers": 2,

@@ -14,7 +14,7 @@ import plan_screen
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
+from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
 from megatron_tst.checks import layout
 from megatron_tst.config import TSTConfig

@@ -10,7 +10,7 @@ import pytest
 import questions
 import results
 import training_curves
-from runner import ROOT
+from support.runs import ROOT
 from training_curves import Run, reached, speed_up, spread
 
 ARGUMENTS = {

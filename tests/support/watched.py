@@ -13,17 +13,15 @@ AT=6:elsewhere  the job runs on another machine
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
-
 import megatron.training.training as loop
-import pretrain_gpt_tst as script
 import torch
 from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
 from megatron.training import get_args
+
+from megatron_tst import pretrain_gpt as script
 
 
 def now():
@@ -68,7 +66,7 @@ if __name__ == "__main__":
     when = int(when)
     loop._TRAIN_START_TIME = (
         time.time()
-    )  # not when the zygote imported Megatron, half an hour ago on a slow machine
+    )  # not when the fork server imported Megatron, half an hour ago on a slow machine
     stock_batch, script.get_batch = script.get_batch, get_batch
     stock_loss, script.loss_func = script.loss_func, loss_func
     stock_train, loop.train = loop.train, train

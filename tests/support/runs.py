@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = str(ROOT / "examples" / "pretrain_gpt_tst.py")
 
 # The smallest run that shows everything: 2 layers, 10 iterations of 4 samples of 32 positions.
@@ -148,8 +148,8 @@ class Run:
         return found[0]
 
 
-class Zygote:
-    """Context manager around tests/zygote.py.
+class ForkServer:
+    """Context manager around tests/support/fork_server.py.
 
     Args:
         folder: for logs.
@@ -165,15 +165,15 @@ class Zygote:
         )  # runs, and those of them over all nodes
         self.nodes, self.node, self.master = nodes, node, master
 
-    def __enter__(self) -> Zygote:
+    def __enter__(self) -> ForkServer:
         path = os.pathsep.join(
             str(ROOT / name)
             for name in ("tests", "tests/unit", "tests/distributed", "tests/gpu", "")
         )
         environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
-        self.errors = open(self.folder / "zygote.log", "w")
+        self.errors = open(self.folder / "fork_server.log", "w")
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "zygote.py")],
+            [sys.executable, str(ROOT / "tests/support/fork_server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -220,7 +220,7 @@ class Zygote:
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
-        assert answer, f"the zygote died, see {self.errors.name}"
+        assert answer, f"the fork server died, see {self.errors.name}"
         return Run(
             json.loads(answer)["codes"], log.read_text(errors="replace") if log.exists() else ""
         )
@@ -237,7 +237,7 @@ def from_checkout(script: Path, *flags, stock: bool = False) -> Run:
     """One of Megatron-LM's own scripts in a fresh process that takes Megatron from the script's
     checkout; `stock`: without megatron_tst.
     """
-    how = [str(ROOT / "tests" / "stock_launch.py")] if stock else ["-m", "megatron_tst.launch"]
+    how = [str(ROOT / "tests/support/stock_launch.py")] if stock else ["-m", "megatron_tst.launch"]
     environment = dict(
         os.environ,
         RANK="0",
@@ -245,7 +245,7 @@ def from_checkout(script: Path, *flags, stock: bool = False) -> Run:
         WORLD_SIZE="1",
         MASTER_ADDR="localhost",
         MASTER_PORT=str(_free_port()),
-        PYTHONPATH=str(ROOT / "tests" / "unit"),
+        PYTHONPATH=str(ROOT / "tests"),
     )
     done = subprocess.run(
         [sys.executable, *how, *map(str, (script, *flags))],

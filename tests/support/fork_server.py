@@ -10,7 +10,7 @@ The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a faile
 job's seconds, are killed (-9); with "after", the seconds count from when the log shows that text.
 
 A process that has touched CUDA cannot be forked, so on a GPU each rank is a fresh process:
-zygote.py JOB RANK.
+fork_server.py JOB RANK.
 """
 
 import importlib

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from runner import ROOT, TINY, TST, data
+
+from support.runs import ROOT, TINY, TST, data
 
 VOCAB = 500  # padded to 512, or 768 under TP2
 GQA = "--group-query-attention --num-query-groups 2 --kv-channels 12 --rotary-base 50000".split()
@@ -61,8 +62,13 @@ class Trained:
     trained when first asked for.
     """
 
-    def __init__(self, zygote, corpus: Path, new_folder):
-        self._zygote, self._corpus, self._new_folder, self._made = zygote, corpus, new_folder, {}
+    def __init__(self, fork_server, corpus: Path, new_folder):
+        self._fork_server, self._corpus, self._new_folder, self._made = (
+            fork_server,
+            corpus,
+            new_folder,
+            {},
+        )
 
     def __call__(self, name: str) -> Path:
         if name not in self._made:
@@ -79,7 +85,7 @@ class Trained:
                 "--lr",
                 "1e-2",
             ]
-            run = self._zygote.train(
+            run = self._fork_server.train(
                 folder / "answers.pt",
                 *flags,
                 script=str(ROOT / "tests/checkpoint/ask_model.py"),

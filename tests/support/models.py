@@ -57,8 +57,9 @@ def gpt(
 
 def hybrid(vocab=96, seed=0, **changes):
     """HybridModel of the pattern `*-*-`: the network of gpt() with two layers."""
-    from hybrid_spec import hybrid_stack_spec
     from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from support.hybrid_spec import hybrid_stack_spec
 
     torch.manual_seed(seed)
     return HybridModel(

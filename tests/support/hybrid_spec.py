@@ -1,5 +1,5 @@
 """A HybridModel layer spec of local modules (Megatron ships Transformer Engine's alone). --spec
-hybrid_spec hybrid_stack_spec
+support.hybrid_spec hybrid_stack_spec
 """
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
