@@ -6,7 +6,8 @@ much again for the export), exports it in a process of its own, and asks the ker
 process's peak resident memory. Both folders are removed.
 
     3b        Llama: 28 layers x 3072, 24 heads, 8 of keys and values, MLP of 8192
-    10b-a1b   Qwen3-MoE: 24 layers x 2048, 64 experts of 1024, of which 4 are active (the paper does not give its shape; this is ours)
+    10b-a1b   Qwen3-MoE: 24 layers x 2048, 64 experts of 1024, 4 of them active.
+              The paper does not give its shape: this is ours
 """
 
 from __future__ import annotations
@@ -104,8 +105,9 @@ def main() -> None:
         start = time.time()
         command = [
             sys.executable,
-            str(ROOT / "tools/export_checkpoint.py"),
-            "hf",
+            "-m",
+            "megatron_tst",
+            "export-hf",
             str(checkpoint),
             str(target),
         ]

@@ -1,10 +1,11 @@
-"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same model,
-same L, one process, interleaved.
+"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same
+model, same L, one process, interleaved.
 
-    python benchmarks/bench_step.py [--model demo] [--bag-size 2] [--steps 15] [--json] [--csv
-    benchmarks/data/step.csv]
-    python benchmarks/bench_step.py --model 270m --bag-size 6 --micro-batch 4 --micro-batches 4       a recipe of examples/, on a GPU
-    python benchmarks/bench_step.py --model 270m ... -- --num-layers 2 --seq-length 64                 its flags overruled
+    python benchmarks/bench_step.py [--model demo] [--bag-size 2] [--steps 15] [--json] [--csv FILE]
+    # a recipe of examples/, on a GPU
+    python benchmarks/bench_step.py --model 270m --bag-size 6 --micro-batch 4 --micro-batches 4
+    # its flags overruled
+    python benchmarks/bench_step.py --model 270m ... -- --num-layers 2 --seq-length 64
 
 Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model or a
 recipe's; the data are random ids, so data loading is left out. Time: medians of alternating steps.
@@ -26,9 +27,7 @@ from pathlib import Path
 
 from measure import ROOT, append_rows, has_gpu, peak_bytes, peak_tflops, seconds, where
 
-sys.path.insert(0, str(ROOT / "examples"))
-
-import demo_run
+from megatron_tst import demo
 
 DEMOS = {"demo": "gpt", "demo-moe": "gpt-moe"}
 RECIPES = {"270m": "270m", "600m": "600m", "3b": "3b", "10b-a1b": "moe_10b_a1b"}
@@ -150,7 +149,7 @@ def flags_of(options) -> list[str]:
     device = "cuda" if has_gpu() else "cpu"
     if options.model in DEMOS:
         return [
-            *demo_run.flags(
+            *demo.flags(
                 None, options.vocab_size, 1000, architecture=DEMOS[options.model], device=device
             ),
             *options.flags,
@@ -175,14 +174,13 @@ def flags_of(options) -> list[str]:
         f"{options.micro_batch * options.micro_batches}"
     ).split()
     data = (
-        f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo_run.machine(device)}"
+        f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo.machine(device)}"
     ).split()
     return [*model, *training, *size, *data, *(precision if has_gpu() else []), *options.flags]
 
 
 def _set_up(options):
     """-> (step(batch), ordinary batch, superposed batch)."""
-    import pretrain_gpt_tst as script
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
@@ -194,6 +192,7 @@ def _set_up(options):
     )
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_tst import pretrain_gpt as script
     from megatron_tst.data.bags import superposed_sample
     from megatron_tst.loop import entry, patch, seams
     from megatron_tst.ops.loss import target_weights

@@ -11,19 +11,17 @@ end; a summary is printed.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
+from measure import ROOT, append_rows
 
-import demo_run
-import plot_runs
+from megatron_tst import demo
+from megatron_tst.data import corpus
+from megatron_tst.planning.curves import read_log
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--corpus", type=Path, required=True, help="prefix made by tools/prepare_corpus.py"
+        "--corpus", type=Path, required=True, help="prefix made by `megatron-tst corpus`"
     )
     parser.add_argument("--iterations", type=int, default=1000)
     parser.add_argument("--arms", nargs="+", default=["1:0", "2:0.2"])
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         futures = [pool.submit(run, options, arm, seed) for arm, seed in jobs]
         for future in as_completed(futures):
             rows.append(future.result())
-            _append(options.csv, rows[-1])
+            append_rows(options.csv, [rows[-1]])
             print(rows[-1], flush=True)
     for arm in options.arms:
         losses = [
@@ -66,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(options, arm: str, seed: int) -> dict:
     """One training run; its final next-token validation loss and what it took."""
     bag_size, ratio = int(arm.split(":")[0]), float(arm.split(":")[1])
-    vocab_size = json.loads(Path(f"{options.corpus}.json").read_text())["vocab_size"]
-    arguments = demo_run.flags(
+    vocab_size = corpus.vocab_size(options.corpus)
+    arguments = demo.flags(
         options.corpus, vocab_size, options.iterations, seed, "gpt-moe" if options.moe else "gpt"
     )
     if bag_size > 1:
@@ -77,12 +75,12 @@ def run(options, arm: str, seed: int) -> dict:
         / f"{'moe_' if options.moe else ''}{options.iterations}_s{bag_size}_r{ratio}_seed{seed}.log"
     )
     start = time.time()
-    code = demo_run.start(arguments, log).wait()
-    result = plot_runs.read_log(log)
+    code = demo.start(arguments, log).wait()
+    result = read_log(log)
     if code or result.final_validation is None:
         raise SystemExit(f"{log}: training ended with exit code {code}")
     return {
-        "model": demo_run.NAME + (" moe" if options.moe else ""),
+        "model": demo.NAME + (" moe" if options.moe else ""),
         "iterations": options.iterations,
         "bag_size": bag_size,
         "step_ratio": ratio,
@@ -90,15 +88,6 @@ def run(options, arm: str, seed: int) -> dict:
         "validation_loss": result.final_validation,
         "seconds": round(time.time() - start),
     }
-
-
-def _append(path: Path, row: dict) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as out:
-        writer = csv.DictWriter(out, row.keys())
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -34,8 +34,7 @@ def load() -> Extension:
         return Extension(
             False,
             False,
-            "not built. `pip install --no-build-isolation` this package and read what setup.py "
-            "says",
+            "not built. `pip install --no-build-isolation` this package; what it prints says why",
         )
     except Exception as error:  # built for another torch: undefined symbols, missing libraries
         return Extension(

@@ -30,9 +30,9 @@ def main(argv: list[str]) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    sys.path.insert(
-        0, os.path.dirname(os.path.abspath(script))
-    )  # as `python script` does: its checkout's megatron comes first
+    # what `python script` does, so that its checkout's megatron and its neighbours are found first;
+    # nothing of megatron_tst is found by it
+    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
     sys.argv = argv
     training.prepare()
     runpy.run_path(script, run_name="__main__")

@@ -1,12 +1,12 @@
 """Does FP8 train as bf16 does on this GPU, in both phases and over the switch? A small
 mixture-of-experts model, the same data, each recipe once.
 
-    python tools/check_fp8.py OUT                                   every recipe that this GPU runs, against bf16
+    python tools/check_fp8.py OUT      every recipe that this GPU runs, against bf16
     python tools/check_fp8.py OUT --recipes tensorwise --iterations 200
-    python tools/check_fp8.py OUT --reference fp32 --recipes bf16   without a GPU: 16 bit against 32
+    python tools/check_fp8.py OUT --reference fp32 --recipes bf16      without a GPU
 
-Each run is `examples/pretrain_gpt_tst.py` with bags of 4 for --iterations steps and plain training
-for as many. Compared is the mean loss of the last 10 steps of each phase. OUT gets the logs and
+Each run is `python -m megatron_tst.pretrain_gpt` with bags of 4 for --iterations steps and plain
+training for as many. Compared is the mean loss of the last 10 steps of each phase. OUT gets the logs and
 fp8.json. Exit code 1: a run failed, or a loss is further from the reference's than --distance, in
 which case train in bf16 and look at the logs.
 """
@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("", "examples", "benchmarks", "tools")]
-
-import demo_run
 import torch
-from measure import where
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tst import demo
 from megatron_tst.checks import precision
+from megatron_tst.compat import megatron_version
+from megatron_tst.data import corpus as corpora
 
 LAST = 10
 FLAGS = {
@@ -61,7 +60,7 @@ def flags(recipe: str, corpus: Path, vocab_size: int, options, device: str) -> l
     steps, length = 2 * options.iterations, options.seq_length
     return " ".join(
         [
-            demo_run.machine(device),
+            demo.machine(device),
             FLAGS[recipe],
             MODEL,
             "--moe-grouped-gemm" if device == "cuda" and has_te() else "",
@@ -113,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--corpus",
         type=Path,
-        help="prefix that prepare_corpus.py made; default: made of the Python standard library",
+        help="prefix that `megatron-tst corpus` made; default: of the Python standard library",
     )
     options = parser.parse_args(argv)
     recipes = options.recipes or (
@@ -124,19 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = options.corpus or options.out / "corpus"
-    if not Path(f"{corpus}.idx").exists():
-        subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                str(ROOT / "tools/prepare_corpus.py"),
-                "--output",
-                str(corpus),
-            ],
-            check=True,
-        )
-    vocab_size = json.loads(Path(f"{corpus}.json").read_text())["vocab_size"]
+    if not corpora.is_there(corpus):
+        corpora.make(corpus)
+    vocab_size = corpora.vocab_size(corpus)
     found = {
         recipe: train(recipe, corpus, vocab_size, options)
         for recipe in [options.reference, *recipes]
@@ -172,7 +161,7 @@ def why_not(recipes: list[str]) -> str | None:
 def train(recipe: str, corpus: Path, vocab_size: int, options) -> dict[str, list[float]] | None:
     """Losses of a run by phase; None: it failed."""
     log, device = options.out / f"{recipe}.log", "cuda" if torch.cuda.is_available() else "cpu"
-    code = demo_run.start(flags(recipe, corpus, vocab_size, options, device), log, device).wait()
+    code = demo.start(flags(recipe, corpus, vocab_size, options, device), log, device).wait()
     found = losses(log.read_text(errors="replace"))
     whole = (
         code == 0
@@ -218,6 +207,16 @@ def judge(found: dict, options) -> dict:
         "limit": options.distance,
     }
     return {**settings, "recipes": rows, "holds": all(close), **where()}
+
+
+def where() -> dict:
+    """What the figures were taken on."""
+    gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "megatron_core": megatron_version(),
+    }
 
 
 def show(report: dict) -> None:

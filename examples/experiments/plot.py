@@ -19,12 +19,10 @@ import math
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "examples" / "experiments"), str(ROOT / "tools")]
-
 from questions import ConfigError, load, refuse
 from results import Table
-from training_curves import reached, spread
+
+from megatron_tst.planning.curves import reached, spread
 
 AGAINST = ("iterations", "raw_tokens", "flops")
 

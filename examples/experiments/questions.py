@@ -5,9 +5,10 @@ time        measured or estimated, as text                 iterations of an arm 
 seeds       whole numbers; the same seed is the same       flags      Megatron's, for every arm
             initialisation and the same data for all arms
 [[arm]]     the first one is what the others are compared with
-  name      in the CSV and in figures                      tst        --tst flags; none: stock Megatron
+  name      in the CSV and in figures                      tst        --tst flags; none: stock
   flags     Megatron's, for this arm alone                 length     times `iterations` (1)
-  convert   options of `convert_checkpoint.py boundary`: the run exits at the boundary, is converted and goes on as stock Megatron
+  convert   options of `megatron-tst boundary`: the run exits at the boundary, is converted
+            and goes on as stock Megatron
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Table:
     """Rows of text by column.
 
     validation_loss: next-token, nats, after the last iteration. raw_tokens, flops (6 N D,
-    tools/training_curves.py), seconds (of training, from Megatron's log; wall_seconds: with
+    planning/curves.py), seconds (of training, from Megatron's log; wall_seconds: with
     start-up and evaluation) of the whole run. base_iterations: of an arm of length 1.
     boundary: the last superposed iteration. experts: what the log says of their load around it.
     settings: every flag that the driver did not set by itself.

@@ -4,7 +4,7 @@ each.
     python examples/experiments/run.py examples/experiments/equal_flops.toml --out experiments_out
     [--seeds 1 2 3] [--parallel 2]
 
-Each run is megatron.training (examples/pretrain_gpt_tst.py) in a process of its own, one CPU
+Each run is megatron.training (megatron_tst.pretrain_gpt) in a process of its own, one CPU
 thread, or with --device cuda a GPU. It can be stopped and started again: rows that are there are
 kept, a run that was cut off begins anew, and a run with the settings and seed of another question's
 row takes its figures. Logs: OUT/QUESTION/ARM/seedN. --iterations 20 tries whether every arm starts,
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import shutil
 import signal
@@ -26,14 +25,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "examples" / "experiments"), str(ROOT / "examples"), str(ROOT / "tools")]
-
-import demo
-import demo_run
 import questions
 import results
-import training_curves
 from questions import Arm, ConfigError, Question
+
+from megatron_tst import demo
+from megatron_tst.data import corpus
+from megatron_tst.errors import TSTError
+from megatron_tst.planning import curves
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--corpus",
         type=Path,
-        help="prefix made by tools/prepare_corpus.py; default: OUT/corpus, made if it is not there",
+        help="prefix made by `megatron-tst corpus`; default: OUT/corpus, made if it is not there",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="in place of the config's")
     parser.add_argument("--arms", nargs="+", help="these alone, by name")
@@ -65,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         with results.locked(options.out / ".running"):
             return Driver(options).run(asked)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, TSTError, OSError) as error:
         print(f"experiments: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -91,7 +90,9 @@ class Driver:
     def run(self, asked: list[Question]) -> int:
         """Everything that has no row yet; a failed run does not stop the others. -> exit code"""
         if not self.options.corpus:
-            demo.prepare(self.corpus, "corpus")
+            if not corpus.is_there(self.corpus):
+                print(f"corpus: the Python standard library's texts -> {self.corpus}", flush=True)
+                corpus.make(self.corpus, force=True)
         jobs = [
             (q, arm, seed)
             for q in asked
@@ -168,15 +169,13 @@ class Driver:
         }
         return self.table.append(key | measured | where(self.options.device))
 
-    def _train(
-        self, question: Question, arm: Arm, seed: int, iterations: int
-    ) -> training_curves.Run:
+    def _train(self, question: Question, arm: Arm, seed: int, iterations: int) -> curves.Run:
         here = (self.options.out / question.name / arm.folder / f"seed{seed}").absolute()
         here.mkdir(parents=True, exist_ok=True)
-        vocabulary = json.loads(Path(f"{self.corpus}.json").read_text())["vocab_size"]
+        vocabulary = corpus.vocab_size(self.corpus)
         # A file of --data-cache-path that another run is writing would be read half: each run has
         # its own.
-        flags = demo_run.flags(
+        flags = demo.flags(
             self.corpus, vocabulary, iterations, seed, question.architecture, self.options.device
         )
         flags += [*question.flags.split(), *arm.flags.split()]
@@ -195,14 +194,15 @@ class Driver:
             [*flags, *arm.tst.split(), *index, *exit_there, str(here / "superposed")],
             here / "superposed.log",
         )
-        tool = [
-            str(ROOT / "tools" / "convert_checkpoint.py"),
+        verb = [
+            "-m",
+            "megatron_tst",
             "boundary",
             str(here / "superposed"),
             str(here / "converted"),
         ]
         done = subprocess.run(
-            [sys.executable, *tool, *arm.convert.split(), "--seed", str(seed)],
+            [sys.executable, *verb, *arm.convert.split(), "--seed", str(seed)],
             capture_output=True,
             text=True,
         )
@@ -219,12 +219,12 @@ class Driver:
         self._process([*flags, *go_on], here / "train.log")
         for name in ("superposed", "converted"):
             shutil.rmtree(here / name)
-        return training_curves.read_log(here / "superposed.log", here / "train.log")
+        return curves.read_log(here / "superposed.log", here / "train.log")
 
-    def _process(self, arguments, log) -> training_curves.Run:
+    def _process(self, arguments, log) -> curves.Run:
         if self.stopping:
             raise RunFailed("interrupted")
-        process = demo_run.start(arguments, log, self.options.device)
+        process = demo.start(arguments, log, self.options.device)
         self.processes.add(process)
         if self.stopping:  # since this process was asked for
             process.terminate()
@@ -237,7 +237,7 @@ class Driver:
                 f"exit code {code}, {log}: "
                 f"{(log.read_text(errors='replace').splitlines() or [''])[-1]}"
             )
-        return training_curves.read_log(log)
+        return curves.read_log(log)
 
 
 class RunFailed(RuntimeError):

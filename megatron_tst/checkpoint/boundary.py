@@ -112,6 +112,24 @@ def convert(
     return rewrite(source, target, changes, force=force, progress=progress)
 
 
+def load_flags(
+    target: Path,
+    *,
+    drop_optimizer: bool = False,
+    drop_fp8_state: bool = False,
+    layer_spec: str | None = None,
+) -> list[str]:
+    """Flags with which stock Megatron goes on from what `convert` wrote with these options."""
+    found = ["--load", str(target), "--ckpt-format", "torch_dist"]
+    if drop_optimizer:
+        found.append("--no-load-optim")
+    if drop_fp8_state or layer_spec == "transformer_engine":
+        # Transformer Engine's layers ask for an extra state each, empty without FP8, which the
+        # checkpoint may lack
+        found += ["--dist-ckpt-strictness", "log_all"]
+    return found
+
+
 def stock_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments without TST's: what a stock run would have stored."""
     return argparse.Namespace(
@@ -137,7 +155,7 @@ def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]
         return lambda name: name
     if layer_spec not in EXPERT_NORM:
         refuse(
-            "layer spec",
+            "--layer-spec",
             " or ".join(EXPERT_NORM),
             layer_spec,
             "Name the spec of the run that is to load it.",

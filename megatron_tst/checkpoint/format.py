@@ -2,9 +2,12 @@
 
 A checkpoint folder (iter_0000100) holds
     metadata.json         {"sharded_backend": "torch_dist", ...}
-    .metadata             a pickled torch.distributed.checkpoint Metadata: names, shapes, and where each item's bytes lie
-    __<rank>_<n>.distcp   the items one after the other, each a torch.save of one tensor (a shard) or object
-    common.pt             Megatron-Core <= 0.18: arguments, iteration, scheduler; from 0.19 on the object `common_state` instead
+    .metadata             a pickled torch.distributed.checkpoint Metadata: names, shapes, and where
+                          each item's bytes lie
+    __<rank>_<n>.distcp   the items one after the other, each a torch.save of one tensor (a shard)
+                          or object
+    common.pt             Megatron-Core <= 0.18: arguments, iteration, scheduler; from 0.19 on the
+                          object `common_state` instead
 
 Nothing is unpickled but tensors, plain containers, torch's own metadata classes and the
 enumerations in Megatron's arguments.
@@ -214,7 +217,7 @@ class Checkpoint:
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of the iteration that `path`, such a folder or the parent of several, stands for."""
+    """The folder of the iteration that `path` stands for: such a folder, or the parent of several."""
     if (path / "metadata.json").is_file():
         return path
     tracker = path / TRACKER
@@ -392,7 +395,7 @@ def _argument_type(full: str):
         ):  # of what Megatron does without a GPU's libraries: nothing is trained here
             found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        do = "Use the Megatron that wrote it, or mend this one (tools/doctor.py)."
+        do = "Use the Megatron that wrote it, or mend this one: `megatron-tst doctor`."
         refuse(
             full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do
         )

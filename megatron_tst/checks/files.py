@@ -24,8 +24,8 @@ def check_data_files(prefixes: list[str], vocab_size: int | None, documents: int
         for path in (prefix + ".idx", prefix + ".bin"):
             if not os.path.isfile(path):
                 hint = (
-                    "Give the prefix without an extension; tools/prepare_corpus.py makes such "
-                    "a pair from text."
+                    "Give the prefix without an extension; `megatron-tst corpus` makes such a pair "
+                    "from text."
                 )
                 refuse("--data-path", f"{prefix}.bin and {prefix}.idx", f"no file {path}", hint)
         dataset = _open_indexed(prefix)

@@ -69,7 +69,7 @@ def check_precision(
             "--fp8-recipe delayed (Megatron's default) keeps scales of earlier steps, also over "
             "the boundary, and newer Transformer Engines refuse "
             "to load them from a checkpoint (NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1, or "
-            "convert_checkpoint.py boundary --drop-fp8-state). "
+            "`megatron-tst boundary --drop-fp8-state`). "
             "tensorwise, blockwise and mxfp8 have no state"
         )
     elif not getattr(args, "first_last_layers_bf16", False):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import json
 import sys
 from collections.abc import Callable, Iterator
 
@@ -19,7 +21,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, about: str | None, **more):
-        more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        # docstrings have lines of 100 columns, so the flags below them do too
+        wide = functools.partial(argparse.RawDescriptionHelpFormatter, width=100)
+        more.setdefault("formatter_class", wide)
         super().__init__(prog=prog, description=about, **more)
 
     def error(self, message: str):
@@ -33,6 +37,11 @@ def refusing(prog: str, run: Callable[[], int]) -> int:
     except (TSTError, OSError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def answer(as_json: bool, about: dict, text: str) -> None:
+    """Print what a verb found or did: `about` as one JSON object, or `text`."""
+    print(json.dumps(about, indent=1, default=str) if as_json else text)
 
 
 @contextlib.contextmanager

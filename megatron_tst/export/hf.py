@@ -4,10 +4,11 @@ the standard model.
 Names and layouts (Megatron: queries, keys and values of each group of heads together; gate above
 up):
 
-    model.embed_tokens.weight            embedding.word_embeddings.weight, without the rows that pad the vocabulary
-    layers.N.self_attn.{q,k,v}_proj      self_attention.linear_qkv, a group after the other [q.. k v]
-    layers.N.mlp.{gate,up}_proj          mlp.linear_fc1 [gate; up], or each expert's
-    lm_head.weight                       output_layer.weight, unless tied
+    model.embed_tokens.weight         embedding.word_embeddings.weight, without the rows that pad
+                                      the vocabulary
+    layers.N.self_attn.{q,k,v}_proj   self_attention.linear_qkv, a group after the other [q.. k v]
+    layers.N.mlp.{gate,up}_proj       mlp.linear_fc1 [gate; up], or each expert's
+    lm_head.weight                    output_layer.weight, unless tied
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def export(
         the folder.
 
     Raises:
-        TSTError: the model has no counterpart, the tokenizer does not fit, no recovery yet, or
-            place.new_folder's.
+        TSTError: the model has no counterpart, the tokenizer does not fit, no recovery yet, another
+            dtype, or atomic.new_folder's.
     """
+    if dtype not in DTYPES:
+        refuse("--dtype", " or ".join(DTYPES), dtype, "Give one of them.")
     check_phase(source, allow_superposition)
     files, ids = tokenizer_of(source, tokenizer)
     tensors = Tensors(source)

@@ -30,7 +30,7 @@ from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_fol
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.format import COMMON, TRACKER
 from megatron_tst.checkpoint.rewrite import read_back
-from megatron_tst.errors import refuse
+from megatron_tst.errors import optional, refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.tokenizer import FILES
 
@@ -65,9 +65,12 @@ def import_(
         the flags of a Megatron run with this model.
 
     Raises:
-        TSTError: another architecture, a tensor that is missing, of another shape or unknown, and
-            place.new_folder's.
+        TSTError: another architecture or layer spec, a tensor that is missing, of another shape or
+            unknown, safetensors is not installed, and atomic.new_folder's.
     """
+    if layer_spec not in EXPERT_NORM:
+        do = "Name the spec of the run that is to load it."
+        refuse("--layer-spec", " or ".join(EXPERT_NORM), layer_spec, do)
     config = _config(source)
     args = arguments(config)
     arch = architecture_of(args, config["vocab_size"], "float32")
@@ -254,8 +257,7 @@ class _Safetensors:
     """
 
     def __init__(self, source: Path):
-        from safetensors import SafetensorError, safe_open
-
+        safetensors = optional("safetensors", "megatron-tst[hf]")
         self.files = sorted(source.glob("*.safetensors"))
         if not self.files:
             refuse(source, "safetensors files", "none", "Download the model again.")
@@ -273,8 +275,8 @@ class _Safetensors:
         self._where = {}
         for path in self.files:
             try:
-                opened = safe_open(path, "pt")
-            except SafetensorError as error:
+                opened = safetensors.safe_open(path, "pt")
+            except safetensors.SafetensorError as error:
                 refuse(path, "a whole safetensors file", error, "Download the model again.")
             self._where |= dict.fromkeys(opened.keys(), opened)
         self.source, self.unread = source, set(self._where)

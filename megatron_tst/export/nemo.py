@@ -1,11 +1,14 @@
 """A checkpoint -> a checkpoint of Megatron-Bridge, NeMo's library for pre-training: the same
 torch_dist files, and beside them what Bridge reads.
 
-TARGET/latest_checkpointed_iteration.txt, latest_train_state.pt      which iteration
-TARGET/iter_N/*.distcp, .metadata, metadata.json                     weights and optimizer state, byte by byte
-TARGET/iter_N/run_config.yaml                                        the model, as Bridge's GPTModelProvider takes it
-TARGET/iter_N/train_state.pt                                         iteration and samples
-TARGET/iter_N/tokenizer/, hf/                                        the tokenizer; config.json and tokenizer, for exports by Bridge
+In TARGET:
+    latest_checkpointed_iteration.txt, latest_train_state.pt   which iteration
+In TARGET/iter_N:
+    *.distcp, .metadata, metadata.json   weights and optimizer state, byte by byte
+    run_config.yaml                      the model, as Bridge's GPTModelProvider takes it
+    train_state.pt                       iteration and samples
+    tokenizer/                           the tokenizer
+    hf/                                  config.json and tokenizer, for exports by Bridge
 """
 
 from __future__ import annotations
@@ -119,7 +122,7 @@ def export(
     Args:
         source: of any layout; torch_dist of 0.18 or 0.19.
         target: a new folder, for Bridge's checkpoint.load.
-        tokenizer, vocab_size, allow_superposition, force: as export_hf.export's.
+        tokenizer, vocab_size, allow_superposition, force: as hf.export's.
         layer_spec: "local" or "transformer_engine", of the Bridge run; None: the run's own. They
             name the norm before experts differently.
         drop_optimizer: weights alone.
@@ -128,7 +131,7 @@ def export(
         the iteration's folder.
 
     Raises:
-        TSTError: as export_hf.export and rewrite.rewrite.
+        TSTError: as hf.export and rewrite.rewrite.
     """
     check_phase(source, allow_superposition)
     args = source.args

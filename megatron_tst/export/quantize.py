@@ -1,8 +1,9 @@
 """A checkpoint -> a quantised Hugging Face folder, by NVIDIA's ModelOpt: post-training
 quantisation, calibrated on an indexed dataset.
 
-    fp8     weights and inputs of the linear layers (experts' too) in E4M3, one scale a tensor        any device
-    nvfp4   the same in E2M1, a scale in E4M3 for 16 values and one for the tensor                    an NVIDIA GPU
+    fp8     weights and inputs of the linear layers (experts' too) in E4M3, one scale a tensor;
+            on any device
+    nvfp4   the same in E2M1, a scale in E4M3 for 16 values and one for the tensor; on an NVIDIA GPU
 
 Embedding, output layer, norms and routers stay in bfloat16. Calibration reads the dataset from its
 start, perplexity is measured on its end, before and after.
@@ -24,7 +25,7 @@ from megatron_tst import compat
 from megatron_tst.checkpoint.atomic import flush, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.tensors import Tensors
-from megatron_tst.errors import refuse
+from megatron_tst.errors import optional, refuse
 from megatron_tst.export.hf import export, vocab_size_of
 from megatron_tst.export.tokenizer import tokenizer_of
 
@@ -55,13 +56,13 @@ def quantize(
     bfloat16 export lies beside it meanwhile.
 
     Args:
-        source: of any layout; the architectures of export_hf.
+        source: of any layout; the architectures of export.hf.
         target: a new folder.
         recipe: "fp8" or "nvfp4".
         data: prefix of Megatron's indexed dataset (.bin, .idx), tokenized with the run's tokenizer.
         samples: sequences to calibrate on, and as many others to measure perplexity on.
         sequence_length: tokens of one; None: the run's --seq-length.
-        tokenizer, vocab_size, allow_superposition, force: as export_hf.export.
+        tokenizer, vocab_size, allow_superposition, force: as hf.export.
         device: "cpu", "cuda", "cuda:1"; None: the GPU where there is one.
         progress: called with (samples done, samples in all), three passes of `samples`.
 
@@ -71,12 +72,11 @@ def quantize(
     Raises:
         TSTError: no ModelOpt, no GPU where the recipe needs one, the dataset is missing, too short
             or of another vocabulary, a layer without a usable scale, a perplexity that is not
-            finite, or what export_hf.export raises. Nothing is left behind.
+            finite, or what hf.export raises. Nothing is left behind.
     """
     device = _device(recipe, device)
     mtq, write_folder = _modelopt()
-    from safetensors import SafetensorError
-
+    safetensors = optional("safetensors", "megatron-tst[hf]")
     files, ids = tokenizer_of(source, tokenizer)
     vocab = vocab_size_of(source, Tensors(source), files, ids, vocab_size)
     length = source.args.seq_length if sequence_length is None else sequence_length
@@ -147,7 +147,7 @@ def quantize(
             for file in part.iterdir():
                 with open(file, "rb") as written_file:
                     flush(written_file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         refuse(target, "a place that can be written to", error, "Make room or choose another disk.")
     return target, before, after
 
@@ -203,7 +203,7 @@ def _ends_of(prefix, samples, length, vocab) -> list[np.ndarray]:
             "--data-path",
             f"an indexed dataset {prefix}.bin and {prefix}.idx",
             "none",
-            "tools/prepare_corpus.py makes one.",
+            "`megatron-tst corpus` makes one.",
         )
     try:
         dataset = IndexedDataset(str(prefix))

@@ -12,11 +12,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_checkpoint
 import pytest
 import torch
 from support.runs import TINY, TST, all_over, data, in_a_fork
 
+from megatron_tst import cli
+from megatron_tst.checkpoint import boundary  # noqa: F401  before the fork that is killed at work
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.errors import TSTError
@@ -40,7 +41,7 @@ def at(folder, iteration):
 
 
 def tool(*arguments):
-    return convert_checkpoint.main(list(map(str, arguments)))
+    return cli.main(list(map(str, arguments)))
 
 
 def shown(capsys, path):
@@ -113,8 +114,14 @@ def test_boundary_changes_the_arguments_alone(dense, tmp_path, capsys):
     assert shown(capsys, tmp_path / "out")["phase"] == "no TST"
 
 
-def test_dropping_the_optimizer(dense, tmp_path):
-    assert tool("boundary", at(dense, 6), tmp_path / "out", "--drop-optimizer") == 0
+def test_dropping_the_optimizer(dense, tmp_path, capsys):
+    call = ("boundary", at(dense, 6), tmp_path / "out", "--drop-optimizer", "--drop-fp8-state")
+    assert tool(*call, "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["written"] == str(Checkpoint(tmp_path / "out").path)
+    assert (about["iteration"], about["raw tokens"]) == (6, 3072)
+    load = f"--load {tmp_path / 'out'} --ckpt-format torch_dist --no-load-optim"
+    assert " ".join(about["load"]) == f"{load} --dist-ckpt-strictness log_all"
     after = Checkpoint(tmp_path / "out")
     assert (
         not [name for name in after.tensors if name.startswith("optimizer")]
@@ -263,7 +270,7 @@ def test_names_of_expert_layers(fork_server, corpus, tmp_path, capsys):
         tool("boundary", tmp_path / "ck", tmp_path / "te", "--layer-spec", "transformer_engine")
         == 0
     )
-    assert "load it with --dist-ckpt-strictness log_all" in capsys.readouterr().out
+    assert "--ckpt-format torch_dist --dist-ckpt-strictness log_all" in capsys.readouterr().out
     names = {side: set(Checkpoint(tmp_path / side).tensors) for side in ("ck", "te")}
     old, new = (
         "decoder.layers.mlp.linear_fc1.layer_norm_weight",
@@ -305,6 +312,14 @@ def test_verify_over_different_cuts(fork_server, corpus, dense, tmp_path, capsys
             found
         )
     capsys.readouterr()
+    assert tool("verify", at(dense, 6), tmp_path / "two", "--json") == 1
+    about = json.loads(capsys.readouterr().out)
+    assert about["checkpoints"] == [str(at(dense, 6)), str(two.path)] and not about["same"]
+    how = about["differences"]["decoder.layers.mlp.linear_fc1.weight"]
+    assert how.startswith("differs by up to")
+    assert tool("verify", at(dense, 6), at(dense, 6), "--json", "--weights-only") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["same"] and about["weights_only"] and about["differences"] == {}
     assert tool("verify", at(dense, 6), tmp_path / "two") == 1
     assert "decoder.layers.mlp.linear_fc1.weight: differs by up to" in capsys.readouterr().out
 
@@ -317,7 +332,7 @@ def copied(dense, tmp_path):
 def refused(capsys, *arguments):
     assert tool(*arguments) == 2
     text = capsys.readouterr().err.strip()
-    assert text.startswith("convert_checkpoint: error: ") and "\n" not in text
+    assert re.match("megatron-tst (inspect|boundary|verify): error: ", text) and "\n" not in text
     return text
 
 
@@ -408,7 +423,7 @@ def converted(source, target, *killed):
 
 
 def test_killed_at_any_moment(dense, tmp_path):
-    """The target is absent or whole, the source as it was, and the next try cleans up and succeeds."""
+    """The target is absent or whole, the source as it was; the next try cleans up and succeeds."""
     source, target = at(dense, 6), tmp_path / "out"
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     whole = 0
@@ -429,12 +444,12 @@ def test_killed_at_any_moment(dense, tmp_path):
 
 MEASURED = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
-import convert_checkpoint, torch
+from megatron_tst import cli
+from megatron_tst.checkpoint import boundary
 from megatron_tst.checkpoint.format import Checkpoint
-Checkpoint(sys.argv[2]).args  # what imports Megatron's argument types
+Checkpoint(sys.argv[1]).args  # what imports Megatron's argument types
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert convert_checkpoint.main(["boundary", *sys.argv[2:]]) == 0
+assert cli.main(["boundary", *sys.argv[1:]]) == 0
 print("MiB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -473,7 +488,6 @@ def test_memory_is_a_few_blocks_and_not_the_model(copied, tmp_path):
         sys.executable,
         "-c",
         MEASURED,
-        str(Path(convert_checkpoint.__file__).parent),
         str(copied),
         str(tmp_path / "out"),
     ]

@@ -11,14 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import export_checkpoint
 import pytest
 import torch
 from support.runs import TINY, all_over, in_a_fork
 from support.trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
+from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
+from megatron_tst.export import nemo  # noqa: F401  before the fork that is killed at work
 from megatron_tst.export.hf import export
 from megatron_tst.export.import_hf import LOAD, import_
 
@@ -50,9 +51,7 @@ def answers(runs):
     folders = {name: runs(name) for name in RUNS}
     for folder in folders.values():
         assert (
-            export_checkpoint.main(
-                ["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"]
-            )
+            cli.main(["export-hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32"])
             == 0
         )
     without_shims("ask_transformers.py", *folders.values())
@@ -120,7 +119,7 @@ def test_shards_and_their_index(runs, tmp_path):
 
 
 def test_the_factor_that_megatron_took_is_exported(runs, tmp_path):
-    """--rope-scaling-factor 4 in the run, which Megatron trained with 8; the logits above show it."""
+    """--rope-scaling-factor 4 in the run, which Megatron trained with 8; see the logits above."""
     with pytest.warns(
         UserWarning,
         match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their "
@@ -214,7 +213,7 @@ def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, messag
         ("there", [], "a target that is not there yet"),
     ],
 )
-@pytest.mark.parametrize("verb", ["hf", "nemo"])
+@pytest.mark.parametrize("verb", ["export-hf", "export-nemo"])
 def test_the_tool_says_it_in_one_line_and_leaves_nothing(
     runs, tmp_path, monkeypatch, capsys, verb, args, given, message
 ):
@@ -226,11 +225,11 @@ def test_the_tool_says_it_in_one_line_and_leaves_nothing(
         monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
     if args == "there":
         target.mkdir()
-    assert export_checkpoint.main([verb, str(source.path), str(target), *given]) == 2
+    assert cli.main([verb, str(source.path), str(target), *given]) == 2
     error = capsys.readouterr().err
-    assert re.search(f"^export_checkpoint: error: .*{message}", error) and error.count("\n") == 1, (
-        error
-    )
+    assert (
+        re.search(f"^megatron-tst {verb}: error: .*{message}", error) and error.count("\n") == 1
+    ), error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["changed"] + ["out"] * (
         args == "there"
     )
@@ -247,14 +246,33 @@ def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypa
         export(source, tmp_path / "other")
 
 
-@pytest.mark.parametrize("verb", ["hf", "nemo", "import-hf"])
+def test_json_says_what_was_written_and_how_to_load_it(runs, tmp_path, capsys):
+    source, hf, nemo_, back = runs("llama") / "ck", *(tmp_path / name for name in "abc")
+
+    def said(*argv):
+        assert cli.main([*map(str, argv), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    path = str(Checkpoint(source).path)
+    assert said("export-hf", source, hf) == {"written": str(hf), "from": path, "dtype": "bfloat16"}
+    found = said("export-nemo", source, nemo_)
+    assert found["from"] == path and Path(found["written"], "run_config.yaml").exists()
+    assert f"from_pretrained('{found['written']}/hf')" in found["to_hugging_face"]
+    assert Path(found["written"], "hf").is_dir()
+    found = said("import-hf", hf, back, "--layer-spec", "local")
+    assert found["load"] == ["--load", str(back), *LOAD]
+    width = found["flags"].index("--hidden-size") + 1
+    assert found["flags"][width] == str(Checkpoint(source).args.hidden_size)
+
+
+@pytest.mark.parametrize("verb", ["export-hf", "export-nemo", "import-hf"])
 def test_killed_at_any_moment(runs, models, tmp_path, verb):
     """The target is absent or whole, and the next try cleans up and succeeds."""
     target = tmp_path / "out"
     source = models / "llama" / "hf" if verb == "import-hf" else runs("llama") / "ck"
 
     def call():
-        return export_checkpoint.main([verb, str(source), str(target)])
+        return cli.main([verb, str(source), str(target)])
 
     def content():
         return {

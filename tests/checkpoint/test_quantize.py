@@ -3,15 +3,16 @@ rest.
 """
 
 import importlib.util
+import json
+import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import export_checkpoint
 import pytest
 from support.runs import TINY, TST, data
 
+from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
 from megatron_tst.export.quantize import quantize
@@ -53,16 +54,47 @@ def test_without_modelopt_one_line_says_what_to_install(trained, corpus, tmp_pat
         "--data-path",
         str(corpus),
     ]
-    script = Path(export_checkpoint.__file__)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", script, *flags],
+        [sys.executable, "-W", "ignore", "-m", "megatron_tst", *flags],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2 and done.stderr == (
-        "export_checkpoint: error: quantize: expected nvidia-modelopt and transformers, got No "
+        "megatron-tst quantize: error: quantize: expected nvidia-modelopt and transformers, got No "
         "module named 'modelopt'. "
         "pip install 'megatron-tst[modelopt]'.\n"
     )
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_is_all_of_stdout_although_modelopt_prints_there(
+    trained, tmp_path, capsys, monkeypatch
+):
+    def chatty(source, target, **options):
+        print("Inserted 14 quantizers")
+        return target, math.e, math.e**2
+
+    monkeypatch.setattr("megatron_tst.export.quantize.quantize", chatty)
+    out = str(tmp_path / "out")
+    call = ["quantize", str(trained), out, "--recipe", "fp8", "--data-path", "x"]
+    assert cli.main([*call, "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["written"] == out and found["perplexity"] == {"before": math.e, "after": math.e**2}
+    assert "Inserted 14 quantizers" in said.err
+    assert cli.main(call) == 0
+    assert "perplexity after  7.3891 (2.00000 nats)" in capsys.readouterr().out
+
+
+def test_without_tokenizers_one_line_says_what_to_install(
+    trained, corpus, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    given = ["--tokenizer", f"{corpus}.tokenizer.json"]
+    for verb in ("export-hf", "export-nemo"):
+        assert cli.main([verb, str(trained), str(tmp_path / "out"), *given]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"megatron-tst {verb}: error: tokenizers: expected an installed")
+        assert line.endswith("pip install 'megatron-tst[hf]'.\n") and line.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -5,12 +5,11 @@ text: the same digits, and at the end the same bits."""
 import re
 import shutil
 
-import convert_checkpoint
 import pytest
 import torch
-from support.runs import SCRIPT, TINY, TST, data
+from support.runs import ROOT, TINY, TST, data
 
-from megatron_tst import TSTConfig
+from megatron_tst import TSTConfig, cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.data import stock_index
@@ -37,10 +36,10 @@ LAYOUTS = {
 
 @pytest.fixture(scope="session")
 def stock_script(tmp_path_factory):
-    """The example without its two lines of TST. (Stock Megatron runs `make` in the wheel, which has
+    """The package's script without its two lines of TST. (Stock Megatron runs `make` in the wheel, which has
     no Makefile.)
     """
-    text = open(SCRIPT).read()
+    text = (ROOT / "megatron_tst" / "pretrain_gpt.py").read_text()
     for ours, stock in (
         (r"from megatron_tst import training  # \(TST\)", "from megatron_tst import cpu"),
         (
@@ -100,7 +99,7 @@ def test_three_ways_over_the_boundary(fork_server, corpus, stock_script, tmp_pat
     assert stopped.ok and b.ok, b.log[-3000:]
 
     source = boundary_alone(tmp_path / "a", tmp_path / "boundary")
-    assert convert_checkpoint.main(["boundary", str(source), str(tmp_path / "c")]) == 0
+    assert cli.main(["boundary", str(source), str(tmp_path / "c")]) == 0
     continued = [
         *flags,
         *save,
@@ -129,7 +128,7 @@ def test_without_the_index_other_text_is_read(fork_server, corpus, stock_script,
         *TINY, *TST, *data(corpus), "--save", tmp_path / "a", "--save-interval", "6"
     )
     assert (
-        convert_checkpoint.main(
+        cli.main(
             [
                 "boundary",
                 str(boundary_alone(tmp_path / "a", tmp_path / "boundary")),

@@ -2,10 +2,10 @@
 over the boundary to a stock run.
 """
 
-import convert_checkpoint
 import pytest
 from support.runs import CHECKOUTS, NO_CHECKOUT, TINY, TST, data, from_checkout
 
+from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 
 SCRIPT = "pretrain_gpt.py"
@@ -35,7 +35,7 @@ def test_a_stock_run_goes_on(writes, reads, corpus, tmp_path):
     (tmp_path / "tst" / "latest_checkpointed_iteration.txt").write_text("6")
     legacy = "0.18" in reads.name
     assert (
-        convert_checkpoint.main(
+        cli.main(
             [
                 "boundary",
                 str(tmp_path / "tst"),

@@ -25,13 +25,12 @@ from transformer_engine.pytorch import quantization
 from transformer_engine.pytorch.utils import assert_dim_for_all_gather, assert_dim_for_fp8_exec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("tests", "examples", "tools")]
+sys.path[:0] = [str(ROOT / name) for name in ("tests", "examples")]
 
-import convert_checkpoint
 import dry_run
 import te_models
 
-from megatron_tst import TSTConfig, cpu
+from megatron_tst import TSTConfig, cli, cpu
 from megatron_tst.loop import patch
 
 RECIPES = {
@@ -187,7 +186,7 @@ def delayed_scaling_again(folder):
     te_models.load(args, kept, folder / "te", args.dist_ckpt_strictness)
     flags = ["boundary", str(folder / "te"), str(folder / "dropped"), "--drop-fp8-state"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert convert_checkpoint.main(flags) == 0
+        assert cli.main(flags) == 0
     answer = {
         "refusal": refused_load(args, dropped, folder / "dropped"),
         "printed": printed.getvalue(),

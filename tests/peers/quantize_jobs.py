@@ -2,7 +2,7 @@
 
 In one process of its own, without the shims that let Megatron run on CPU, and which need not import
 ModelOpt again for each. A job:
-    {"tool": [flags of export_checkpoint.py], "nvfp4": ..., "file": ..., "plain": ...}  -> {"code":
+    {"tool": ["quantize", its flags], "nvfp4": ..., "file": ..., "plain": ...}  -> {"code":
     exit code, "out": ..., "err": ...}
         nvfp4: with ModelOpt's CUDA kernel replaced by the format's definition
         file: the largest file that can be written, in bytes; plain: after the bfloat16 export
@@ -27,13 +27,11 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
-
-import export_checkpoint
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from megatron_tst import cli
 from megatron_tst.export import quantize
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -73,8 +71,8 @@ def tool(flags, nvfp4=False, file=None, plain=False):
             else:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file, resource.RLIM_INFINITY))
         try:
-            code = export_checkpoint.main(flags)
-        except SystemExit as stop:  # argparse
+            code = cli.main(flags)
+        except SystemExit as stop:  # --help
             code = stop.code
     return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
 

@@ -17,10 +17,10 @@ if (
         "NOT RUN: Megatron-Bridge on NeMo exports; make test-bridge", allow_module_level=True
     )
 
-import export_checkpoint
 from support.runs import ROOT
 from support.trained import RUNS, VOCAB, Trained, corpus_below
 
+from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.checkpoint.verify import differences
@@ -49,14 +49,12 @@ def folders(fork_server, corpus, tmp_path_factory):
     for folder in made.values():
         given = ["--tokenizer", str(tokenizer)]
         assert (
-            export_checkpoint.main(
-                ["hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32", *given]
+            cli.main(
+                ["export-hf", str(folder / "ck"), str(folder / "hf"), "--dtype", "float32", *given]
             )
             == 0
         )
-        assert (
-            export_checkpoint.main(["nemo", str(folder / "ck"), str(folder / "nemo"), *given]) == 0
-        )
+        assert cli.main(["export-nemo", str(folder / "ck"), str(folder / "nemo"), *given]) == 0
     ask = [
         sys.executable,
         "-W",
@@ -133,7 +131,7 @@ def test_bridge_resumes(folders, name):
 
 def test_without_the_optimizer(folders, tmp_path):
     source = str(folders["llama"] / "ck")
-    assert export_checkpoint.main(["nemo", source, str(tmp_path / "nemo"), "--drop-optimizer"]) == 0
+    assert cli.main(["export-nemo", source, str(tmp_path / "nemo"), "--drop-optimizer"]) == 0
     assert not [
         key for key in Checkpoint(tmp_path / "nemo").tensors if key.startswith("optimizer.")
     ]

@@ -36,11 +36,10 @@ if {version(part) for part in PARTS} != {TESTED} or torch.cuda.is_available():
     )
     pytest.skip(f"NOT RUN: {what}; make test-te", allow_module_level=True)
 
-import convert_checkpoint
 import dry_run
-import export_checkpoint
 from te_models import EXPORTED, MODELS, VOCAB, arguments, built, fill, save
 
+from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.checks.precision import check_precision, recipes
@@ -171,7 +170,7 @@ def asked(megatron, tmp_path_factory):
 
 
 def convert(*flags):
-    return convert_checkpoint.main(list(map(str, flags)))
+    return cli.main(list(map(str, flags)))
 
 
 def test_it_is_the_real_one(asked):
@@ -270,10 +269,7 @@ def test_inspect_and_the_hugging_face_export(asked, tmp_path, capsys):
         for side in ("te", "local"):
             target = tmp_path / name / side
             assert (
-                export_checkpoint.main(
-                    ["hf", str(folder / side), str(target), "--dtype", "float32"]
-                )
-                == 0
+                cli.main(["export-hf", str(folder / side), str(target), "--dtype", "float32"]) == 0
             )
             made.append(load_file(target / "model.safetensors"))
         got, want = made

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
-import demo_run
 import dry_run
 import pytest
 import questions
-import training_curves
 from support.runs import ROOT
+
+from megatron_tst import demo
+from megatron_tst.planning import curves
 
 pytestmark = pytest.mark.timeout(
     1800
@@ -101,7 +102,7 @@ def test_rows_say_what_was_run(ran):
         4 * 32 * 32 + 2 * 32 * 64 + 3 * 2 * 32 + 512 * 32
     )  # attention, MLP, norms, head; vocabulary 512
     for arm, row in table.items():
-        log = training_curves.read_log(
+        log = curves.read_log(
             folder / "small" / re.sub(r"[ /]", "_", arm.replace("=", "")) / "seed1" / "train.log"
         )
         assert (
@@ -198,7 +199,7 @@ def test_a_config_that_is_not_there(ran, corpus):
 def test_every_arm_asks_for_what_megatron_and_tst_take(path, device, corpus):
     question = questions.load(path)
     for arm in question.arms:
-        flags = demo_run.flags(corpus, 512, question.iterations, 1, question.architecture, device)
+        flags = demo.flags(corpus, 512, question.iterations, 1, question.architecture, device)
         args = dry_run.validate(
             [*flags, *question.flags.split(), *arm.flags.split(), *arm.tst.split()], 1, "h100"
         )

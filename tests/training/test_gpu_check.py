@@ -11,13 +11,14 @@ import sys
 
 import bench_step
 import check_fp8
-import demo_run
 import dry_run
 import gpu_report
 import measure
 import pytest
 import torch
 from support.runs import ROOT
+
+from megatron_tst import demo
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None,
@@ -317,10 +318,8 @@ def test_fp8_comparison_says_what_it_needs(arguments, said, tmp_path):
 
 
 def with_transformer_engine(monkeypatch):
-    """demo_run finds it; dry_run.validate assumes one and the GPU."""
-    monkeypatch.setattr(
-        demo_run.importlib.util, "find_spec", lambda name: name == "transformer_engine"
-    )
+    """megatron_tst.demo finds it; dry_run.validate assumes one and the GPU."""
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: name == "transformer_engine")
     monkeypatch.setattr(check_fp8, "has_te", lambda: True)
 
 

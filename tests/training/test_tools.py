@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 
-import plot_runs
 import pytest
 from support.runs import ROOT
+
+from megatron_tst.planning import curves
+
+VERB = (sys.executable, "-m", "megatron_tst")
 
 
 def run(*command, **environment):
@@ -27,19 +30,12 @@ def test_demo(corpus, tmp_path, architecture):
     for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")
     done = run(
-        sys.executable,
-        "examples/demo.py",
-        "--out",
-        tmp_path,
-        "--iterations",
-        "20",
-        "--architecture",
-        architecture,
+        *VERB, "demo", "--out", tmp_path, "--iterations", "20", "--architecture", architecture
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     here = tmp_path / architecture
     assert (here / "loss.png").read_bytes().startswith(b"\x89PNG")
-    tst = plot_runs.read_log(here / "tst.log")
+    tst = curves.read_log(here / "tst.log")
     assert (
         tst.boundary == 4
         and tst.last == 20
@@ -55,10 +51,10 @@ def test_demo(corpus, tmp_path, architecture):
     ):
         assert said in done.stdout, done.stdout
     assert (here / "checkpoints_tst" / "latest_checkpointed_iteration.txt").read_text() == "20"
-    export = re.search(r"export +python (.*)", done.stdout)
+    export = re.search(r"export +megatron-tst (.*)", done.stdout)
     assert bool(export) == (not architecture.startswith("gpt"))
     if export:
-        assert run(sys.executable, *export[1].split()).returncode == 0
+        assert run(*VERB, *export[1].split()).returncode == 0
         config = json.loads((here / "hf" / "config.json").read_text())
         assert (
             config["model_type"] == architecture.replace("-", "_") and config["vocab_size"] == 512
@@ -67,7 +63,7 @@ def test_demo(corpus, tmp_path, architecture):
 
 def test_demo_says_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
-    done = run(sys.executable, "examples/demo.py", "--out", tmp_path / "file" / "out")
+    done = run(*VERB, "demo", "--out", tmp_path / "file" / "out")
     assert (
         done.returncode == 2
         and done.stderr.count("\n") == 1
@@ -79,16 +75,11 @@ def test_plot_refuses_what_is_no_log(tmp_path):
     for name in ("absent", "empty"):
         if name == "empty":
             (tmp_path / name).write_text("nothing here\n")
-        done = run(
-            sys.executable,
-            "tools/plot_runs.py",
-            "--output",
-            tmp_path / "x.png",
-            f"a={tmp_path / name}",
-        )
+        done = run(*VERB, "plot", "--output", tmp_path / "x.png", f"a={tmp_path / name}")
         assert (
             done.returncode == 2
-            and done.stderr.startswith("plot_runs: error: expected")
+            and re.match("megatron-tst plot: error: .*: expected", done.stderr)
+            and done.stderr.count("\n") == 1
             and not (tmp_path / "x.png").exists()
         )
 

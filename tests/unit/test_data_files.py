@@ -4,11 +4,12 @@ import os
 import shutil
 import types
 
-import prepare_corpus
 import pytest
 
+from megatron_tst import cli
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.config import TSTConfig
+from megatron_tst.data import corpus as corpora
 from megatron_tst.data.dataset import phased_provider
 from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
@@ -106,10 +107,8 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     (tmp_path / "site-packages").mkdir()
     for name in ("a.py", "site-packages/b.py", "c.bin"):
         (tmp_path / name).write_text("x")
-    assert [path.name for path in prepare_corpus.find_files([tmp_path])] == ["a.py"]
-    assert [path.name for path in prepare_corpus.find_files([tmp_path / "site-packages"])] == [
-        "b.py"
-    ]
+    assert [path.name for path in corpora.find_files([tmp_path])] == ["a.py"]
+    assert [path.name for path in corpora.find_files([tmp_path / "site-packages"])] == ["b.py"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     [
         (["--output", "{new}", "--vocab-size", "10"], "expected at least 300"),
         (["--output", "{corpus}"], "expected a new prefix, got .* which exists"),
-        (["--output", "{new}", "--input", "{empty}"], "expected text files .* found none"),
+        (["--output", "{new}", "--input", "{empty}"], "expected text files .* got none"),
         (
             ["--output", "/proc/no/place", "--input", "{source}"],
             "expected a place that can be written to",
@@ -130,18 +129,18 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
         new=tmp_path / "new",
         corpus=corpus,
         empty=tmp_path / "empty",
-        source=prepare_corpus.__file__,
+        source=corpora.__file__,
     )
-    assert prepare_corpus.main([a.format(**places) for a in arguments]) == 2
+    assert cli.main(["corpus", *(a.format(**places) for a in arguments)]) == 2
     captured = capsys.readouterr()
     import re
 
     assert re.search(message, captured.err) and captured.err.count("\n") == 1
-    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".prepare*"))
+    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".corpus*"))
 
 
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
-    """Sizes and sequence length of the two calls; what they return is tested in the training loop."""
+    """Sizes and sequence length of both calls; what they return is tested in the training loop."""
     args = types.SimpleNamespace(seq_length=32, create_attention_mask_in_dataloader=True)
     schedule = Schedule.of(4, 6, 40, 32, 4)
     asked = []

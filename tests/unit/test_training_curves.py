@@ -2,16 +2,18 @@
 on real TensorBoard files.
 """
 
+import json
 import math
 
 import plot as experiments_plot
-import plot_runs
 import pytest
 import questions
 import results
-import training_curves
 from support.runs import ROOT
-from training_curves import Run, reached, speed_up, spread
+
+from megatron_tst.cli import plot
+from megatron_tst.planning import curves
+from megatron_tst.planning.curves import Run, reached, speed_up, spread
 
 ARGUMENTS = {
     "global_batch_size": "4",
@@ -63,7 +65,7 @@ def test_speed_up_has_the_known_answer():
 
 def test_speed_up_over_seeds(tmp_path, capsys):
     groups = {"a": [line(0.5), line(0.5)], "b": [line(1.0), line(0.5)]}
-    text = plot_runs.speed_ups(groups)
+    text = [plot.said(found) for found in curves.speed_ups(groups)]
     assert (
         text[0]
         == "b against a, equal validation loss: speed-up in steps 1.500 (1.000 to 2.000, standard "
@@ -73,9 +75,9 @@ def test_speed_up_over_seeds(tmp_path, capsys):
         "steps",
         "FLOPs",
     ]  # no raw tokens, no times there
-    assert plot_runs.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})[0].endswith(
-        "speed-up in steps 2.000 (one pair)"
-    )
+    (one, *_) = curves.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})
+    assert plot.said(one).endswith("speed-up in steps 2.000 (one pair)")
+    assert (one.mean, one.standard_error, one.pairs) == (2.0, None, 1)
 
 
 def test_spread():
@@ -111,9 +113,11 @@ LOG = """\
   seq_length ...................................... 8
  > number of parameters on (tensor, gtp_remat, pipeline) model parallel rank (0, 0, 0): 600
  > number of parameters on (tensor, gtp_remat, pipeline) model parallel rank (0, 0, 1): 400
- [2026-01-01] iteration        1/      30 | consumed samples: 4 | elapsed time per iteration (ms): 500.0 | lm loss: 5.0E+00 | mce minus bag entropy: 4.0E+00 | x
+ [2026-01-01] iteration        1/      30 | consumed samples: 4 | elapsed time per iteration (ms): \
+500.0 | lm loss: 5.0E+00 | mce minus bag entropy: 4.0E+00 | x
  [tst] iteration        1 | phase: superposition | bag size: 2 | raw tokens: 64 |
- [2026-01-01] iteration       10/      30 | consumed samples: 40 | elapsed time per iteration (ms): 100.0 | lm loss: 4.5E+00 | x
+ [2026-01-01] iteration       10/      30 | consumed samples: 40 | elapsed time per iteration (ms): \
+100.0 | lm loss: 4.5E+00 | x
  [tst] iteration       10 | phase: recovery | bag size: 1 | raw tokens: 480 |
  [tst] boundary after iteration 5: superposition is done (320 raw tokens), recovery begins
  [tst]   expert load    busiest 1.2 before, 1.1 since
@@ -122,7 +126,8 @@ LOG = """\
 REST = """\
   global_batch_size ............................... 4
   seq_length ...................................... 8
- [2026-01-01] iteration       20/      30 | consumed samples: 80 | elapsed time per iteration (ms): 200.0 | lm loss: 3.5E+00 | x
+ [2026-01-01] iteration       20/      30 | consumed samples: 80 | elapsed time per iteration (ms): \
+200.0 | lm loss: 3.5E+00 | x
  validation loss at iteration 20 | lm loss value: 3.0E+00 | x
 """
 
@@ -130,7 +135,7 @@ REST = """\
 def test_a_log_and_its_continuation_by_stock_megatron(tmp_path):
     for name, text in (("one", LOG), ("two", REST)):
         (tmp_path / name).write_text(text)
-    run = training_curves.read_log(tmp_path / "one", tmp_path / "two")
+    run = curves.read_log(tmp_path / "one", tmp_path / "two")
     assert (
         run.boundary == 5
         and run.parameters == 1000
@@ -142,7 +147,7 @@ def test_a_log_and_its_continuation_by_stock_megatron(tmp_path):
     assert run.curve("raw tokens") == ([480, 800], [4.0, 3.0]) and run.curve("seconds")[
         0
     ] == pytest.approx([1.4, 3.4])
-    baseline = training_curves.read_log(tmp_path / "two")
+    baseline = curves.read_log(tmp_path / "two")
     assert baseline.raw_tokens == {20: 640} and baseline.curve("FLOPs") is None
 
 
@@ -157,7 +162,7 @@ def test_tensorboard_files(tmp_path):
             writer.add_scalar("tst bag size", 3 if step <= 4 else 1, step)
             writer.add_scalar("tst raw tokens", 32 * (step + 2 * min(step, 4)), step)
         writer.add_scalar("lm loss validation", 5.25, 10)
-    run = training_curves.read(tmp_path / "tb")
+    run = curves.read(tmp_path / "tb")
     assert (
         run.boundary == 4
         and run.total == run.last == 10
@@ -181,13 +186,57 @@ def test_plots_of_groups(tmp_path, capsys, suffix, begins):
     out, paths = tmp_path / f"x{suffix}", [str(tmp_path / name) for name in ("a1", "a2", "b")]
     (tmp_path / "with=sign").write_text(LOG)
     assert (
-        plot_runs.main(
+        plot.main(
             ["--output", str(out), f"b={paths[2]}", f"r=.5={paths[0]},{tmp_path / 'with=sign'}"]
         )
         == 0
     )
     assert out.read_bytes().startswith(begins) and "r=.5 against b" in capsys.readouterr().out
-    assert plot_runs.main(["--output", str(tmp_path / "x.pdf"), f"b={paths[2]}"]) == 2
+    assert plot.main(["--output", str(tmp_path / "x.pdf"), f"b={paths[2]}"]) == 2
+
+
+def test_plot_says_in_json_what_it_read(tmp_path, capsys):
+    for name, text in (("tst", LOG + REST), ("base", REST)):
+        (tmp_path / name).write_text(text)
+    out, logs = str(tmp_path / "x.png"), {n: str(tmp_path / n) for n in ("base", "tst")}
+    call = ["--output", out, "--json", *(f"{name}={log}" for name, log in logs.items())]
+    assert plot.main(call) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["output"] == out and list(found["runs"]) == ["base", "tst"]
+    (base,), (tst,) = found["runs"].values()
+    assert tst == {
+        "log": logs["tst"],
+        "iterations": 20,
+        "planned": 30,
+        "boundary": 5,
+        "training_loss": 3.5,
+        "validation_loss": 3.0,
+        "raw_tokens": 800,
+        "flops": None,  # this log does not say the model's width
+        "seconds": pytest.approx(3.4),
+        "parameters": 1000,
+    }
+    assert (base["boundary"], base["raw_tokens"], base["parameters"]) == (None, 640, None)
+    # the loss that both reach is 3.0, at iteration 20 of either
+    (steps, tokens, seconds) = found["speed_ups"]
+    assert steps == {
+        "name": "tst",
+        "against": "base",
+        "axis": "steps",
+        "mean": 1.0,
+        "lowest": 1.0,
+        "highest": 1.0,
+        "standard_error": None,
+        "pairs": 1,
+    }
+    assert (tokens["axis"], tokens["mean"]) == ("raw tokens", 640 / 800)
+    assert seconds["axis"] == "seconds"
+
+
+def test_what_is_known_of_a_run(tmp_path):
+    found = curves.summary(line(1))
+    assert found["flops"] == line(1).flops * 1000 and found["raw_tokens"] is None
+    assert curves.summary(Run())["validation_loss"] is None and curves.speed_ups({}) == []
 
 
 def rows(question="q", **losses):

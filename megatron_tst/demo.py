@@ -1,17 +1,21 @@
-"""The small run of the demo, the sweep and the benchmarks: Megatron's flags for a 1.1M-parameter
-GPT on CPU or a GPU, and how to start it.
+"""The small run of the demo, the experiments and the benchmarks: Megatron's flags for a GPT of 1.1M
+parameters on CPU or a GPU, and how to start it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("pretrain_gpt_tst.py")
-SEQ_LENGTH, BATCH = 128, 16
+from megatron_tst.data import corpus as corpora
+
+SEQ_LENGTH, BATCH = 128, 16  # positions of a sample, samples a step
+BAG_SIZE, STEP_RATIO, ITERATIONS = 2, 0.2, 1000  # of the demo; benchmarks/data/demo_sweep.csv
 NAME = "3x128 lr 4e-3"  # in the tables of sweeps
 
 # Where Transformer Engine and apex are not: layers of torch alone.
@@ -40,8 +44,8 @@ _MOE = (
     " --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 192 --moe-aux-loss-coeff 1e-2 "
     "--moe-router-load-balancing-type aux_loss"
 )
-# The first is the demo's, whose settings were tuned (docs/LOG.md); the last three can be exported
-# to Hugging Face and NeMo.
+# The demo's settings were tuned for the first; the last three can be exported to Hugging Face and
+# NeMo.
 ARCHITECTURES = {
     "gpt": _GPT,
     "gpt-moe": _GPT + _MOE,
@@ -105,8 +109,12 @@ def flags(
 
 
 def start(arguments: list[str], log: Path, device: str = "cpu") -> subprocess.Popen:
-    """Start one process of training, its output in `log`: on one CPU thread, or on the first GPU
-    that CUDA_VISIBLE_DEVICES shows.
+    """Start one process of training, its output in `log`.
+
+    Args:
+        arguments: flags of Megatron and of TST.
+        log: is replaced.
+        device: "cpu" for one CPU thread, "cuda" for the first GPU that CUDA_VISIBLE_DEVICES shows.
     """
     # port 0: one that is free when the process comes to listen, seconds from now
     environment = dict(
@@ -117,15 +125,43 @@ def start(arguments: list[str], log: Path, device: str = "cpu") -> subprocess.Po
         MASTER_ADDR="localhost",
         MASTER_PORT="0",
     )
-    environment |= dict(
-        OMP_NUM_THREADS="1",
-        MEGATRON_TST_CPU="1" if device == "cpu" else "0",
-        CUDA_DEVICE_MAX_CONNECTIONS="1",
-    )
+    environment |= dict(OMP_NUM_THREADS="1", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    if device == "cpu":  # also on a machine with a GPU, which is hidden
+        environment |= dict(MEGATRON_TST_CPU="1", CUDA_VISIBLE_DEVICES="")
+    else:
+        environment |= dict(MEGATRON_TST_CPU="0")
     with open(log, "w") as out:
         return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments],
+            [sys.executable, "-m", "megatron_tst.pretrain_gpt", *arguments],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
         )
+
+
+@contextlib.contextmanager
+def side_by_side(
+    corpus: Path,
+    folder: Path,
+    iterations: int = ITERATIONS,
+    seed: int = 1,
+    architecture: str = "gpt",
+    device: str = "cpu",
+) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
+    """Start the demo's two runs, "baseline" and "tst": name -> (process, log).
+
+    Logs and checkpoints go to `folder`. What still runs when the context ends is terminated.
+    """
+    common = flags(corpus, corpora.vocab_size(corpus), iterations, seed, architecture, device)
+    common += ["--save-interval", str(iterations), "--ckpt-format", "torch_dist"]
+    tst = ["--tst-bag-size", str(BAG_SIZE), "--tst-step-ratio", str(STEP_RATIO)]
+    runs = {}
+    try:
+        for name, more in (("baseline", []), ("tst", tst)):
+            save, log = ["--save", str(folder / f"checkpoints_{name}")], folder / f"{name}.log"
+            runs[name] = start([*common, *more, *save], log, device), log
+        yield runs
+    finally:
+        for process, _ in runs.values():
+            if process.poll() is None:
+                process.terminate()

@@ -16,6 +16,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_tst.errors import optional
+
 _TRAIN = re.compile(
     r"iteration +(\d+)/ *(\d+) \|.*?\| lm loss: ([\d.E+-]+)(?:.*?mce minus bag entropy: "
     r"([\d.E+-]+))?"
@@ -195,9 +197,8 @@ def read_events(path: Path) -> Run:
     """The scalars and arguments that Megatron and TST write to TensorBoard; times are of the clock,
     evaluation included.
     """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
+    reader = optional("tensorboard.backend.event_processing.event_accumulator", "tensorboard")
+    events = reader.EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     tags = events.Tags()
 
@@ -252,6 +253,68 @@ def speed_up(base: Run, other: Run, axis: str) -> float | None:
     loss = max(losses[-1] for _, losses in curves)
     ours, theirs = (reached(*curve, loss) for curve in curves)
     return ours / theirs if ours and theirs else None
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """How many times sooner the runs of `name` reach the loss that they and those of `against` both
+    reach, along `axis`: over pairs of runs, which have the same seed.
+
+    Args:
+        standard_error: of the mean; None for one pair.
+    """
+
+    name: str
+    against: str
+    axis: str
+    mean: float
+    lowest: float
+    highest: float
+    standard_error: float | None
+    pairs: int
+
+
+def speed_ups(groups: dict[str, list[Run]]) -> list[SpeedUp]:
+    """Of each group but the first against the first, along each of AXES that both know; the n-th
+    runs of two groups are a pair.
+    """
+    if not groups:
+        return []
+    (first, base), *others = groups.items()
+    found = []
+    for name, runs in others:
+        for axis in AXES:
+            pairs = [
+                times for a, b in zip(base, runs) if (times := speed_up(a, b, axis)) is not None
+            ]
+            if pairs:
+                mean, lowest, highest, error = spread(pairs)
+                known = error if len(pairs) > 1 else None
+                found.append(SpeedUp(name, first, axis, mean, lowest, highest, known, len(pairs)))
+    return found
+
+
+def summary(run: Run) -> dict:
+    """What was read from a run, ready for JSON; None where its source does not say. Raw tokens,
+    FLOPs (6 N D) and seconds of training are those up to the last iteration.
+    """
+
+    def up_to_the_last(axis):
+        curve = run.curve(axis, {run.last: 0.0})
+        return curve and curve[0][0]
+
+    tokens = up_to_the_last("raw tokens")
+    return {
+        "iterations": run.last,
+        "planned": run.total,
+        "boundary": run.boundary,
+        "training_loss": run.train.get(run.last),
+        "validation_loss": run.final_validation,
+        "raw_tokens": None if tokens is None else round(tokens),
+        "flops": up_to_the_last("FLOPs"),
+        "seconds": up_to_the_last("seconds"),
+        "parameters": run.parameters,
+    }
 
 
 def spread(values: list[float]) -> tuple[float, float, float, float]:

@@ -1,0 +1,48 @@
+"""What is in a checkpoint: phase, step, samples, raw tokens, TST settings, layout, tensors.
+
+    megatron-tst inspect ck
+    megatron-tst inspect ck/iter_0000100 --json
+
+CHECKPOINT is the folder that --save named (then its latest iteration), or one iter_... in it. Its
+tensors are not read, so it takes neither memory nor a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_tst.cli.screen import Parser, answer, refusing
+
+
+def parser(prog: str) -> Parser:
+    it = Parser(prog, __doc__)
+    it.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    it.add_argument("--json", action="store_true", help="print one JSON object")
+    return it
+
+
+def main(argv: list[str] | None = None, prog: str = "megatron-tst inspect") -> int:
+    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+
+
+def _run(options):
+    from megatron_tst.checkpoint.format import Checkpoint
+    from megatron_tst.checkpoint.inspect import describe
+
+    about = describe(Checkpoint(options.checkpoint))
+    answer(options.json, about, _text(about))
+    return 0
+
+
+def _text(about):
+    lines = []
+    for name, value in about.items():
+        if name == "tensors":
+            continue
+        for row in value if isinstance(value, list) else [value]:
+            text = ", ".join(f"{k} {v}" for k, v in row.items()) if isinstance(row, dict) else row
+            lines.append(f"{name:18s} {text}")
+    for name, entry in about["tensors"].items():
+        shape, shards = str(entry["shape"]), entry["shards"]
+        lines.append(f"  {name:80s} {entry['dtype']:9s} {shape:24s} {shards} shards")
+    return "\n".join(lines)

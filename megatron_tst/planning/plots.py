@@ -1,0 +1,136 @@
+"""Pictures of training curves, by matplotlib (megatron-tst[demo]); written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from megatron_tst.errors import optional
+from megatron_tst.planning.curves import AXES, Run
+
+
+def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
+    """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token
+    validation loss.
+    """
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for number, (name, run) in enumerate(runs.items()):
+        colour = f"C{number}"
+        boundary = run.boundary or 0
+        first = {i: loss for i, loss in run.train.items() if i <= boundary}
+        second = {i: loss for i, loss in run.train.items() if i > boundary}
+        if first:
+            left.plot(
+                first.keys(),
+                first.values(),
+                color=colour,
+                linestyle="--",
+                label=f"{name}: superposition (mce)",
+            )
+        if run.excess:
+            left.plot(
+                run.excess.keys(),
+                run.excess.values(),
+                color=colour,
+                linestyle=":",
+                label=f"{name}: mce minus bag entropy",
+            )
+        left.plot(second.keys(), second.values(), color=colour, label=f"{name}: next token")
+        right.plot(
+            run.validation.keys(), run.validation.values(), color=colour, marker=".", label=name
+        )
+        if boundary:
+            for axis in (left, right):
+                _mark_boundary(axis, boundary, "grey", "boundary")
+    _finish_losses(right, runs.values())
+    for axis, name in ((left, "training loss"), (right, "validation loss, next token")):
+        axis.set(xlabel="iteration (equal FLOPs)", ylabel="nats per position", title=name)
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    _save(figure, output, title)
+
+
+def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> None:
+    """Next-token validation loss against each of AXES that all runs know; a group is its mean, and
+    a band from lowest to highest.
+    """
+    plt = pyplot()
+    known = [
+        axis for axis in AXES if all(run.curve(axis) for runs in groups.values() for run in runs)
+    ]
+    figure, panels = plt.subplots(
+        1, len(known), figsize=(4.6 * len(known), 4.2), layout="constrained", squeeze=False
+    )
+    for panel, axis in zip(panels[0], known):
+        for number, (name, runs) in enumerate(groups.items()):
+            colour = f"C{number}"
+            steps = sorted(set.intersection(*(set(run.validation) for run in runs)))
+            losses = [[run.validation[step] for run in runs] for step in steps]
+            curves = [
+                run.curve(axis, {step: run.validation[step] for step in steps})[0] for run in runs
+            ]
+            where = [sum(at) / len(at) for at in zip(*curves)]  # seconds differ from run to run
+            panel.plot(
+                where,
+                [sum(at) / len(at) for at in losses],
+                color=colour,
+                marker=".",
+                label=f"{name} (n = {len(runs)})",
+            )
+            if len(runs) > 1:
+                panel.fill_between(
+                    where,
+                    [min(at) for at in losses],
+                    [max(at) for at in losses],
+                    color=colour,
+                    alpha=0.25,
+                )
+            boundaries = [
+                run.curve(axis, {run.boundary: 0.0})[0][0] for run in runs if run.boundary
+            ]
+            if boundaries:
+                _mark_boundary(panel, sum(boundaries) / len(boundaries), colour, "boundary")
+        _finish_losses(panel, [run for runs in groups.values() for run in runs])
+        panel.set(xlabel=AXES[axis], ylabel="next-token validation loss, nats", title=axis)
+        panel.legend(fontsize=8)
+        panel.grid(alpha=0.3)
+    _save(figure, output, title)
+
+
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot, for files.
+
+    Raises:
+        TSTError: matplotlib is not installed.
+    """
+    optional("matplotlib", "megatron-tst[demo]").use("Agg")
+    return optional("matplotlib.pyplot", "megatron-tst[demo]")
+
+
+def _mark_boundary(axis, where, colour, text):
+    axis.axvline(where, color=colour, linewidth=0.8)
+    axis.annotate(
+        text,
+        (where, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(3, -12),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8,
+    )
+
+
+def _finish_losses(axis, runs):
+    finals = [run.final_validation for run in runs if run.final_validation]
+    if finals:
+        axis.set_ylim(min(finals) - 0.1, min(finals) + 2.2)
+
+
+def _save(figure, output, title):
+    """Under a temporary name first: nobody sees half a picture."""
+    figure.suptitle(title, fontsize=10)
+    temporary = output.with_name(f".{output.name}.part{output.suffix}")
+    figure.savefig(temporary, dpi=130)
+    temporary.replace(output)
+    pyplot().close(figure)
