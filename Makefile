@@ -1,5 +1,6 @@
 # make demo   set up, then train a small GPT with and without TST on CPU and draw both
 # make test   set up, then run the tests
+# make test-wheel  build the wheel, install it without extras into a new environment, and run every verb in an empty folder
 # make test-modelopt  set up .venv-modelopt, then compare the export with ModelOpt's and test `quantize`
 # make bench  set up, then measure the superposition step against the ordinary one
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
@@ -16,7 +17,7 @@ ARCH ?= gpt
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-bridge test-modelopt test-te bench matrix style clean
+.PHONY: setup demo test test-wheel test-bridge test-modelopt test-te bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -29,10 +30,13 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh $(w
 	@touch $@
 
 demo: setup
-	$(RUN) examples/demo.py --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
+	$(RUN) -m megatron_tst demo --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
 
 test: setup
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-wheel:
+	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" tools/test_wheel.py
 
 test-bridge: .venv-bridge/.ready
 	PYTHONPATH=$(CURDIR) .venv-bridge/bin/python -m pytest tests/peers/test_bridge.py
@@ -50,7 +54,7 @@ test-modelopt: .venv-modelopt/.ready
 	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-modelopt
 	.venv-modelopt/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
 	MEGATRON_TST_SKIP_EXTENSION=1 .venv-modelopt/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-modelopt.txt \
-		--editable ".[modelopt]" pytest pytest-timeout rich tensorboard
+		--editable ".[modelopt]" pytest pytest-timeout tensorboard
 	@touch $@
 
 test-te: .venv-te/.ready
