@@ -1,10 +1,12 @@
-"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same model,
-same L, one process, interleaved.
+"""The superposed training step against the ordinary one: time, peak memory, tokens/s, MFU; same
+model, same L, one process, interleaved.
 
     python benchmarks/bench_step.py [--model demo] [--bag-size 2] [--steps 15] [--json] [--csv
     benchmarks/data/step.csv]
-    python benchmarks/bench_step.py --model 270m --bag-size 6 --micro-batch 4 --micro-batches 4       a recipe of examples/, on a GPU
-    python benchmarks/bench_step.py --model 270m ... -- --num-layers 2 --seq-length 64                 its flags overruled
+    python benchmarks/bench_step.py --model 270m --bag-size 6 --micro-batch 4 --micro-batches 4
+                                                                    a model of the paper, on a GPU
+    python benchmarks/bench_step.py --model 270m ... -- --num-layers 2 --seq-length 64
+                                                                    its flags overruled
 
 Real train_step of megatron.training (forward, backward, clipping, Adam) on the demo's model or a
 recipe's; the data are random ids, so data loading is left out. Time: medians of alternating steps.
@@ -18,9 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,8 +30,10 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import demo_run
 
+from megatron_tst.model_size import LLAMA_3_VOCABULARY
+from megatron_tst.planning import recipes
+
 DEMOS = {"demo": "gpt", "demo-moe": "gpt-moe"}
-RECIPES = {"270m": "270m", "600m": "600m", "3b": "3b", "10b-a1b": "moe_10b_a1b"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model",
-        choices=(*DEMOS, *RECIPES),
+        choices=(*DEMOS, *recipes.RECIPES),
         default="demo",
-        help="the demo's, or a launch recipe's",
+        help="the demo's, or a recipe's",
     )
     parser.add_argument(
         "--precision",
@@ -155,34 +157,21 @@ def flags_of(options) -> list[str]:
             ),
             *options.flags,
         ]
-    ask = {
-        "DRY_RUN": "print",
-        "MOCK_DATA": "1",
-        "BASELINE": "1",
-        "GPU": "h100",
-        "GPUS_PER_NODE": "1",
-        "PRECISION": options.precision,
-    }
-    script = ROOT / "examples" / f"{RECIPES[options.model]}.sh"
-    said = subprocess.run([script], env={**os.environ, **ask}, capture_output=True, text=True)
-    if said.returncode:
-        raise SystemExit(f"bench_step: error: {said.stderr.strip()}")
-    _, model, training, _, _, precision, _ = (
-        shlex.split(line.removesuffix("\\")) for line in said.stdout.splitlines()
-    )
+    groups = recipes.groups(options.model, {"PRECISION": options.precision})
     size = (
         f"--micro-batch-size {options.micro_batch} --global-batch-size "
         f"{options.micro_batch * options.micro_batches}"
     ).split()
     data = (
-        f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo_run.machine(device)}"
+        f"--mock-data --tokenizer-type NullTokenizer --vocab-size {LLAMA_3_VOCABULARY} "
+        f"{demo_run.machine(device)}"
     ).split()
-    return [*model, *training, *size, *data, *(precision if has_gpu() else []), *options.flags]
+    precision = groups["precision"] if has_gpu() else []
+    return [*groups["model"], *groups["training"], *size, *data, *precision, *options.flags]
 
 
 def _set_up(options):
     """-> (step(batch), ordinary batch, superposed batch)."""
-    import pretrain_gpt_tst as script
     import torch
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.rerun_state_machine import RerunDataIterator
@@ -194,6 +183,7 @@ def _set_up(options):
     )
     from megatron.training.arguments import parse_and_validate_args
 
+    from megatron_tst import pretrain_gpt as script
     from megatron_tst.data.bags import superposed_sample
     from megatron_tst.loop import entry, patch, seams
     from megatron_tst.ops.loss import target_weights

@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / name) for name in ("tests", "examples", "tools")]
 
 import convert_checkpoint
-import dry_run
 import te_models
 
 from megatron_tst import TSTConfig, cpu
+from megatron_tst.checks import dry_run
 from megatron_tst.loop import patch
 
 RECIPES = {

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 
-EXAMPLES = ROOT / "examples"
-sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
-import dry_run
+from megatron_tst.checks import dry_run
+from megatron_tst.config import TSTConfig
+from megatron_tst.model_size import parameters
 
+EXAMPLES = ROOT / "examples"
 # The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens
 # and millions of parameters follow from it.
 PAPER = {
@@ -90,7 +91,7 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
         0.95,
     )
     assert (
-        dry_run.parameters(args) / 1e6 == pytest.approx(size, rel=1e-3)
+        parameters(args)[0] / 1e6 == pytest.approx(size, rel=1e-3)
         and args.padded_vocab_size == 128256
     )
     assert (
@@ -106,7 +107,7 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
     assert (args.fp8_param_gather, args.reuse_grad_buf_for_mxfp8_param_ag) == (
         setting == "mxfp8",
     ) * 2
-    config = dry_run.TSTConfig.from_args(args)
+    config = TSTConfig.from_args(args)
     assert config.enabled is not baseline and args.bf16
     if not baseline:
         schedule = config.schedule(args)
@@ -125,24 +126,27 @@ def test_the_paper_s_longer_run():
     assert (args.train_iters, args.tst_iters, args.lr_wsd_decay_iters) == (100000, 30000, 10000)
 
 
-def test_the_expert_model_is_the_one_that_the_export_is_measured_on():
-    from bench_export import SHAPES
+def test_the_export_is_measured_at_the_expert_models_shape():
+    from bench_export import config_of
 
-    args, shape = validated("moe_10b_a1b"), SHAPES["10b-a1b"]
     assert {
-        "num_hidden_layers": args.num_layers,
-        "hidden_size": args.hidden_size,
-        "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_query_groups,
-        "head_dim": args.kv_channels,
-        "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk,
-        "moe_intermediate_size": args.moe_ffn_hidden_size,
-        "rope_theta": args.rotary_base,
-        "rms_norm_eps": args.layernorm_epsilon,
-        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "max_position_embeddings": args.max_position_embeddings,
-    }.items() <= shape.items()
+        "model_type": "qwen3_moe",
+        "vocab_size": 128256,
+        "num_hidden_layers": 24,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1024,
+        "norm_topk_prob": True,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    }.items() <= config_of("moe-10b-a1b").items()
 
 
 @pytest.mark.parametrize(
@@ -295,7 +299,7 @@ def test_dry_run_with_megatron_lms_own_arguments(checkout):
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
 def test_prepare_data(tmp_path):
-    """Two corpora, one of them packed: every token in place, and a blend whose corpora weigh alike."""
+    """Two corpora, one of them packed: every token in place, a blend whose corpora weigh alike."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     from megatron.core.datasets.indexed_dataset import IndexedDataset
