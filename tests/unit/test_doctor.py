@@ -220,9 +220,9 @@ def test_whatever_an_import_does_is_reported(packages, monkeypatch, source, erro
     ],
 )
 def test_an_extension_that_does_not_fit_this_torch(packages, tmp_path, source, said):
+    built = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(ROOT / "megatron_tst", tmp_path / "packages/megatron_tst", ignore=built)
     packages({"megatron_tst/_C.py": source})
-    for file in (ROOT / "megatron_tst").glob("*.py"):
-        shutil.copy(file, tmp_path / "packages/megatron_tst")
     found = probes.ask("extension")["extension"]
     row = judges.judge_extension(found, [])
     assert (
