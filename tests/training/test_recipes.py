@@ -2,6 +2,7 @@
 the paper's numbers in them. Nothing trains.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,11 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 
 from megatron_tst.checks import dry_run
 from megatron_tst.config import TSTConfig
 from megatron_tst.model_size import parameters
+from megatron_tst.planning import recipes
 
 EXAMPLES = ROOT / "examples"
 # The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens
@@ -246,6 +249,41 @@ def test_what_the_scripts_refuse_themselves(variables, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_every_variable_of_a_recipe_reaches_it():
+    given = {
+        "GPU": "b200",
+        "STEPS": "50",
+        "TST_STEPS": "20,10",
+        "BAG_SIZE": "8,4",
+        "BATCH_TOKENS": "262144",
+        "LR": "7e-4",
+        "SEQ": "8192",
+        "MICRO_BATCH": "2",
+        "PRECISION": "fp8",
+        "TP": "2",
+        "PP": "2",
+        "CP": "4",
+        "EP": "4",
+    }
+    _, got = flags_of("moe_10b_a1b", **given)
+    groups = recipes.groups("moe-10b-a1b", given)
+    assert list(given) == list(recipes.VARIABLES)
+    text = " ".join(got)
+    for group in groups.values():
+        assert " ".join(group) in text
+    for flags in (
+        "--train-iters 50 --global-batch-size 32 --micro-batch-size 2 --lr 7e-4 ",
+        "--tst-bag-size 8,4 --tst-iters 20,10 ",
+        "--seq-length 8192 ",
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ",
+        "--context-parallel-size 4 --expert-model-parallel-size 4 ",
+        "--make-vocab-size-divisible-by 64 ",
+        "--bf16 --fp8-format hybrid --fp8-recipe tensorwise ",
+    ):
+        assert flags in text
+    assert "--expert-model-parallel-size 1 " in " ".join(flags_of("3b", EP="4")[1])
+
+
 def test_the_launchers():
     torchrun, flags = flags_of(
         "3b", "--seed", "7", NNODES="4", NODE_RANK="2", MASTER_ADDR="n0", DATA_PATH="0.5 a 0.5 b"
@@ -276,6 +314,24 @@ def test_dry_run_from_the_shell():
         "NOT checked GPU",
     ):
         assert text in good.stdout
+
+
+@pytest.mark.parametrize("tp", ["1", "3"], ids=["accepted", "refused"])
+def test_a_dry_run_leaves_nothing_behind(tp):
+    """The machine that Megatron was told of is forgotten, however the validation ends."""
+    from megatron.core import utils
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def state():
+        cuda = torch.cuda.get_device_capability, torch.cuda.get_device_properties
+        engine = utils.get_te_version(), rope_utils.fused_apply_rotary_pos_emb
+        return *cuda, *engine, list(sys.argv), dict(os.environ)
+
+    before, (_, flags) = state(), flags_of("3b")
+    flags += ["--tensor-model-parallel-size", tp]
+    with pytest.raises(dry_run.Refused) if tp == "3" else contextlib.nullcontext():
+        dry_run.validate(flags, 8, "h100")
+    assert state() == before
 
 
 def test_exit_code_and_message_of_a_refusal(capsys):

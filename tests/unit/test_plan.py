@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
+from megatron_tst import model_size
 from megatron_tst.cli import plan_screen
 from megatron_tst.ops import chunks
 from megatron_tst.planning import arithmetic, paper, recipes
@@ -270,6 +271,19 @@ def test_flops_are_megatrons(argv):
     assert found["cost"]["flops_of_step"] == pytest.approx(
         num_floating_point_operations(args, args.global_batch_size), rel=1e-12
     )
+
+
+def test_flops_by_the_rule_of_thumb_by_hand():
+    tied, _ = plan_flags.read([*SMALL])
+    layers = 4 * (4 * 512**2 + 2 * 512 + 3 * 512 * 1344)
+    every, table = layers + 512 + 512 * 50048, 512 * 50048
+    assert model_size.parameters(tied) == (every, every)
+    assert model_size.flops_6nd(every, tied) == 6 * every * 64 * 1024
+    untied, _ = plan_flags.read([*EXPERTS, "--untie-embeddings-and-output-weights"])
+    untied.mtp_num_layers = 2
+    every, active = model_size.parameters(untied)
+    assert every - active == 4 * 6 * 3 * 512 * 256 == model_size.idle_parameters(untied)
+    assert model_size.flops_6nd(every, untied) == 6 * (active + table) * 64 * 1024  # - 1 + 2 tables
 
 
 def test_cost_by_hand():
