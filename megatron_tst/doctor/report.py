@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import re
 import sys
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -34,10 +33,15 @@ def needs() -> dict[str, str]:
 
 
 def _checkout() -> dict:
+    """[project] of the pyproject.toml beside the package; empty where there is none."""
+    try:
+        import tomllib
+    except ImportError:  # an older Python: all that can be said is that it will not do
+        return {"requires-python": ">=3.11"}
     file = Path(__file__).resolve().parent.parent.parent / "pyproject.toml"
-    project = (
-        tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
-    )
+    if not file.is_file():
+        return {}
+    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
     return project if project.get("name") == "megatron-tst" else {}
 
 

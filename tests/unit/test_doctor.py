@@ -1,5 +1,5 @@
-"""`megatron-tst doctor`: real runs with broken packages in front of the real ones, and its judgements of
-GPUs that are not here.
+"""`megatron-tst doctor`: real runs with broken packages in front of the real ones, and its
+judgements of GPUs that are not here.
 """
 
 import importlib.metadata
@@ -153,7 +153,7 @@ def test_a_resiliency_extension_that_megatron_cannot_import_beside(packages):
 
 
 def test_nothing_but_python(packages):
-    """Neither a site-packages folder nor an environment: the door loads the checkout's own files."""
+    """Neither site-packages nor PYTHONPATH is read: the door loads the checkout's own files."""
     code, text = run(python=("-I", "-S"), doctor=DOOR)
     again, found = run("--json", python=("-I", "-S"), doctor=DOOR)
     found = json.loads(found)
@@ -565,6 +565,12 @@ def test_wanted_versions_are_those_of_pyproject(source, monkeypatch):
     assert {name + versions for name, versions in wanted.items()} < set(
         project["dependencies"]
     ) and len(wanted) == 2
+
+
+def test_a_python_without_tomllib_is_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    row = judges.judge_python((3, 10, 4), report._checkout()["requires-python"])
+    assert row.state == "FAULT" and row.do == "Use a newer one."
 
 
 def test_wanted_versions_where_nothing_says_them(monkeypatch, tmp_path):

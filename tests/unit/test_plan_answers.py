@@ -1,5 +1,5 @@
-"""`megatron-tst plan`: answers to impossible layouts and senseless values, the flags that it prints,
-a dataset of the user's, keys.
+"""`megatron-tst plan`: answers to impossible layouts and senseless values, the flags that it
+prints, a dataset of the user's, keys.
 """
 
 import json
