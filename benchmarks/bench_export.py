@@ -1,13 +1,11 @@
-"""Memory and time of the export to Hugging Face at real shapes: python benchmarks/bench_export.py
---shape 10b-a1b --folder DIR [--csv FILE]
+"""Memory and time of the export to Hugging Face at real shapes:
+
+    python benchmarks/bench_export.py --shape moe-10b-a1b --folder DIR [--csv FILE]
 
 Writes a checkpoint of the shape with made-up bf16 weights into DIR (the size of the weights, and as
 much again for the export), exports it in a process of its own, and asks the kernel for that
-process's peak resident memory. Both folders are removed.
-
-    3b        Llama: 28 layers x 3072, 24 heads, 8 of keys and values, MLP of 8192
-    10b-a1b   Qwen3-MoE: 24 layers x 2048, 64 experts of 1024, 4 of them active.
-              The paper does not give its shape: this is ours
+process's peak resident memory. Both folders are removed. Shapes: Llama 3.2's 3B, and the paper's
+(megatron_tst/planning/recipes.py).
 """
 
 from __future__ import annotations
@@ -25,44 +23,38 @@ import torch
 from measure import ROOT, append_rows, where
 
 from megatron_tst.checkpoint.format import TRACKER
+from megatron_tst.checks import dry_run
 from megatron_tst.export.architectures import architecture_of
 from megatron_tst.export.import_hf import arguments, items, write_checkpoint
+from megatron_tst.model_size import LLAMA_3_VOCABULARY
+from megatron_tst.planning import recipes
 
-_ALL = dict(
-    vocab_size=128256,
+LLAMA_3B = "llama-3.2-3b"
+_LLAMA_3B = dict(
+    model_type="llama",
+    vocab_size=LLAMA_3_VOCABULARY,
     max_position_embeddings=4096,
     rms_norm_eps=1e-6,
     hidden_act="silu",
     rope_theta=500000.0,
+    num_hidden_layers=28,
+    hidden_size=3072,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    intermediate_size=8192,
+    tie_word_embeddings=True,
 )
-SHAPES = {
-    "3b": _ALL
-    | dict(
-        model_type="llama",
-        num_hidden_layers=28,
-        hidden_size=3072,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=8192,
-        tie_word_embeddings=True,
-    ),
-    "10b-a1b": _ALL
-    | dict(
-        model_type="qwen3_moe",
-        num_hidden_layers=24,
-        hidden_size=2048,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        head_dim=128,
-        intermediate_size=8192,
-        tie_word_embeddings=False,
-        num_experts=64,
-        num_experts_per_tok=4,
-        moe_intermediate_size=1024,
-        norm_topk_prob=True,
-    ),
-}
+
+
+def config_of(shape: str) -> dict:
+    """config.json of LLAMA_3B or of a recipe's model."""
+    if shape == LLAMA_3B:
+        return _LLAMA_3B
+    flags = [flag for group in recipes.groups(shape).values() for flag in group]
+    data = "--mock-data --tokenizer-type NullTokenizer --eval-iters 0".split()
+    args = dry_run.validate([*flags, *data], 8, "h100")
+    return architecture_of(args, LLAMA_3_VOCABULARY, "bfloat16").config
 
 
 class MadeUp:
@@ -87,14 +79,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--shape", choices=(LLAMA_3B, *recipes.RECIPES), default=LLAMA_3B)
     parser.add_argument(
         "--folder", type=Path, required=True, help="where there is space for the weights twice"
     )
     parser.add_argument("--csv", type=Path, default=ROOT / "benchmarks/data/export.csv")
     options = parser.parse_args()
-    args = arguments(SHAPES[options.shape])
-    arch = architecture_of(args, SHAPES[options.shape]["vocab_size"], "bfloat16")
+    config = config_of(options.shape)
+    args = arguments(config)
+    arch = architecture_of(args, config["vocab_size"], "bfloat16")
     checkpoint, target = options.folder / "checkpoint", options.folder / "hf"
     try:
         (checkpoint / "release").mkdir(parents=True)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from measure import append_rows, has_gpu, peak_bytes, seconds, where
 
+from megatron_tst.model_size import LLAMA_3_VOCABULARY
+
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -31,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-N", "--rows", type=int, default=64, help="positions")
-    parser.add_argument("-V", "--vocab-size", type=int, default=128256, help="the whole vocabulary")
+    parser.add_argument(
+        "-V", "--vocab-size", type=int, default=LLAMA_3_VOCABULARY, help="the whole vocabulary"
+    )
     parser.add_argument("-s", "--bag-size", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tp", type=int, default=1, help="processes that share the vocabulary")

@@ -19,18 +19,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from measure import ROOT, append_rows, has_gpu, peak_bytes, peak_tflops, seconds, where
+from measure import append_rows, has_gpu, peak_bytes, peak_tflops, seconds, where
 
 from megatron_tst import demo
+from megatron_tst.model_size import LLAMA_3_VOCABULARY
+from megatron_tst.planning import recipes
 
 DEMOS = {"demo": "gpt", "demo-moe": "gpt-moe"}
-RECIPES = {"270m": "270m", "600m": "600m", "3b": "3b", "10b-a1b": "moe_10b_a1b"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model",
-        choices=(*DEMOS, *RECIPES),
+        choices=(*DEMOS, *recipes.RECIPES),
         default="demo",
-        help="the demo's, or a launch recipe's",
+        help="the demo's, or a recipe's",
     )
     parser.add_argument(
         "--precision",
@@ -154,29 +153,17 @@ def flags_of(options) -> list[str]:
             ),
             *options.flags,
         ]
-    ask = {
-        "DRY_RUN": "print",
-        "MOCK_DATA": "1",
-        "BASELINE": "1",
-        "GPU": "h100",
-        "GPUS_PER_NODE": "1",
-        "PRECISION": options.precision,
-    }
-    script = ROOT / "examples" / f"{RECIPES[options.model]}.sh"
-    said = subprocess.run([script], env={**os.environ, **ask}, capture_output=True, text=True)
-    if said.returncode:
-        raise SystemExit(f"bench_step: error: {said.stderr.strip()}")
-    _, model, training, _, _, precision, _ = (
-        shlex.split(line.removesuffix("\\")) for line in said.stdout.splitlines()
-    )
+    groups = recipes.groups(options.model, {"PRECISION": options.precision})
     size = (
         f"--micro-batch-size {options.micro_batch} --global-batch-size "
         f"{options.micro_batch * options.micro_batches}"
     ).split()
     data = (
-        f"--mock-data --tokenizer-type NullTokenizer --vocab-size 128256 {demo.machine(device)}"
+        f"--mock-data --tokenizer-type NullTokenizer --vocab-size {LLAMA_3_VOCABULARY} "
+        f"{demo.machine(device)}"
     ).split()
-    return [*model, *training, *size, *data, *(precision if has_gpu() else []), *options.flags]
+    precision = groups["precision"] if has_gpu() else []
+    return [*groups["model"], *groups["training"], *size, *data, *precision, *options.flags]
 
 
 def _set_up(options):

@@ -61,13 +61,12 @@ def peak_tflops() -> float | None:
     """
     import torch
 
-    from megatron_tst.planning.arithmetic import GPUS
+    from megatron_tst.hardware import GPUS
 
     name = torch.cuda.get_device_name().lower() if has_gpu() else ""
     slower = "pcie" in name or "nvl" in name
-    return (
-        None if slower else next((peak for part, (peak, _) in GPUS.items() if part in name), None)
-    )
+    kinds = [] if slower else [gpu for kind, gpu in GPUS.items() if kind in name]
+    return kinds[0].peak_tflops if kinds else None
 
 
 def where() -> dict:

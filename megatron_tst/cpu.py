@@ -1,5 +1,5 @@
-"""Megatron on CPU with gloo, for the demo and the tests. Never active unless MEGATRON_TST_CPU=1
-asks for it.
+"""Megatron without a GPU: on CPU with gloo, for the demo and the tests, never active unless
+MEGATRON_TST_CPU=1 asks for it; and answers for a GPU that is not here, for the dry run.
 
 Megatron's training loop assumes CUDA in some forty places. Each shim below says which assumption it
 answers; line numbers are megatron-core 0.19.2's. Nothing of TST is in here, and nothing here
@@ -14,8 +14,48 @@ import multiprocessing
 import os
 import sys
 import types
+from collections.abc import Iterator
 
 SWITCH = "MEGATRON_TST_CPU"
+
+
+@contextlib.contextmanager
+def assumed_gpu(
+    capability: tuple[int, int], transformer_engine: str | None = None
+) -> Iterator[None]:
+    """Until the block ends, Megatron is told of a GPU that is not here, so that it validates a
+    command as on that GPU. Nothing can be computed meanwhile.
+
+    Args:
+        capability: compute capability.
+        transformer_engine: the version to be told of where there is none; None: as it is here.
+    """
+    import torch
+    from megatron.core import utils
+    from megatron.core.models.common.embeddings import rope_utils
+    from packaging.version import Version
+
+    major, minor = capability
+    properties = types.SimpleNamespace(major=major, minor=minor)
+    answers = [
+        (torch.cuda, "get_device_capability", lambda *device: (major, minor)),
+        (torch.cuda, "get_device_properties", lambda *device: properties),
+    ]
+    if transformer_engine:
+        utils.get_te_version()  # which fills _te_version on its first call
+        answers += [
+            (utils, "_te_version", Version(transformer_engine)),
+            # only asked for: is it there?
+            (rope_utils, "fused_apply_rotary_pos_emb", "Transformer Engine's"),
+        ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in answers]
+    for owner, name, answer in answers:
+        setattr(owner, name, answer)
+    try:
+        yield
+    finally:
+        for owner, name, answer in before:
+            setattr(owner, name, answer)
 
 
 def asked_for() -> bool:
@@ -291,11 +331,13 @@ def _after_megatron(torch) -> None:
         return wait(self, *args, **kwargs)
 
     dispatcher._maybe_dtoh_and_synchronize = wait_for_nothing
+
     # ... and moves split sizes to the host only from CUDA (token_dispatcher.py:927,
     # moe_utils.py:1184)
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-    )
+    def move_nothing(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_nothing
     # torch's norm refuses sequence parallelism (torch_norm.py:50): build it, and mark its weights
     # as the other norms mark theirs, so that finalize_model_grads sums their gradients over the
     # tensor-parallel ranks

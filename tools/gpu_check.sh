@@ -67,7 +67,7 @@ part_build() {
     fi
     local architectures="sm_90 sm_100"; [[ -z $capability ]] || architectures=sm_${capability/./}
     step resources $python tools/gpu_report.py resources "$out/compile.log" "$out/resources.json" $architectures
-    [[ -z $capability ]] || step doctor $python tools/doctor.py
+    [[ -z $capability ]] || step doctor $python -m megatron_tst doctor
 }
 
 part_test() {

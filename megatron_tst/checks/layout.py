@@ -2,8 +2,8 @@
 torch.
 
 Megatron's own rules are asked one by one here, so that all that is wrong is said at once (it stops
-at the first, at some only in the first step); those of TST and of FP8 are asked of checks/refusals.py and
-checks/precision.py. `examples/dry_run.py` has Megatron itself check a command.
+at the first, at some only in the first step). Those of TST and of FP8 are asked of
+checks/refusals.py and checks/precision.py. checks/dry_run.py has Megatron itself check a command.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def checks(
         capability, cuda: of the GPUs that the run is for.
     """
     found = list(_of_megatron(args))
-    # What hangs on the machine or on the command's other flags is not the plan's to refuse:
+    # What follows from the machine or from the other flags is not the plan's to refuse:
     # kernels, folders.
     config = dataclasses.replace(
         config, kernel="auto", kernel_in_recovery=False, exit_at_boundary=False

@@ -8,31 +8,10 @@ and loss are bf16 or fp32 whatever the recipe. Rules: Transformer Engine 2.20, m
 from __future__ import annotations
 
 import argparse
-import re
 
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
-
-# recipe: (lowest compute capability, first one that is too new, lowest CUDA),
-# transformer_engine/pytorch/quantization.py
-_HARDWARE = {
-    "delayed": ((8, 9), None, None),
-    "tensorwise": ((8, 9), None, None),
-    "blockwise": ((9, 0), None, (12, 9)),
-    "mxfp8": ((10, 0), (12, 0), None),
-    "nvfp4": ((10, 0), None, None),
-}
-# Tokens of a rank are a GEMM's M, and its K in the gradient of the weights: 16 values, or the
-# scale's block.
-_TOKENS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32, "nvfp4": 16}
-# By what a recipe cuts the widths of weights, as a rank holds them.
-_WIDTHS = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32, "nvfp4": 16}
-_FASTER_TOKENS = {"blockwise": 128, "nvfp4": 128}  # whole blocks
-
-
-def recipes(capability: tuple[int, int], cuda: str | None) -> list[str]:
-    """The recipes that run on a GPU of this compute capability with torch's CUDA version."""
-    return [recipe for recipe in _HARDWARE if not _why_not(recipe, capability, cuda)]
+from megatron_tst.hardware import LOW_PRECISION, recipes, why_not
 
 
 def check_precision(
@@ -50,7 +29,7 @@ def check_precision(
         TSTError: with the flag, what was expected, what was got, what to do.
     """
     recipe = recipe_of(args)
-    if not config.enabled or recipe not in _HARDWARE:  # none, or the user's own
+    if not config.enabled or recipe not in LOW_PRECISION:  # none, or the user's own
         return
     flag = "--fp4-format" if recipe == "nvfp4" else f"--fp8-recipe {recipe}"
     if gpu is None:
@@ -60,7 +39,7 @@ def check_precision(
             "training on CPU",
             "Drop it, or train on a GPU.",
         )
-    if expected := _why_not(recipe, *gpu):
+    if expected := why_not(recipe, *gpu):
         do = f"Use one that runs: {', '.join(recipes(*gpu)) or 'none does; train in bf16'}."
         refuse(flag, expected, f"sm_{gpu[0][0]}{gpu[0][1]} with CUDA {gpu[1]}", do)
     _check_shapes(flag, recipe, args)
@@ -98,28 +77,13 @@ def tokens_of_a_rank(args: argparse.Namespace) -> int:
     )
 
 
-def _why_not(recipe, capability, cuda) -> str | None:
-    """What the recipe needs, where this GPU or CUDA is not it."""
-    low, too_new, least_cuda = _HARDWARE[recipe]
-    version = tuple(int(part) for part in re.findall(r"\d+", cuda or "0")[:2])
-    if (
-        tuple(capability) < low
-        or (too_new and tuple(capability) >= too_new)
-        or (least_cuda and version < least_cuda)
-    ):
-        below = f", below sm_{too_new[0]}{too_new[1]}" if too_new else ""
-        return f"sm_{low[0]}{low[1]} or newer{below}" + (
-            f" with CUDA {least_cuda[0]}.{least_cuda[1]}" if least_cuda else ""
-        )
-    return None
-
-
 def _check_shapes(flag, recipe, args):
     def of(name, default=None):
         return getattr(args, name, default)
 
     tokens, tp = tokens_of_a_rank(args), of("tensor_model_parallel_size", 1)
-    multiple, flags = _TOKENS[recipe], flag
+    needs = LOW_PRECISION[recipe]
+    multiple, flags = needs.tokens, flag
     if recipe == "mxfp8" and of("tp_comm_overlap"):
         multiple, flags = 128, f"{flag} --tp-comm-overlap"
     elif recipe == "blockwise" and of(
@@ -134,16 +98,16 @@ def _check_shapes(flag, recipe, args):
             f"them."
         )
         refuse(f"{flags}: tokens of a rank", f"a multiple of {multiple}", tokens, do)
-    if tokens % _FASTER_TOKENS.get(recipe, 1):
+    if tokens % needs.faster_tokens:
         warn(
             f"{flag}: {tokens} tokens of a rank ({why} x {args.micro_batch_size}); whole blocks "
-            f"need a multiple of {_FASTER_TOKENS[recipe]}"
+            f"need a multiple of {needs.faster_tokens}"
         )
     for what, size in _widths(args, tp).items():
-        if size % _WIDTHS[recipe]:
+        if size % needs.widths:
             refuse(
                 f"{flag}: {what}",
-                f"a multiple of {_WIDTHS[recipe]}",
+                f"a multiple of {needs.widths}",
                 size,
                 "Use another recipe or another layout.",
             )
@@ -168,7 +132,7 @@ def _check_shapes(flag, recipe, args):
 
 
 def _widths(args, tp) -> dict[str, int]:
-    """Widths of the quantised weights of a rank, by what they hang on."""
+    """Widths of the quantised weights of a rank, by what they follow from."""
 
     def of(name, default=None):
         return getattr(args, name, None) or default

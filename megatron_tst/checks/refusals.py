@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 
 from megatron_tst import cpu, extension
 from megatron_tst.checks.precision import check_precision, recipe_of
@@ -23,12 +24,27 @@ ROBUST_BAG_SIZES, LARGEST_BAG_SIZE, ROBUST_RATIOS = (
 LARGEST_WIDTH = 64  # bags of 16, 12 and 8 need 48
 
 
-def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
+def this_gpu() -> tuple[tuple[int, int], str] | None:
+    """(compute capability, torch's CUDA version) of this rank's GPU; None on CPU."""
+    if cpu.asked_for():
+        return None
+    import torch
+
+    return torch.cuda.get_device_capability(), torch.version.cuda
+
+
+def check_arguments(
+    config: TSTConfig,
+    args: argparse.Namespace,
+    gpu: Callable[[], tuple[tuple[int, int], str] | None] = this_gpu,
+) -> None:
     """Refuse what cannot work with TST; warn outside the range that the paper found robust.
 
     Args:
         config: the TST settings.
         args: Megatron's arguments after its own validation.
+        gpu: asked for (compute capability, torch's CUDA version), None on CPU, if the run has an
+            FP8 or FP4 recipe: asking starts CUDA in this process.
 
     Raises:
         TSTError: with the flag, what was expected, what was got, what to do.
@@ -72,7 +88,7 @@ def check_arguments(config: TSTConfig, args: argparse.Namespace) -> None:
     _check_ablation(config)
     _check_kernel(config)
     if recipe_of(args):
-        check_precision(config, args, _gpu())
+        check_precision(config, args, gpu())
     schedule = config.schedule(args)
     _check_switch(config, schedule, args)
     ratio = schedule.superposition_samples / schedule.train_samples
@@ -196,15 +212,6 @@ def _warn_of_unequal_ranks(args):
             "over each rank's own positions, so that "
             "the result hangs a little on the number of ranks, with and without TST"
         )
-
-
-def _gpu():
-    """(compute capability, torch's CUDA version) of this rank's GPU; None on CPU."""
-    if cpu.asked_for():
-        return None
-    import torch
-
-    return torch.cuda.get_device_capability(), torch.version.cuda
 
 
 def _check_ablation(config):

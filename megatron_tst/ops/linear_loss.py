@@ -19,11 +19,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, mappings
 
 from megatron_tst import extension
 from megatron_tst.ops import main_grad
+from megatron_tst.ops.chunks import LINEAR_LOSS, rows_of
 from megatron_tst.ops.loss import KERNELS, of_all_ranks
-
-# Logits of one chunk: small beside the model's activations, large enough for matrix products at
-# full speed and few sums into [V, H].
-_CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 
 @dataclass
@@ -161,7 +158,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
 
 
 def _weight_gradient(weight_VH, fuse_accumulation):
-    """-> accumulate(gradient of logits [n, V], hidden [n, H]) and finish() -> what autograd gets."""
+    """-> accumulate(gradient of logits [n, V], hidden [n, H]), finish() -> what autograd gets."""
     buffer = main_grad.buffer_of(weight_VH)
     if buffer is None:
         sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
@@ -183,5 +180,5 @@ def _add_product(sum_VH, grad_nV, hidden_nH):
 
 def _chunks(hidden_NH, weight_VH):
     row_bytes = weight_VH.shape[0] * hidden_NH.element_size()
-    size = max(1, _CHUNK_BYTES.get(hidden_NH.device.type, 32 << 20) // row_bytes)
+    size = rows_of(LINEAR_LOSS, hidden_NH.device.type, row_bytes)
     return (slice(i, i + size) for i in range(0, len(hidden_NH), size))

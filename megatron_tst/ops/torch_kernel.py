@@ -4,10 +4,12 @@ extension is not there.
 The same three steps with the same arguments as torch.ops.megatron_tst.multi_hot_ce_*; loss.py calls
 either:
 
-    statistics(logits [N, V], labels [N, S], weights [S], vocab_start, vocab_size, alt) -> fp32 [4,
-    N] of this rank
-    loss(statistics [R, 4, N], labels, weights, alt)                                    -> fp32 [N], and [3, N] for backward
-    gradient(logits, labels, weights, saved [3, N], upstream [N], vocab_start, alt)     -> [N, V] in the logits' dtype
+    statistics(logits [N, V], labels [N, S], weights [S], vocab_start, vocab_size, alt)
+        -> fp32 [4, N] of this rank
+    loss(statistics [R, 4, N], labels, weights, alt)
+        -> fp32 [N], and [3, N] for backward
+    gradient(logits, labels, weights, saved [3, N], upstream [N], vocab_start, alt)
+        -> [N, V] in the logits' dtype
 
 N rows (positions), V local vocabulary (padded vocabulary / tp), S labels a row, R ranks. All
 arithmetic is fp32.
@@ -17,11 +19,9 @@ from __future__ import annotations
 
 import torch
 
+from megatron_tst.ops.chunks import TORCH_KERNEL, rows_of
 from megatron_tst.ops.names import IGNORE
 
-# Rows are taken in chunks so that the fp32 working copy stays in cache (CPU) or small beside the
-# logits (GPU).
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
 _LOWEST = torch.finfo(torch.float32).min
 
 
@@ -120,7 +120,9 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
 
 
 def check_label_range(labels, vocab_size):
-    """Refuse labels outside the vocabulary: an exception on CPU, a device-side assertion on CUDA."""
+    """Refuse labels outside the vocabulary: an exception on CPU, an assertion of the device on
+    CUDA.
+    """
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
     if labels.device.type != "cpu":
         torch._assert_async((~wrong).all())
@@ -133,7 +135,7 @@ def check_label_range(labels, vocab_size):
 
 
 def row_chunks(rows_NV: torch.Tensor):
-    size = max(1, _CHUNK_BYTES.get(rows_NV.device.type, 4 << 20) // (4 * max(1, rows_NV.shape[1])))
+    size = rows_of(TORCH_KERNEL, rows_NV.device.type, 4 * rows_NV.shape[1])
     return (slice(i, i + size) for i in range(0, rows_NV.shape[0], size))
 
 

@@ -1,9 +1,9 @@
 """The arithmetic of a planned run: text, FLOPs, GPU-hours, memory of the loss, the loader's load,
 what the paper measured. No torch.
 
-tools/plan.py reads the flags and prints. Both phases have the same positions a step, so a step
-costs the same FLOPs in both, and the same as a baseline's; what differs is the text that it reads:
-s tokens a position.
+flags.py reads a command line, plan.py puts the parts together. Both phases have the same positions
+a step, so a step costs the same FLOPs in both, and the same as a baseline's; what differs is the
+text that it reads: s tokens a position.
 """
 
 from __future__ import annotations
@@ -12,18 +12,14 @@ import argparse
 import math
 
 from megatron_tst.config import TSTConfig
+from megatron_tst.hardware import GPUS
+from megatron_tst.model_size import flops_of_step, padded_vocabulary, parameters, query_groups
+from megatron_tst.ops.chunks import LINEAR_LOSS, TORCH_KERNEL
 from megatron_tst.planning import paper
 from megatron_tst.schedule import Schedule
 
-# GPU: (dense bf16 TFLOP/s by the vendor's data sheet, SXM; compute capability)
-GPUS = {"h100": (989.4, (9, 0)), "h200": (989.4, (9, 0)), "b200": (2250.0, (10, 0))}
-CUDA = "13.0"  # assumed
 ASSUMED_MFU = 0.35  # ours: nothing is measured yet
 SWEEP_S, SWEEP_R = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16), (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
-_FUSED_CHUNK, _TORCH_CHUNK = (
-    512 << 20,
-    256 << 20,
-)  # on CUDA: ops/linear_loss.py, ops/torch_kernel.py
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -33,62 +29,15 @@ def complete(args: argparse.Namespace) -> None:
             int(4 * args.hidden_size * 2 / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size
         )
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
-    args.num_query_groups = (
-        args.num_query_groups if args.group_query_attention else None
-    ) or args.num_attention_heads
+    args.num_query_groups = query_groups(args)
     args.moe_ffn_hidden_size = args.moe_ffn_hidden_size or args.ffn_hidden_size
     args.expert_tensor_parallel_size = (
         args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     )
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    args.padded_vocab_size = -(-args.vocab_size // multiple) * multiple
+    args.padded_vocab_size = padded_vocabulary(
+        args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size
+    )
     args.train_samples = None
-
-
-def parameters(args: argparse.Namespace) -> tuple[int, int]:
-    """(all, active for a token) of a GPTModel without biases, with RMSNorm; every layer has
-    experts, or none.
-    """
-    hidden, channels = args.hidden_size, args.kv_channels
-    attention = 2 * hidden * channels * (args.num_attention_heads + args.num_query_groups)
-    norms = 2 * hidden + (2 * channels if args.qk_layernorm else 0)
-    matrices = 3 if args.swiglu else 2
-
-    def with_experts(count):
-        ffn = (
-            count * matrices * hidden * args.moe_ffn_hidden_size + args.num_experts * hidden
-        )  # and the router
-        return args.num_layers * (attention + norms + ffn) + rest
-
-    tables = 2 if args.untie_embeddings_and_output_weights else 1
-    rest = hidden + tables * hidden * args.padded_vocab_size
-    if args.num_experts:
-        return with_experts(args.num_experts), with_experts(args.moe_router_topk)
-    dense = args.num_layers * (attention + norms + matrices * hidden * args.ffn_hidden_size) + rest
-    return dense, dense
-
-
-def flops_of_step(args: argparse.Namespace) -> float:
-    """Of one iteration, forward and backward, as Megatron counts them (training.py,
-    num_floating_point_operations): --log-throughput's.
-
-    The s - 1 more rows of the embedding that a bag looks up are not products and not counted.
-    """
-    query, groups = (
-        args.kv_channels * args.num_attention_heads,
-        args.kv_channels * args.num_query_groups,
-    )
-    attention = args.hidden_size * (2 * query + 2 * groups) + query * args.seq_length
-    width = (
-        args.moe_ffn_hidden_size * args.moe_router_topk
-        if args.num_experts
-        else args.ffn_hidden_size
-    )
-    ffn = (3 if args.swiglu else 2) * args.hidden_size * width
-    position = 6.0 * (
-        args.num_layers * (attention + ffn) + args.hidden_size * args.padded_vocab_size
-    )
-    return position * args.global_batch_size * args.seq_length
 
 
 def make(args: argparse.Namespace, config: TSTConfig) -> dict:
@@ -202,7 +151,7 @@ def _what_fits(args, schedule, available) -> dict:
 
 def _cost(args, superposed, config) -> dict:
     """FLOPs, GPU-hours and seconds of a step, by the best source that there is, which is named."""
-    flops, peak, steps = flops_of_step(args), GPUS[args.gpu][0], args.train_iters
+    flops, peak, steps = flops_of_step(args), GPUS[args.gpu].peak_tflops, args.train_iters
     share = args.global_batch_size * args.seq_length
     run = _run_of_the_paper(args, superposed, config)
     run = run or next(
@@ -220,7 +169,7 @@ def _cost(args, superposed, config) -> dict:
         tflops, source = implied, f"paper: {run.b200_hours:,} B200-hours for {run.steps:,} steps"
     elif run:
         tflops, source = (
-            implied / GPUS["b200"][0] * peak,
+            implied / GPUS["b200"].peak_tflops * peak,
             "assumed: the MFU that the paper's B200-hours come to",
         )
     else:
@@ -326,7 +275,7 @@ def loss_memory(args: argparse.Namespace, s: int) -> dict:
         args.padded_vocab_size // args.tensor_model_parallel_size,
     )
     logits = 2 * rows * columns
-    fused, torch = min(_FUSED_CHUNK, logits), 2 * min(_TORCH_CHUNK, 2 * logits)
+    fused, torch = min(LINEAR_LOSS["cuda"], logits), 2 * min(TORCH_KERNEL["cuda"], 2 * logits)
     return {
         "logits": logits,
         "superposition": {

@@ -27,10 +27,10 @@ from transformer_engine.pytorch.utils import assert_dim_for_all_gather, assert_d
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / name) for name in ("tests", "examples")]
 
-import dry_run
 import te_models
 
 from megatron_tst import TSTConfig, cli, cpu
+from megatron_tst.checks import dry_run
 from megatron_tst.loop import patch
 
 RECIPES = {

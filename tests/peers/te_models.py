@@ -35,9 +35,8 @@ def arguments(name: str, spec: str):
     """Megatron's validated arguments of a run of this model with layer spec "local" or
     "transformer_engine", with TST's phases.
     """
-    import dry_run
-
     from megatron_tst.checkpoint.phases import store
+    from megatron_tst.checks import dry_run
     from megatron_tst.config import TSTConfig
 
     flags = [

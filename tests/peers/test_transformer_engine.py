@@ -36,15 +36,16 @@ if {version(part) for part in PARTS} != {TESTED} or torch.cuda.is_available():
     )
     pytest.skip(f"NOT RUN: {what}; make test-te", allow_module_level=True)
 
-import dry_run
 from te_models import EXPORTED, MODELS, VOCAB, arguments, built, fill, save
 
 from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
-from megatron_tst.checks.precision import check_precision, recipes
+from megatron_tst.checks import dry_run
+from megatron_tst.checks.precision import check_precision
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
+from megatron_tst.hardware import recipes
 from megatron_tst.ops import reference
 
 GPUS = [
@@ -94,7 +95,7 @@ def flags_of(name, variables):
     itself.
     """
     environment = {
-        "PATH": os.environ["PATH"],
+        "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
         "HOME": "/nonexistent",
         "DRY_RUN": "print",
         **variables,

@@ -1,12 +1,13 @@
-"""Plans for the tests of tools/plan.py."""
+"""Plans for the tests of `megatron-tst plan`."""
 
 import warnings
 from pathlib import Path
 
-import dry_run
-import plan as tool
+from megatron_tst.checks import dry_run
+from megatron_tst.cli import plan as verb
+from megatron_tst.planning import plan
 
-ROOT = Path(tool.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = (
     "--num-layers 4 --hidden-size 512 --num-attention-heads 8 --swiglu --vocab-size 50000 "
     "--seq-length 1024 --train-iters 1000 --global-batch-size 64"
@@ -41,13 +42,13 @@ HF = {
 
 
 def planned(*argv):
-    found, _ = tool.examine(list(argv))
+    found, _ = plan.examine(list(argv))
     return found
 
 
 def accepted(argv):
     """Megatron's arguments after its validation and TST's of the flags that a plan prints."""
-    found, args = tool.examine(argv)
+    found, args = plan.examine(argv)
     own = BESIDE[:-2] if "--lr" in found["flags"] else BESIDE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -57,6 +58,6 @@ def accepted(argv):
 
 def screen_of(capsys, *argv):
     """-> exit code, what was printed to either stream"""
-    code = tool.main(list(argv))
+    code = verb.main(list(argv))
     out, err = capsys.readouterr()
     return code, out + err

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 
-import dry_run
 import pytest
 import questions
 from support.runs import ROOT
 
 from megatron_tst import demo
+from megatron_tst.checks import dry_run
+from megatron_tst.model_size import parameters
 from megatron_tst.planning import curves
 
 pytestmark = pytest.mark.timeout(
@@ -207,4 +208,4 @@ def test_every_arm_asks_for_what_megatron_and_tst_take(path, device, corpus):
             "--tst-bag-size" not in arm.tst
         )
     if path.stem == "at_100m":
-        assert dry_run.parameters(args) > 100e6
+        assert parameters(args)[0] > 100e6

@@ -11,7 +11,6 @@ import sys
 
 import bench_step
 import check_fp8
-import dry_run
 import gpu_report
 import measure
 import pytest
@@ -19,6 +18,8 @@ import torch
 from support.runs import ROOT
 
 from megatron_tst import demo
+from megatron_tst.checks import dry_run
+from megatron_tst.planning import recipes
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None,
@@ -141,8 +142,7 @@ def test_wheels_that_the_machine_has_are_left_where_they_are(tmp_path):
     assert done.returncode == 1 and "expected wheels in" in done.stdout
 
 
-# --- the report
-# ---------------------------------------------------------------------------------------------------------------
+# ---- the report
 
 
 def with_header_of(name, out, *rows):
@@ -261,8 +261,7 @@ def test_a_recipe_that_failed_is_no_yes(tmp_path):
     )
 
 
-# --- FP8 against bf16
-# ---------------------------------------------------------------------------------------------------------
+# ---- FP8 against bf16
 
 
 def test_fp8_comparison_trains_both_phases_and_compares_them(tmp_path, corpus):
@@ -338,7 +337,7 @@ def test_fp8_comparison_asks_for_what_megatron_takes(recipe, corpus, monkeypatch
     assert args.transformer_impl == "transformer_engine" and args.moe_grouped_gemm
 
 
-@pytest.mark.parametrize("model", bench_step.RECIPES)
+@pytest.mark.parametrize("model", recipes.RECIPES)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_step_benchmark_asks_for_what_megatron_takes(model, precision, monkeypatch):
     with_transformer_engine(monkeypatch)

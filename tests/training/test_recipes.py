@@ -2,6 +2,7 @@
 the paper's numbers in them. Nothing trains.
 """
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,12 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 
-EXAMPLES = ROOT / "examples"
-sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
-import dry_run
+from megatron_tst.checks import dry_run
+from megatron_tst.config import TSTConfig
+from megatron_tst.model_size import parameters
+from megatron_tst.planning import recipes
 
+EXAMPLES = ROOT / "examples"
 # The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens
 # and millions of parameters follow from it.
 PAPER = {
@@ -90,7 +94,7 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
         0.95,
     )
     assert (
-        dry_run.parameters(args) / 1e6 == pytest.approx(size, rel=1e-3)
+        parameters(args)[0] / 1e6 == pytest.approx(size, rel=1e-3)
         and args.padded_vocab_size == 128256
     )
     assert (
@@ -106,7 +110,7 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
     assert (args.fp8_param_gather, args.reuse_grad_buf_for_mxfp8_param_ag) == (
         setting == "mxfp8",
     ) * 2
-    config = dry_run.TSTConfig.from_args(args)
+    config = TSTConfig.from_args(args)
     assert config.enabled is not baseline and args.bf16
     if not baseline:
         schedule = config.schedule(args)
@@ -125,24 +129,27 @@ def test_the_paper_s_longer_run():
     assert (args.train_iters, args.tst_iters, args.lr_wsd_decay_iters) == (100000, 30000, 10000)
 
 
-def test_the_expert_model_is_the_one_that_the_export_is_measured_on():
-    from bench_export import SHAPES
+def test_the_export_is_measured_at_the_expert_models_shape():
+    from bench_export import config_of
 
-    args, shape = validated("moe_10b_a1b"), SHAPES["10b-a1b"]
     assert {
-        "num_hidden_layers": args.num_layers,
-        "hidden_size": args.hidden_size,
-        "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_query_groups,
-        "head_dim": args.kv_channels,
-        "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk,
-        "moe_intermediate_size": args.moe_ffn_hidden_size,
-        "rope_theta": args.rotary_base,
-        "rms_norm_eps": args.layernorm_epsilon,
-        "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "max_position_embeddings": args.max_position_embeddings,
-    }.items() <= shape.items()
+        "model_type": "qwen3_moe",
+        "vocab_size": 128256,
+        "num_hidden_layers": 24,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1024,
+        "norm_topk_prob": True,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+    }.items() <= config_of("moe-10b-a1b").items()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +249,41 @@ def test_what_the_scripts_refuse_themselves(variables, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_every_variable_of_a_recipe_reaches_it():
+    given = {
+        "GPU": "b200",
+        "STEPS": "50",
+        "TST_STEPS": "20,10",
+        "BAG_SIZE": "8,4",
+        "BATCH_TOKENS": "262144",
+        "LR": "7e-4",
+        "SEQ": "8192",
+        "MICRO_BATCH": "2",
+        "PRECISION": "fp8",
+        "TP": "2",
+        "PP": "2",
+        "CP": "4",
+        "EP": "4",
+    }
+    _, got = flags_of("moe_10b_a1b", **given)
+    groups = recipes.groups("moe-10b-a1b", given)
+    assert list(given) == list(recipes.VARIABLES)
+    text = " ".join(got)
+    for group in groups.values():
+        assert " ".join(group) in text
+    for flags in (
+        "--train-iters 50 --global-batch-size 32 --micro-batch-size 2 --lr 7e-4 ",
+        "--tst-bag-size 8,4 --tst-iters 20,10 ",
+        "--seq-length 8192 ",
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ",
+        "--context-parallel-size 4 --expert-model-parallel-size 4 ",
+        "--make-vocab-size-divisible-by 64 ",
+        "--bf16 --fp8-format hybrid --fp8-recipe tensorwise ",
+    ):
+        assert flags in text
+    assert "--expert-model-parallel-size 1 " in " ".join(flags_of("3b", EP="4")[1])
+
+
 def test_the_launchers():
     torchrun, flags = flags_of(
         "3b", "--seed", "7", NNODES="4", NODE_RANK="2", MASTER_ADDR="n0", DATA_PATH="0.5 a 0.5 b"
@@ -274,6 +316,24 @@ def test_dry_run_from_the_shell():
         assert text in good.stdout
 
 
+@pytest.mark.parametrize("tp", ["1", "3"], ids=["accepted", "refused"])
+def test_a_dry_run_leaves_nothing_behind(tp):
+    """The machine that Megatron was told of is forgotten, however the validation ends."""
+    from megatron.core import utils
+    from megatron.core.models.common.embeddings import rope_utils
+
+    def state():
+        cuda = torch.cuda.get_device_capability, torch.cuda.get_device_properties
+        engine = utils.get_te_version(), rope_utils.fused_apply_rotary_pos_emb
+        return *cuda, *engine, list(sys.argv), dict(os.environ)
+
+    before, (_, flags) = state(), flags_of("3b")
+    flags += ["--tensor-model-parallel-size", tp]
+    with pytest.raises(dry_run.Refused) if tp == "3" else contextlib.nullcontext():
+        dry_run.validate(flags, 8, "h100")
+    assert state() == before
+
+
 def test_exit_code_and_message_of_a_refusal(capsys):
     assert (
         dry_run.main(["--world-size", "8", "--gpu", "h100", "--", *flags_of("270m", TP="2")[1]])
@@ -295,7 +355,7 @@ def test_dry_run_with_megatron_lms_own_arguments(checkout):
 
 @pytest.mark.skipif(not CHECKOUTS, reason=NO_CHECKOUT)
 def test_prepare_data(tmp_path):
-    """Two corpora, one of them packed: every token in place, and a blend whose corpora weigh alike."""
+    """Two corpora, one of them packed: every token in place, a blend whose corpora weigh alike."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     from megatron.core.datasets.indexed_dataset import IndexedDataset

@@ -1,7 +1,8 @@
-"""tools/doctor.py: real runs with broken packages in front of the real ones, and its judgements of
-GPUs that are not here.
+"""`megatron-tst doctor`: real runs with broken packages in front of the real ones, and its
+judgements of GPUs that are not here.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -12,15 +13,17 @@ import tomllib
 import types
 from pathlib import Path
 
-import doctor
 import pytest
 import torch
 from packaging.specifiers import SpecifierSet
 
 from megatron_tst import compat, extension
+from megatron_tst.cli import doctor
+from megatron_tst.doctor import judges, probes, report
 from megatron_tst.loop import seams
 
-ROOT = Path(doctor.__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
+VERB, DOOR = ("-m", "megatron_tst", "doctor"), (str(ROOT / "tools/doctor.py"),)
 BUILT = "8.0 9.0 10.0+PTX"  # setup.py's default
 HALF = "assert False, 'Could not find shared object file for Transformer Engine torch lib.'"
 
@@ -44,9 +47,9 @@ def packages(tmp_path, monkeypatch):
     return write
 
 
-def run(*arguments, python=(), cpu="1"):
+def run(*arguments, python=(), cpu="1", doctor=VERB):
     """-> exit code, what was printed"""
-    command = [sys.executable, *python, doctor.__file__, *arguments]
+    command = [sys.executable, *python, *doctor, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"MEGATRON_TST_CPU": cpu}
     )
@@ -97,12 +100,10 @@ def test_half_a_transformer_engine_and_a_foreign_apex_are_named_and_hide_nothing
 ):
     packages({"apex/__init__.py": "", "transformer_engine/__init__.py": HALF})
     code, text = run("--json")
-    report = json.loads(text)
-    rows = rows_of(report)
+    said = json.loads(text)
+    rows = rows_of(said)
     assert (
-        code == 1
-        and not report["would_train"]
-        and faults_of(report) == {"Transformer Engine", "apex"}
+        code == 1 and not said["would_train"] and faults_of(said) == {"Transformer Engine", "apex"}
     )
     assert "AssertionError: Could not find shared object" in rows["Transformer Engine"]["found"]
     assert "in one version, or uninstall all of them" in rows["Transformer Engine"]["do"]
@@ -114,7 +115,7 @@ def test_half_a_transformer_engine_and_a_foreign_apex_are_named_and_hide_nothing
         rows["megatron-core"]["found"] == compat.megatron_version()
         and rows["seams of Megatron"]["state"] == "ok"
     )
-    assert report["will_use"]["Adam"].startswith("unknown")
+    assert said["will_use"]["Adam"].startswith("unknown")
 
 
 def test_a_megatron_out_of_range_and_a_machine_without_a_device(packages):
@@ -152,19 +153,32 @@ def test_a_resiliency_extension_that_megatron_cannot_import_beside(packages):
 
 
 def test_nothing_but_python(packages):
-    code, text = run(python=("-I", "-S"))
-    again, report = run("--json", python=("-I", "-S"))
-    report = json.loads(report)
-    assert (code, again) == (1, 1) and faults_of(report) == {
+    """Neither site-packages nor PYTHONPATH is read: the door loads the checkout's own files."""
+    code, text = run(python=("-I", "-S"), doctor=DOOR)
+    again, found = run("--json", python=("-I", "-S"), doctor=DOOR)
+    found = json.loads(found)
+    assert (code, again) == (1, 1) and faults_of(found) == {
         "megatron-tst",
         "torch",
         "megatron-core",
     }
-    assert doctor.screen(report) == text.rstrip("\n")
+    assert doctor.screen(found) == text.rstrip("\n")
     assert (
         "torch: expected `import torch` to work, got ModuleNotFoundError: No module named "
         "'torch'. `pip install" in text
     )
+
+
+def test_no_package_but_this_one(packages):
+    """PYTHONPATH is read, site-packages is not; the door in tools/ says the same."""
+    code, found = run("--json", python=("-S",))
+    assert code == 1 and faults_of(json.loads(found)) == {"torch", "megatron-core"}
+    assert run("--json", python=("-S",), doctor=DOOR) == (code, found)
+
+
+def test_help_is_one_screen(packages):
+    code, text = run("--help")
+    assert code == 0 and len(text.splitlines()) <= 40 and max(map(len, text.splitlines())) <= 100
 
 
 @pytest.mark.parametrize(
@@ -183,13 +197,13 @@ def test_nothing_but_python(packages):
 def test_whatever_an_import_does_is_reported(packages, monkeypatch, source, error):
     packages({"torch.py": "", "transformer_engine/__init__.py": source})
     if "sleep" in source:
-        monkeypatch.setattr(doctor, "TIMEOUT", 5)
-    found = doctor.ask("packages", "transformer_engine")
+        monkeypatch.setattr(probes, "TIMEOUT", 5)
+    found = probes.ask("packages", "transformer_engine")
     assert found["packages"]["megatron-tst"]["folder"] == str(
         ROOT / "megatron_tst"
     )  # what was found before is kept
     assert found["transformer_engine"]["error"] == error
-    assert doctor.judge_transformer_engine(found["transformer_engine"]).state == "FAULT"
+    assert judges.judge_transformer_engine(found["transformer_engine"]).state == "FAULT"
 
 
 @pytest.mark.parametrize(
@@ -206,31 +220,31 @@ def test_whatever_an_import_does_is_reported(packages, monkeypatch, source, erro
     ],
 )
 def test_an_extension_that_does_not_fit_this_torch(packages, tmp_path, source, said):
+    built = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(ROOT / "megatron_tst", tmp_path / "packages/megatron_tst", ignore=built)
     packages({"megatron_tst/_C.py": source})
-    for file in (ROOT / "megatron_tst").glob("*.py"):
-        shutil.copy(file, tmp_path / "packages/megatron_tst")
-    found = doctor.ask("extension")["extension"]
-    row = doctor.judge_extension(found, [])
+    found = probes.ask("extension")["extension"]
+    row = judges.judge_extension(found, [])
     assert (
         row.state == "FAULT"
         and row.found.startswith(said)
         and "Build it again: `pip install" in row.do
     )
-    assert doctor.will_use(found, {}, [])["superposed loss on CPU"].startswith("torch kernels")
+    assert report.will_use(found, {}, [])["superposed loss on CPU"].startswith("torch kernels")
 
 
 def test_a_changed_seam_is_named(monkeypatch):
     """In this process, whose Megatron can be changed."""
     found = {}
-    doctor.probe_megatron(found)
+    probes.probe_megatron(found)
     assert (
-        doctor.judge_seams(found).state == "ok"
-        and doctor.judge_megatron(found, ">=0.18,<0.20").state == "ok"
+        judges.judge_seams(found).state == "ok"
+        and judges.judge_megatron(found, ">=0.18,<0.20").state == "ok"
     )
     owner = seams.EMBEDDING.owner()
     monkeypatch.setattr(owner, "forward", lambda self, ids: None)
-    doctor.probe_megatron(found)
-    row = doctor.judge_seams(found)
+    probes.probe_megatron(found)
+    row = judges.judge_seams(found)
     assert (
         row.state == "FAULT"
         and row.found.startswith("1 that do not: ")
@@ -261,19 +275,27 @@ APEX = {
             "FAULT",
             "ModuleNotFoundError: No module named 'pyramid'",
         ),
-        (APEX, "FAULT", "NVIDIA's without amp_C"),
-        (APEX | {"amp_C.py": ""}, "note", "without fused_weight_gradient_mlp_cuda"),
         (
-            APEX | {"amp_C.py": "raise OSError", "fused_weight_gradient_mlp_cuda.py": ""},
+            APEX,
             "FAULT",
-            "NVIDIA's without amp_C",
+            "NVIDIA's without amp_C (ModuleNotFoundError: No module named 'amp_C')",
+        ),
+        (
+            APEX | {"amp_C.py": ""},
+            "note",
+            "without fused_weight_gradient_mlp_cuda (ModuleNotFoundError: No module named 'fused_",
+        ),
+        (
+            APEX | {"amp_C.py": "raise OSError('libcuda.so.1: cannot open')"},
+            "FAULT",
+            "NVIDIA's without amp_C (OSError: libcuda.so.1: cannot open)",
         ),
         (APEX | {"amp_C.py": "", "fused_weight_gradient_mlp_cuda.py": ""}, "ok", "NVIDIA's: "),
     ],
 )
 def test_which_apex(packages, sources, state, said):
     packages({"torch.py": ""} | sources)
-    row = doctor.judge_apex(doctor.ask("apex")["apex"])
+    row = judges.judge_apex(probes.ask("apex")["apex"])
     assert row.state == state and said in row.found
 
 
@@ -282,7 +304,7 @@ def test_packages_are_looked_for_where_python_m_looks_first(packages, tmp_path):
     (
         tmp_path / "apex"
     ).mkdir()  # apex's own repository, say: Megatron's `import apex` takes the folder
-    assert doctor.ask("apex")["apex"]["folder"] == str(tmp_path / "apex")
+    assert probes.ask("apex")["apex"]["folder"] == str(tmp_path / "apex")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +340,7 @@ def test_which_transformer_engine(packages, versions, state, said):
         )
     if "" in versions:
         packages({"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": ""})
-    row = doctor.judge_transformer_engine(doctor.ask("transformer_engine")["transformer_engine"])
+    row = judges.judge_transformer_engine(probes.ask("transformer_engine")["transformer_engine"])
     assert row.state == state and said in row.found
 
 
@@ -374,7 +396,7 @@ def test_what_the_gpu_probe_asks(monkeypatch, tmp_path, exit_code):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
     monkeypatch.setattr(torch, "ones", ones)
     found = {}
-    doctor.probe_torch(found)
+    probes.probe_torch(found)
     assert found["gpus"] == [
         gpu((9, 0)),
         gpu((9, 0), error="RuntimeError: no kernel image; torch is built for sm_80"),
@@ -396,7 +418,7 @@ def test_what_the_gpu_probe_asks(monkeypatch, tmp_path, exit_code):
     ],
 )
 def test_what_a_gpu_can_do(capability, cuda, state, said):
-    row = doctor.judge_gpu(torch_with(gpu(capability), gpu(capability), cuda=cuda), cpu_asked=False)
+    row = judges.judge_gpu(torch_with(gpu(capability), gpu(capability), cuda=cuda), cpu_asked=False)
     sm = f"sm_{capability[0]}{capability[1]}"
     assert row.state == state and row.found.startswith(
         f"2 x NVIDIA X ({sm}, 79 GiB); driver 580.65.06; "
@@ -405,12 +427,12 @@ def test_what_a_gpu_can_do(capability, cuda, state, said):
 
 
 def test_two_kinds_of_gpu_are_judged_by_the_lower():
-    row = doctor.judge_gpu(torch_with(gpu((9, 0)), gpu((8, 0))), cpu_asked=False)
+    row = judges.judge_gpu(torch_with(gpu((9, 0)), gpu((8, 0))), cpu_asked=False)
     assert row.found.startswith(
         "1 x NVIDIA X (sm_90, 79 GiB), 1 x NVIDIA X (sm_80, 79 GiB)"
     ) and row.found.endswith("recipes: none")
     assert (
-        doctor.judge_extension(built("9.0"), [gpu((9, 0)), gpu((8, 0))]).expected
+        judges.judge_extension(built("9.0"), [gpu((9, 0)), gpu((8, 0))]).expected
         == "CUDA kernels for compute capability 8.0"
     )
 
@@ -437,7 +459,7 @@ def test_two_kinds_of_gpu_are_judged_by_the_lower():
     ],
 )
 def test_whether_there_is_a_device_to_train_on(probe, cpu_asked, state, said):
-    row = doctor.judge_gpu(probe, cpu_asked)
+    row = judges.judge_gpu(probe, cpu_asked)
     assert row.state == state and said in row.found and bool(row.do) == (state == "FAULT")
 
 
@@ -462,9 +484,9 @@ def test_whether_there_is_a_device_to_train_on(probe, cpu_asked, state, said):
     ],
 )
 def test_whether_the_extension_runs_on_a_gpu(architectures, capability, way):
-    assert doctor.how_it_runs(architectures, list(capability)) == way
-    row = doctor.judge_extension(built(architectures), [gpu(capability)])
-    uses = doctor.will_use(built(architectures), {}, [gpu(capability)])["superposed loss on GPU"]
+    assert judges.how_it_runs(architectures, list(capability)) == way
+    row = judges.judge_extension(built(architectures), [gpu(capability)])
+    uses = report.will_use(built(architectures), {}, [gpu(capability)])["superposed loss on GPU"]
     assert (row.state == "FAULT") == ("do not run here" in uses) == (way == "not")
     assert ("PTX by the driver" in uses) == (way == "PTX")
     if way == "not":
@@ -475,15 +497,15 @@ def test_whether_the_extension_runs_on_a_gpu(architectures, capability, way):
 def test_an_extension_with_a_gpu_in_other_states():
     here = [gpu((9, 0))]
     broken = built(errors={"cuda:0": "RuntimeError: no kernel image"})
-    assert doctor.judge_extension(broken, here).found == "RuntimeError: no kernel image"
-    assert "do not run here" in doctor.will_use(broken, {}, here)["superposed loss on GPU"]
+    assert judges.judge_extension(broken, here).found == "RuntimeError: no kernel image"
+    assert "do not run here" in report.will_use(broken, {}, here)["superposed loss on GPU"]
     on_cpu = built("")
     assert (
-        doctor.judge_extension(on_cpu, here).state == "note"
-        and "toolkit" in doctor.judge_extension(on_cpu, here).found
+        judges.judge_extension(on_cpu, here).state == "note"
+        and "toolkit" in judges.judge_extension(on_cpu, here).found
     )
-    assert doctor.judge_extension(on_cpu, []).state == "ok"
-    assert doctor.will_use(on_cpu, {}, here)["superposed loss on GPU"].startswith("torch kernels")
+    assert judges.judge_extension(on_cpu, []).state == "ok"
+    assert report.will_use(on_cpu, {}, here)["superposed loss on GPU"].startswith("torch kernels")
     absent = built(
         "",
         built=False,
@@ -491,8 +513,8 @@ def test_an_extension_with_a_gpu_in_other_states():
         description="not built",
         auto={"cpu": "torch", "cuda": "torch"},
     )
-    assert doctor.judge_extension(absent, []).state == "note"
-    assert doctor.judge_extension({"error": "a crash (SIGSEGV)"}, []).state == "FAULT"
+    assert judges.judge_extension(absent, []).state == "note"
+    assert judges.judge_extension({"error": "a crash (SIGSEGV)"}, []).state == "FAULT"
 
 
 def test_what_could_not_be_looked_at_is_not_blamed(monkeypatch):
@@ -502,12 +524,12 @@ def test_what_could_not_be_looked_at_is_not_blamed(monkeypatch):
         "torch": torch_with(gpu((9, 0))),
     }
     monkeypatch.setattr(
-        doctor, "ask_all", lambda: found | {"extension": absent, "megatron": absent}
+        report, "ask_all", lambda: found | {"extension": absent, "megatron": absent}
     )
-    report = doctor.examine()
-    assert faults_of(report) == {"megatron-tst"} and not report["would_train"]
-    assert rows_of(report)["extension"]["found"] == "not looked at: see megatron-tst"
-    assert rows_of(report)["megatron-core"]["found"] == "0.19.2, /x"
+    said = report.examine()
+    assert faults_of(said) == {"megatron-tst"} and not said["would_train"]
+    assert rows_of(said)["extension"]["found"] == "not looked at: see megatron-tst"
+    assert rows_of(said)["megatron-core"]["found"] == "0.19.2, /x"
 
 
 @pytest.mark.parametrize(
@@ -526,28 +548,49 @@ def test_what_could_not_be_looked_at_is_not_blamed(monkeypatch):
     ],
 )
 def test_versions_are_compared_as_pip_does(version, wanted):
-    assert doctor.fits(version, wanted) == (version in SpecifierSet(wanted))
+    assert judges.fits(version, wanted) == (version in SpecifierSet(wanted))
 
 
-def test_wanted_versions_are_those_of_pyproject():
+@pytest.mark.parametrize("source", ["installed", "checkout"])
+def test_wanted_versions_are_those_of_pyproject(source, monkeypatch):
+    if source == "checkout":
+
+        def absent(name):
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "metadata", absent)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = doctor.needs()
+    wanted = report.needs()
     assert wanted.pop("python") == project["requires-python"]
     assert {name + versions for name, versions in wanted.items()} < set(
         project["dependencies"]
     ) and len(wanted) == 2
 
 
+def test_a_python_without_tomllib_is_too_old(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    row = judges.judge_python((3, 10, 4), report._checkout()["requires-python"])
+    assert row.state == "FAULT" and row.do == "Use a newer one."
+
+
+def test_wanted_versions_where_nothing_says_them(monkeypatch, tmp_path):
+    """Neither installed nor in a checkout: any version will do."""
+    monkeypatch.setattr(report, "_checkout", lambda: {})
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert report.needs() == {"python": "", "torch": "", "megatron-core": ""}
+    assert judges.judge_python((3, 11, 2), "").state == "ok"
+
+
 def test_python_and_untested_megatron():
-    assert doctor.judge_python((3, 12, 1), ">=3.12").state == "ok"
-    assert doctor.judge_python((3, 11, 2), ">=3.12").found == "3.11.2"
+    assert judges.judge_python((3, 12, 1), ">=3.12").state == "ok"
+    assert judges.judge_python((3, 11, 2), ">=3.12").found == "3.11.2"
     megatron = {"version": "0.19.1", "tested": ["0.18.2", "0.19.2"], "problems": [], "seams": 16}
-    assert doctor.judge_megatron(megatron, ">=0.18,<0.20").state == "note"
-    row = doctor.judge_megatron(
+    assert judges.judge_megatron(megatron, ">=0.18,<0.20").state == "note"
+    row = judges.judge_megatron(
         {"error": "ModuleNotFoundError: No module named 'einops'"}, ">=0.18,<0.20"
     )
     assert row.state == "FAULT" and "einops" in row.found
     assert (
-        doctor.judge_torch({"version": "2.5.1", "cuda": "12.4", "gpus": []}, ">=2.6").state
+        judges.judge_torch({"version": "2.5.1", "cuda": "12.4", "gpus": []}, ">=2.6").state
         == "FAULT"
     )

@@ -3,6 +3,7 @@ tested in test_loss.py.
 """
 
 import importlib.abc
+import importlib.machinery
 import re
 import shutil
 import sys
@@ -237,6 +238,15 @@ def test_what_is_said_of_an_extension(monkeypatch, module, said):
         and found.loaded == said.startswith("CPU kernels")
         and not found.cuda
     )
+
+
+def test_an_extension_that_is_not_there(monkeypatch, tmp_path):
+    """A package folder without the file, and no other finder that knows of one."""
+    monkeypatch.delattr(megatron_tst, "_C", raising=False)
+    monkeypatch.delitem(sys.modules, "megatron_tst._C", raising=False)
+    monkeypatch.setattr(megatron_tst, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [importlib.machinery.PathFinder])
+    assert extension.load.__wrapped__().description.startswith("not built. ")
 
 
 def test_an_extension_that_cannot_be_loaded_is_named(monkeypatch):

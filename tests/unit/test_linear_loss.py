@@ -22,9 +22,9 @@ def clean(megatron):
 @pytest.fixture(autouse=True)
 def small_chunks(megatron, monkeypatch):
     """Several chunks, the last one shorter."""
-    from megatron_tst.ops import linear_loss
+    from megatron_tst.ops import chunks
 
-    monkeypatch.setitem(linear_loss._CHUNK_BYTES, "cpu", 5 * V * 4)
+    monkeypatch.setitem(chunks.LINEAR_LOSS, "cpu", 5 * V * 4)
 
 
 def loss_and_grads(model, arguments):
@@ -142,12 +142,12 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.model_parallel_config import ModelParallelConfig
 
-    from megatron_tst.ops import linear_loss
+    from megatron_tst.ops import chunks, linear_loss
 
     size, rank = dist.get_world_size(), dist.get_rank()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    linear_loss._CHUNK_BYTES["cpu"] = 5 * V // size * 4
+    chunks.LINEAR_LOSS["cpu"] = 5 * V // size * 4
     layer = tensor_parallel.ColumnParallelLinear(
         32,
         V,

@@ -1,18 +1,20 @@
-"""tools/plan.py: its arithmetic against hand computations, Megatron's own functions and
+"""`megatron-tst plan`: its arithmetic against hand computations, Megatron's own functions and
 benchmarks; what speaks against a run.
 """
 
 import csv
 import re
 
-import plan_flags
-import plan_screen
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst.planning import arithmetic, paper
+from megatron_tst import model_size
+from megatron_tst.cli import plan_screen
+from megatron_tst.ops import chunks
+from megatron_tst.planning import arithmetic, paper, recipes
+from megatron_tst.planning import flags as plan_flags
 from megatron_tst.schedule import Schedule
 
 # ---- the paper's runs
@@ -77,6 +79,20 @@ def test_the_papers_dense_runs(preset, steps, hours, loss, baseline, speed_up):
     assert found["paper"]["run"] == {"loss": loss, "baseline_loss": baseline, "b200_hours": hours}
     equal = found["equal_loss"]
     assert equal["measured"] == (speed_up is not None) and equal["speed_up"] == pytest.approx(1.8)
+
+
+def test_a_recipe_is_the_run_of_the_papers_table():
+    """Steps, bags and positions of each recipe against table 1; one name a model."""
+    assert list(recipes.RECIPES) == list(paper.PARAMETERS) == list(paper.GPUS)
+    for name, recipe in recipes.RECIPES.items():
+        settings = (
+            recipe.steps,
+            recipe.tst_steps(recipe.steps),
+            recipe.bag_size,
+            recipe.batch_tokens,
+        )
+        runs = [run for run in paper.runs() if run.model == name]
+        assert settings in [(run.steps, run.tst_steps, run.s, run.batch) for run in runs]
 
 
 def test_what_is_not_the_papers_run_is_not_called_measured():
@@ -257,6 +273,19 @@ def test_flops_are_megatrons(argv):
     )
 
 
+def test_flops_by_the_rule_of_thumb_by_hand():
+    tied, _ = plan_flags.read([*SMALL])
+    layers = 4 * (4 * 512**2 + 2 * 512 + 3 * 512 * 1344)
+    every, table = layers + 512 + 512 * 50048, 512 * 50048
+    assert model_size.parameters(tied) == (every, every)
+    assert model_size.flops_6nd(every, tied) == 6 * every * 64 * 1024
+    untied, _ = plan_flags.read([*EXPERTS, "--untie-embeddings-and-output-weights"])
+    untied.mtp_num_layers = 2
+    every, active = model_size.parameters(untied)
+    assert every - active == 4 * 6 * 3 * 512 * 256 == model_size.idle_parameters(untied)
+    assert model_size.flops_6nd(every, untied) == 6 * (active + table) * 64 * 1024  # - 1 + 2 tables
+
+
 def test_cost_by_hand():
     cost = planned(*SMALL, "--mfu", "0.4", "--gpus", "16", "--tst-bag-size", "4")["cost"]
     ffn = 1344  # 4 * 512 * 2 / 3, to the multiple of 64 below
@@ -278,8 +307,6 @@ def test_loss_memory_is_what_was_measured():
     """Peak beyond the logits over their size, in the benchmark's rows: those of the plan are
     the same numbers.
     """
-    from megatron_tst.ops import linear_loss, torch_kernel
-
     with open(ROOT / "benchmarks/data/multi_hot_ce.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["dtype"] == "bf16"]
     seen = set()
@@ -295,10 +322,10 @@ def test_loss_memory_is_what_was_measured():
             expected = 1 + float(row["extra_mb"]) / float(row["logits_mb"])
             assert ours[row["variant"]] / memory["logits"] == pytest.approx(expected, abs=0.05), row
     assert len(seen) >= 9
-    assert (arithmetic._FUSED_CHUNK, arithmetic._TORCH_CHUNK) == (
-        linear_loss._CHUNK_BYTES["cuda"],
-        torch_kernel._CHUNK_BYTES["cuda"],
-    )
+    large = planned(*SMALL, "--micro-batch-size", "64", "--gpus", "1")["loss_memory"]
+    assert large["logits"] > 512 << 20 and large["superposition"]["fused"] == 512 << 20
+    assert large["superposition"]["torch"] - large["logits"] == 2 * (256 << 20)
+    assert (chunks.LINEAR_LOSS["cuda"], chunks.TORCH_KERNEL["cuda"]) == (512 << 20, 256 << 20)
     memory = planned(
         *SMALL,
         "--micro-batch-size",

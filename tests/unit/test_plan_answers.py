@@ -1,5 +1,5 @@
-"""tools/plan.py: answers to impossible layouts and senseless values, the flags that it prints, a
-dataset of the user's, keys.
+"""`megatron-tst plan`: answers to impossible layouts and senseless values, the flags that it
+prints, a dataset of the user's, keys.
 """
 
 import json
@@ -7,19 +7,17 @@ import math
 import subprocess
 import sys
 
-import dry_run
-import plan as tool
-import plan_flags
-import plan_screen
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst.checks import layout
+from megatron_tst.checks import dry_run, layout
+from megatron_tst.cli import plan_screen
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
-from megatron_tst.planning import paper
+from megatron_tst.planning import flags as plan_flags
+from megatron_tst.planning import plan, recipes
 
 # ---- layouts
 
@@ -282,7 +280,7 @@ def test_a_senseless_value(capsys, flags, message):
     code, text = screen_of(capsys, *SMALL, *flags)
     assert (
         code == 2
-        and text.startswith("plan: ")
+        and text.startswith("megatron-tst plan: error: ")
         and message.lower() in text.lower()
         and len(text.splitlines()) == 1
     )
@@ -351,8 +349,8 @@ def test_never_a_traceback(flags):
 @pytest.mark.parametrize(
     "argv",
     [
-        *(["--preset", name] for name in paper.PARAMETERS),
-        *(["--preset", name, "--gpu", "h100"] for name in paper.PARAMETERS),
+        *(["--preset", name] for name in recipes.RECIPES),
+        *(["--preset", name, "--gpu", "h100"] for name in recipes.RECIPES),
         [
             "--preset",
             "3b",
@@ -497,12 +495,12 @@ def test_a_dataset_is_counted_and_read(corpus, capsys):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     count = sum(len(document) for document in IndexedDataset(str(corpus)))
-    measured = tool.measure([str(corpus)], 64, seconds=0.05)
+    measured = plan.measure([str(corpus)], 64, seconds=0.05)
     assert measured["tokens"] == measured["counted"] == count and measured["tokens_a_second"] > 1e4
     assert measured["mb_a_second"] == pytest.approx(
         measured["tokens_a_second"] * 2 / 1e6
     )  # 512 ids: two bytes each
-    assert tool.measure(["3", str(corpus), "1", str(corpus)], 64, seconds=0.01)["tokens"] == int(
+    assert plan.measure(["3", str(corpus), "1", str(corpus)], 64, seconds=0.01)["tokens"] == int(
         count * 4 / 3
     )  # until the first is used up
     code, text = screen_of(capsys, *SMALL, "--data-path", str(corpus))
@@ -561,29 +559,62 @@ def test_the_keys():
     assert all(math.isfinite(x) for x in found["cost"].values() if isinstance(x, float))
 
 
-def test_no_torch_and_the_json_of_the_script():
+def test_no_torch_and_the_json_of_the_verb():
     code = (
-        "import sys; sys.argv[0] = 'plan'; sys.path.insert(0, 'tools'); import plan; "
-        "plan.main(['--preset', '3b', '--json']); sys.exit('torch' in sys.modules or 'megatron' in "
-        "sys.modules)"
+        "import sys; from megatron_tst.cli import main; main(['plan', *sys.argv[1:]]); "
+        "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    asked = [["--preset", "3b", "--json"], ["--preset", "3b", "--print", "STEPS=100"]]
+    plan_, printed = (
+        subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        for argv in asked
     )
-    assert json.loads(done.stdout)["run"]["steps"] == 20000 and not done.stderr
+    assert plan_.returncode == printed.returncode == 0 and not plan_.stderr + printed.stderr
+    assert json.loads(plan_.stdout)["run"]["steps"] == 20000
+    assert "--train-iters 100 " in printed.stdout and "--tst-iters 30" in printed.stdout
+
+
+def test_the_door_in_tools_and_a_reader_that_leaves():
     script = subprocess.run(
         [sys.executable, ROOT / "tools/plan.py", "--preset", "3b", "--gpus", "7"],
         capture_output=True,
         text=True,
     )
     piped = subprocess.run(
-        ["bash", "-c", '"$0" tools/plan.py --preset 3b | head -1', sys.executable],
+        ["bash", "-c", '"$0" -m megatron_tst plan --preset 3b | head -1', sys.executable],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert "3b: 3.34B parameters" in piped.stdout and not piped.stderr
     assert script.returncode == 2 and "FAULT" in script.stdout and "Traceback" not in script.stderr
+
+
+def test_help_is_one_screen(capsys):
+    with pytest.raises(SystemExit):
+        screen_of(capsys, "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--print"], "--print: expected --preset, and nothing else, beside it, got none."),
+        (
+            ["--preset", "3b", "--gpu", "h100", "--print"],
+            "--print: expected --preset, and nothing else, beside it, got --gpu.",
+        ),
+        (["--preset", "3b", "--print", "STEPS"], "--print: expected variables as STEPS=100"),
+        (["--preset", "3b", "--print", "SPEED=1"], "MICRO_BATCH, PRECISION, TP, PP, CP, EP, got"),
+        (["--preset", "3b", "--print", "STEPS=1e4"], "STEPS: expected a whole number above 0"),
+        (["--preset", "3b", "--print", "TP=0"], "TP: expected a whole number above 0, got '0'."),
+        (["--preset", "3b", "--print", "GPU=a100"], "GPU: expected h100 or h200 or b200, got a100"),
+    ],
+)
+def test_a_recipe_that_cannot_be_printed(capsys, argv, message):
+    code, text = screen_of(capsys, *argv)
+    assert code == 2 and message in text and len(text.splitlines()) == 1
 
 
 def test_precision_is_asked_of_a_layout_that_divides(monkeypatch):

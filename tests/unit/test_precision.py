@@ -4,13 +4,13 @@ import argparse
 import copy
 import warnings
 
-import doctor
 import pytest
 
 from megatron_tst.checks import refusals
-from megatron_tst.checks.precision import check_precision, recipe_of, recipes, tokens_of_a_rank
+from megatron_tst.checks.precision import check_precision, recipe_of, tokens_of_a_rank
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
+from megatron_tst.hardware import recipes
 
 TST = TSTConfig(bag_size=4, step_ratio=0.3)
 H100, B200 = ((9, 0), "13.0"), ((10, 0), "13.0")
@@ -235,11 +235,10 @@ def test_what_fits_says_nothing(gpu, changes):
     [TST, TSTConfig(bag_size=4, step_ratio=0.3, fused_linear_loss=True)],
     ids=["", "fused linear"],
 )
-def test_gathering_parameters_in_fp8_passes_through(monkeypatch, config):
+def test_gathering_parameters_in_fp8_passes_through(config):
     """The weights that gather in FP8 and the buffers they reuse are Transformer Engine's linear
     layers', not the embedding or output layer.
     """
-    monkeypatch.setattr(refusals, "_gpu", lambda: B200)
     args = arguments(
         fp8_recipe="mxfp8",
         fp8_param_gather=True,
@@ -250,7 +249,7 @@ def test_gathering_parameters_in_fp8_passes_through(monkeypatch, config):
     )
     before = copy.copy(args)
     with warnings.catch_warnings(action="error"):
-        refusals.check_arguments(config, args)
+        refusals.check_arguments(config, args, lambda: B200)
     assert args == before
 
 
@@ -270,7 +269,18 @@ def test_recipe_and_tokens():
     assert tokens_of_a_rank(arguments(micro_batch_size=3, context_parallel_size=2, **SP2)) == 1536
 
 
-@pytest.mark.parametrize("cuda", ["12.8", "12.9", "13.0"])
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
-def test_the_doctor_says_the_same(capability, cuda):
-    assert doctor.recipes(list(capability), cuda) == recipes(capability, cuda)
+@pytest.mark.parametrize(
+    "capability, cuda, runs",
+    [
+        ((8, 0), "13.0", ""),
+        ((8, 9), "13.0", "delayed tensorwise"),
+        ((9, 0), None, "delayed tensorwise"),
+        ((9, 0), "12.8", "delayed tensorwise"),
+        ((9, 0), "12.9", "delayed tensorwise blockwise"),
+        ([10, 0], "13.0", "delayed tensorwise blockwise mxfp8 nvfp4"),
+        ((10, 3), "13.0", "delayed tensorwise blockwise mxfp8 nvfp4"),
+        ((12, 0), "12.9", "delayed tensorwise blockwise nvfp4"),
+    ],
+)
+def test_which_recipes_run_where(capability, cuda, runs):
+    assert recipes(capability, cuda) == runs.split()

@@ -1,20 +1,21 @@
-"""The flags of tools/plan.py: read into Megatron's arguments, and given back for Megatron."""
+"""The flags of a plan: read into Megatron's arguments, and given back for Megatron. No torch, but
+for --hf-config.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
 import shlex
-import subprocess
 from pathlib import Path
 
 from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.errors import TSTError, refuse
-from megatron_tst.planning import arithmetic, paper
+from megatron_tst.hardware import GPUS
+from megatron_tst.model_size import LLAMA_3_VOCABULARY
+from megatron_tst.planning import arithmetic, paper, recipes
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LARGEST = 10**12
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MODEL = (
@@ -44,11 +45,6 @@ _SHAPE = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise TSTError(message)  # one line, not a screen of usage
-
-
 def whole(text: str) -> int:
     try:
         number = int(text.replace("_", ""))
@@ -75,54 +71,58 @@ def positive(text: str) -> float:
     return number
 
 
-def parser(about: str = "") -> Parser:
-    p = Parser(
-        prog="plan.py",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Give a parser the flags of a plan; of Megatron's and TST's own --help says names alone."""
     group = p.add_argument_group("what to plan")
     group.add_argument(
         "--preset",
-        choices=paper.PARAMETERS,
-        help="a run of the paper, as its launch script in examples/ has it; further flags change "
-        "it",
+        choices=recipes.RECIPES,
+        metavar="NAME",
+        help=f"a run of the paper: {', '.join(recipes.RECIPES)}",
     )
     group.add_argument(
         "--hf-config",
         metavar="FILE",
-        help="shape from a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE",
+        help="or the shape of a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE",
     )
     group.add_argument(
         "--tokens",
         type=positive,
-        help="raw tokens that you have, as 105B or 1.5T; with --data-path counted",
+        metavar="N",
+        help="raw tokens that you have, as 105B or 1.5T",
     )
     group.add_argument(
         "--data-path",
         nargs="+",
-        metavar="PREFIX",
-        help="your Megatron dataset, as for training: counted, and its reading measured for a "
-        "second",
-    )
-    group.add_argument("--gpus", type=whole, help="number of GPUs (default: the paper's, else 8)")
-    group.add_argument(
-        "--gpu", choices=arithmetic.GPUS, help="kind (default: b200 with --preset, else h100)"
+        metavar=("PREFIX", "..."),
+        help="or count them in Megatron's dataset, and time its reading for a second",
     )
     group.add_argument(
-        "--mfu", type=positive, help="share of the dense bf16 peak that your steps reach, in (0, 1]"
+        "--gpus", type=whole, metavar="N", help="GPUs (default: the paper's, else 8)"
+    )
+    group.add_argument(
+        "--gpu",
+        choices=GPUS,
+        metavar="KIND",
+        help=f"their kind: {', '.join(GPUS)} (default: b200 with --preset, else h100)",
+    )
+    group.add_argument(
+        "--mfu",
+        type=positive,
+        metavar="X",
+        help="share of the dense bf16 peak that your steps reach, in (0, 1]",
     )
     group.add_argument(
         "--tflops",
         type=positive,
-        help="instead: TFLOP/s a GPU, as Megatron's --log-throughput prints it",
+        metavar="X",
+        help="or TFLOP/s a GPU, as Megatron's --log-throughput prints it",
     )
     group.add_argument(
         "--sweep", action="store_true", help="text and the paper's loss for a grid over s and r"
     )
     group.add_argument("--json", action="store_true", help="one JSON object in place of the screen")
-    group = p.add_argument_group("Megatron's")
+    theirs = p.add_argument_group("Megatron's")
     for name in (
         *_SHAPE,
         "ffn_hidden_size",
@@ -137,15 +137,15 @@ def parser(about: str = "") -> Parser:
         "lr_decay_iters",
         "lr_wsd_decay_iters",
     ):
-        group.add_argument(f"--{name.replace('_', '-')}", type=whole)
+        theirs.add_argument(f"--{name.replace('_', '-')}", type=whole)
     for name in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "context_parallel_size",
         "expert_model_parallel_size",
     ):
-        group.add_argument(f"--{name.replace('_', '-')}", type=whole, default=1)
-    group.add_argument("--make-vocab-size-divisible-by", type=whole, default=128)
+        theirs.add_argument(f"--{name.replace('_', '-')}", type=whole, default=1)
+    theirs.add_argument("--make-vocab-size-divisible-by", type=whole, default=128)
     for name in (
         "swiglu",
         "group_query_attention",
@@ -153,56 +153,53 @@ def parser(about: str = "") -> Parser:
         "qk_layernorm",
         "sequence_parallel",
     ):
-        group.add_argument(f"--{name.replace('_', '-')}", action="store_true")
-    group.add_argument("--fp8-format", dest="fp8", choices=("e4m3", "hybrid"))
-    group.add_argument(
+        theirs.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+    theirs.add_argument("--fp8-format", dest="fp8", choices=("e4m3", "hybrid"))
+    theirs.add_argument(
         "--fp8-recipe", choices=("delayed", "tensorwise", "blockwise", "mxfp8"), default="delayed"
     )
-    group.add_argument("--fp4-format", dest="fp4", choices=("e2m1",))
+    theirs.add_argument("--fp4-format", dest="fp4", choices=("e2m1",))
+    own = len(p._actions)
     add_tst_arguments(p).set_defaults(tst_bag_size=None)
+    for action in [*theirs._group_actions, *p._actions[own:]]:
+        action.help = argparse.SUPPRESS  # sixty lines that Megatron's --help has too
     return p
 
 
-def recipe(name: str, gpu: str) -> tuple[list[str], list[str]]:
-    """Flags of a recipe but for its data, logs and checkpoints: (those of TST, the others)."""
-    script = EXAMPLES / f"{name.replace('-', '_')}.sh"
-    environment = {
-        "PATH": os.environ.get("PATH", os.defpath),
-        "DRY_RUN": "print",
-        "GPU": "b200" if gpu == "b200" else "h100",
-        "GPUS_PER_NODE": "8",
-    }
-    try:
-        done = subprocess.run(
-            ["bash", str(script)], capture_output=True, text=True, env=environment, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        refuse(
-            "--preset", f"bash to print the command of {script}", error, "Give the shape by flags."
-        )
-    _, model, training, tst, _data, layout_, precision, _run = (
-        shlex.split(group) for group in done.stdout.split("\\\n")
-    )
-    return tst, [*model, *training, *layout_, *precision]
+class _Flags(argparse.ArgumentParser):
+    def error(self, message):
+        raise TSTError(message)
 
 
-def read(argv: list[str], about: str = "") -> tuple[argparse.Namespace, list[str]]:
+def parser() -> argparse.ArgumentParser:
+    """Of the flags alone; a mistake is a TSTError."""
+    return add_arguments(_Flags(allow_abbrev=False))
+
+
+def read(
+    argv: list[str], p: argparse.ArgumentParser | None = None
+) -> tuple[argparse.Namespace, list[str]]:
     """The run that the flags describe, completed, and the flags of its preset or config.json.
+
+    Args:
+        argv: the command line.
+        p: the parser of a verb, after add_arguments; none: of the flags alone.
 
     Raises:
         TSTError: a value that makes no sense, or one that is missing.
     """
-    p, base, namespace = parser(about), [], argparse.Namespace()
+    p, base, namespace = p or parser(), [], argparse.Namespace()
     given = p.parse_args(argv)
     if given.preset and given.hf_config:
         refuse("--preset and --hf-config", "one of the two", "both", "Leave one out.")
     if given.preset:
-        tst, base = recipe(given.preset, given.gpu or "b200")
-        namespace, _ = p.parse_known_args([*tst, *base])
-        namespace.vocab_size, ratio = (
-            128256,
-            namespace.tst_iters / namespace.train_iters,
-        )  # Llama 3's, as the recipe's tokenizer
+        groups = recipes.groups(given.preset, {"GPU": given.gpu or "b200"})
+        base = [
+            flag for name in ("model", "training", "parallel", "precision") for flag in groups[name]
+        ]
+        namespace, _ = p.parse_known_args([*groups["tst"], *base])
+        namespace.vocab_size = LLAMA_3_VOCABULARY
+        ratio = namespace.tst_iters / namespace.train_iters
         namespace.tst_iters, namespace.tst_step_ratio = (
             None,
             None if given.tst_iters is not None else ratio,
@@ -270,7 +267,6 @@ def read(argv: list[str], about: str = "") -> tuple[argparse.Namespace, list[str
 
 
 def _of_hugging_face(file: Path) -> list[str]:
-    from megatron_tst.errors import TSTError
     from megatron_tst.export import import_hf
 
     try:
@@ -324,6 +320,7 @@ def paste(
         "tflops",
         "sweep",
         "json",
+        "print",
         "vocab_size",
     ]
     for needed, names in (

@@ -1,4 +1,4 @@
-"""What tools/plan.py prints."""
+"""What `megatron-tst plan` prints."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def _loader(plan):
     loader = plan["loader"]
     needed = (
         f"{tokens(loader['tokens_a_second'])} tokens/s, {loader['mb_a_second']:,.1f} MB/s in "
-        f"superposition, {loader['times_baseline']:g} times the baseline's; over {loader['readers']} "
-        f"data-parallel readers"
+        f"superposition, {loader['times_baseline']:g} times the baseline's; over "
+        f"{loader['readers']} data-parallel readers"
     )
     if not (measured := loader["measured"]):
         return "data loader", needed

@@ -1,0 +1,1 @@
+"""What is installed, and whether training would start. Needs nothing but Python."""
