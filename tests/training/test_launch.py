@@ -29,6 +29,22 @@ def test_plain_script_trains_both_phases_as_our_own_does(fork_server, corpus, pl
     assert got.losses == want.losses and got.validation == want.validation
 
 
+def test_remove_puts_the_scripts_own_function_back(fork_server, corpus, plain, tmp_path):
+    script = tmp_path / "removes.py"
+    after = """
+    import megatron_tst
+    from megatron.core import utils
+
+    ours = get_batch_on_this_tp_rank
+    megatron_tst.remove()
+    print("replaced", ours is not utils.get_batch_on_this_tp_rank)
+    print("restored", get_batch_on_this_tp_rank is utils.get_batch_on_this_tp_rank)
+"""
+    script.write_text(plain.read_text() + after)
+    run = fork_server.launch(script, *TINY, *TST, *data(corpus))
+    assert run.ok and "replaced True" in run.log and "restored True" in run.log, run.log[-3000:]
+
+
 def test_without_flags_the_script_is_stock(fork_server, corpus, plain):
     got = fork_server.launch(plain, *TINY, *data(corpus))
     assert got.ok and "[tst]" not in got.log and len(got.stock_losses) == 10, got.log[-3000:]
