@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_tst import compat
+from megatron_tst import compat, cpu
 from megatron_tst.checkpoint.atomic import flush, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.tensors import Tensors
@@ -155,12 +155,9 @@ def quantize(
 def _device(recipe, device) -> str:
     if recipe not in RECIPES:
         refuse("--recipe", " or ".join(RECIPES), recipe, "Give one of them.")
-    if getattr(
-        torch, "_megatron_tst_cpu", False
-    ):  # their replaced functions break other people's models
-        refuse(
-            "quantize", "a process without MEGATRON_TST_CPU's shims", "one with them", "Unset it."
-        )
+    if cpu.enabled():  # the replaced functions break other people's models
+        expected = f"a process without {cpu.SWITCH}'s shims"
+        refuse("quantize", expected, "one with them", "Unset it.")
     gpu = torch.cuda.is_available()
     device = device or ("cuda" if gpu else "cpu")
     if not gpu and (device != "cpu" or recipe in NEEDS_GPU):
