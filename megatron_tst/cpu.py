@@ -135,11 +135,13 @@ def _after_megatron(torch) -> None:
         return wait(self, *args, **kwargs)
 
     dispatcher._maybe_dtoh_and_synchronize = wait_for_nothing
+
     # ... and moves split sizes to the host only from CUDA (token_dispatcher.py:927,
     # moe_utils.py:1184)
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-    )
+    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
     # torch's norm refuses sequence parallelism (torch_norm.py:50): build it, and mark its weights
     # as the other norms mark theirs, so that finalize_model_grads sums their gradients over the
     # tensor-parallel ranks

@@ -19,7 +19,7 @@ class TSTError(ValueError):
 
 
 class PatchError(RuntimeError):
-    """A seam is missing, has changed, or was replaced by somebody else; nothing is left half done."""
+    """A seam is missing, has changed, or was replaced by somebody else; all is left as it was."""
 
 
 def refuse(what: object, expected: object, got: object, do: str) -> NoReturn:

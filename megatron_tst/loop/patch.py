@@ -1,11 +1,11 @@
 """apply, remove, status: the only file that assigns into megatron.* (cpu.py apart, which is for
 machines without a GPU).
 
-    2 functions in the model            VocabParallelEmbedding.forward       3-D ids: mean of the bag
-                                        compute_language_model_loss          3-D labels: bag loss
-    2 for multi-token prediction        roll_tensor, acceptance counts       3-D: bag by bag
-    2 for --tst-fused-linear-loss       GPTModel.forward, HybridModel.forward
-    10 in megatron.training's loop      run.py and entry.py make them
+    2 functions in the model           VocabParallelEmbedding.forward     3-D ids: the bag's mean
+                                       compute_language_model_loss        3-D labels: the bag loss
+    2 for multi-token prediction       roll_tensor, acceptance counts     3-D: bag by bag
+    2 for --tst-fused-linear-loss      GPTModel.forward, HybridModel.forward
+    10 in megatron.training's loop     run.py and entry.py make them
 
 Two class methods carry TST. Which phase it is, only the shape of the batch says: with 2-D ids and
 labels they call the stock method. So validation, inference, the recovery phase and other models in
