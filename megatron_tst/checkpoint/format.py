@@ -2,9 +2,12 @@
 
 A checkpoint folder (iter_0000100) holds
     metadata.json         {"sharded_backend": "torch_dist", ...}
-    .metadata             a pickled torch.distributed.checkpoint Metadata: names, shapes, and where each item's bytes lie
-    __<rank>_<n>.distcp   the items one after the other, each a torch.save of one tensor (a shard) or object
-    common.pt             Megatron-Core <= 0.18: arguments, iteration, scheduler; from 0.19 on the object `common_state` instead
+    .metadata             a pickled torch.distributed.checkpoint Metadata: names, shapes, and where
+                          each item's bytes lie
+    __<rank>_<n>.distcp   the items one after the other, each a torch.save of one tensor (a shard)
+                          or object
+    common.pt             Megatron-Core <= 0.18: arguments, iteration, scheduler; from 0.19 on the
+                          object `common_state` instead
 
 Nothing is unpickled but tensors, plain containers, torch's own metadata classes and the
 enumerations in Megatron's arguments.
@@ -26,6 +29,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -53,6 +57,7 @@ class Item:
 
     @property
     def name(self) -> str:
+        """Of the tensor or object, as Megatron's state has it."""
         return self.index.fqn
 
 
@@ -83,18 +88,12 @@ class Checkpoint:
             about = json.loads((self.path / "metadata.json").read_text())
         except (OSError, ValueError) as error:
             about = error
-        if not isinstance(about, dict) or about.get("sharded_backend") != "torch_dist":
-            got = (
-                about.get("sharded_backend")
-                if isinstance(about, dict)
-                else f"{type(about).__name__}: {about}"
-            )
-            refuse(
-                self.path,
-                "a torch_dist checkpoint (metadata.json says so)",
-                got,
-                "Save with --ckpt-format torch_dist.",
-            )
+        got = f"{type(about).__name__}: {about}"
+        if isinstance(about, dict):
+            got = about.get("sharded_backend")
+        if got != "torch_dist":
+            expected = "a torch_dist checkpoint (metadata.json says so)"
+            refuse(self.path, expected, got, "Save with --ckpt-format torch_dist.")
         try:
             with open(self.path / ".metadata", "rb") as file:
                 metadata = _MetadataUnpickler(file).load()
@@ -111,12 +110,8 @@ class Checkpoint:
             if getattr(info, "transform_descriptors", None)
         ]
         if compressed:
-            refuse(
-                self.path,
-                "plain items",
-                f"compressed ones ({compressed[0]})",
-                "Save it without compression.",
-            )
+            got = f"compressed ones ({compressed[0]})"
+            refuse(self.path, "plain items", got, "Save it without compression.")
         return metadata
 
     def _check_files(self):
@@ -130,36 +125,24 @@ class Checkpoint:
                 wrong.append(f"{name} is missing")
             elif path.stat().st_size < size:
                 wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
-        if (
-            COMMON not in {name.split("/")[0] for name in self.metadata.state_dict_metadata}
-            and not (self.path / "common.pt").is_file()
-        ):
+        objects = {name.split("/")[0] for name in self.metadata.state_dict_metadata}
+        if COMMON not in objects and not (self.path / "common.pt").is_file():
             wrong.append("common.pt is missing")
         if wrong:
-            refuse(
-                self.path,
-                "every file that its metadata names",
-                "; ".join(wrong),
-                "Copy it again or use another iteration.",
-            )
+            do = "Copy it again or use another iteration."
+            refuse(self.path, "every file that its metadata names", "; ".join(wrong), do)
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Name -> shape and type of every tensor, model and optimizer."""
-        return {
-            k: v
-            for k, v in self.metadata.state_dict_metadata.items()
-            if isinstance(v, TensorStorageMetadata)
-        }
+        entries = self.metadata.state_dict_metadata.items()
+        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     @cached_property
     def objects(self) -> list[str]:
         """Names of what is no tensor."""
-        return [
-            k
-            for k, v in self.metadata.state_dict_metadata.items()
-            if isinstance(v, BytesStorageMetadata)
-        ]
+        entries = self.metadata.state_dict_metadata.items()
+        return [name for name, entry in entries if isinstance(entry, BytesStorageMetadata)]
 
     @property
     def common_item(self) -> Item | None:
@@ -171,14 +154,17 @@ class Checkpoint:
         """Arguments, iteration, scheduler and the optimizer's scalars."""
         if self.common_item is None:
             return load_trusted(self.path / "common.pt")
-        (common,) = load_trusted(
-            io.BytesIO(self.read(self.common_item)), self.path / COMMON
-        )  # objects are stored in lists of one
+        # objects are stored in lists of one
+        (common,) = load_trusted(io.BytesIO(self.read(self.common_item)), self.path / COMMON)
         return common
 
     @property
     def args(self) -> argparse.Namespace:
-        """Megatron's arguments at the time of the save."""
+        """Megatron's arguments at the time of the save.
+
+        Raises:
+            TSTError: there are none.
+        """
         args = self.common.get("args")
         if not isinstance(args, argparse.Namespace):
             refuse(
@@ -190,14 +176,16 @@ class Checkpoint:
         return args
 
     def read(self, item: Item) -> bytes:
-        """The bytes of an item, checked against the checksums in them."""
+        """The bytes of an item, checked against the checksums in them. TSTError where they are
+        damaged.
+        """
         with self.window(item) as window:
             _check(window, self.path / item.file, item)
             window.seek(0)
             return window.read()
 
     def tensor(self, item: Item) -> torch.Tensor:
-        """The shard that an item holds."""
+        """The shard that an item holds, on CPU, in the dtype in which it was saved."""
         return torch.load(io.BytesIO(self.read(item)), map_location="cpu", weights_only=True)
 
     def blocks(self, item: Item, check: bool = True) -> Iterator[bytes]:
@@ -209,12 +197,17 @@ class Checkpoint:
             while block := window.read(_BLOCK):
                 yield block
 
-    def window(self, item: Item) -> _Window:
+    def window(self, item: Item) -> io.RawIOBase:
+        """The bytes of an item as a file of their own, unchecked; to be closed."""
         return _Window(self.path / item.file, item.offset, item.length)
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of the iteration that `path`, such a folder or the parent of several, stands for."""
+    """The folder of the iteration that `path` stands for: such a folder, or the parent of several.
+
+    Raises:
+        TSTError: no such folder, or the tracker file names one that is not there.
+    """
     if (path / "metadata.json").is_file():
         return path
     tracker = path / TRACKER
@@ -284,9 +277,8 @@ class _Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset, whence=os.SEEK_SET):
-        self._at = (
-            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        )
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = start + offset
         return self._at
 
     def readinto(self, buffer):
@@ -332,19 +324,20 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
-        known = module in self._MODULES and "." not in name
-        if (
-            known
-            or (module, name) in self._NAMES
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        ):
+        of_metadata = module in self._MODULES and "." not in name
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if of_metadata or dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
 
 
-def load_trusted(file, name: object = None) -> object:
-    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's;
-    nothing else is unpickled.
+def load_trusted(file: Path | BinaryIO, name: object = None) -> object:
+    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's.
+    Nothing else is unpickled.
+
+    Args:
+        file: a path or an open file.
+        name: for messages; None: the file.
 
     Raises:
         TSTError: something else is in it, by its name, or it cannot be read.

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from megatron_tst.errors import TSTError
 
@@ -18,11 +19,16 @@ class Parser(argparse.ArgumentParser):
         about: the module's docstring.
     """
 
-    def __init__(self, prog: str, about: str | None, **more):
+    def __init__(self, prog: str, about: str | None, **more: object):
         more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(prog=prog, description=about, **more)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for a mistake.
+
+        Raises:
+            TSTError: always.
+        """
         raise TSTError(f"{message}. `{self.prog} --help` says more.")
 
 

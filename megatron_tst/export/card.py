@@ -49,9 +49,7 @@ def model_card(
         f"values) of {arch.head_dim}"
     )
     experts = (
-        f", {arch.experts} experts of which {args.moe_router_topk} are active"
-        if arch.experts
-        else ""
+        f", {arch.experts} experts, {args.moe_router_topk} of them active" if arch.experts else ""
     )
     samples = getattr(args, "consumed_train_samples", 0)
     schedule, batch = stored(args), getattr(args, "global_batch_size", 1)
@@ -127,16 +125,20 @@ Pre-trained with {about} {_LOAD[library]}
 
 
 def evaluation() -> str:
-    """evaluate.md: the paper's zero-shot tasks with lm-evaluation-harness."""
+    """evaluate.md: the paper's zero-shot tasks (table 1) with lm-evaluation-harness."""
     return f"""# Evaluate
 
-The zero-shot tasks of the paper, with [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) (`pip install lm-eval`):
+The zero-shot tasks of the paper, with
+[lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)
+(`pip install lm-eval`):
 
 ```
-lm_eval --model hf --model_args pretrained=$(pwd) --tasks {",".join(TASKS)} --num_fewshot 0 --batch_size auto
+lm_eval --model hf --model_args pretrained=$(pwd) --num_fewshot 0 --batch_size auto \\
+    --tasks {",".join(TASKS)}
 ```
 
-On several GPUs: `accelerate launch -m lm_eval` and the same arguments. These commands were not run by the export.
+On several GPUs: `accelerate launch -m lm_eval` and the same arguments.
+These commands were not run by the export.
 """
 
 

@@ -14,6 +14,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -37,6 +38,7 @@ from megatron_tst.export.tokenizer import FILES
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer
 # spec asks for; log_all names what is missing.
 LOAD = ("--finetune", "--no-load-optim", "--no-load-rng", "--dist-ckpt-strictness", "log_all")
+_GATED = "gate", "up"
 _KINDS = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -115,9 +117,9 @@ def arguments(config: dict) -> argparse.Namespace:
             kind,
             "Other architectures are not imported.",
         )
-    rope = c("rope_parameters") or (c("rope_scaling") or {}) | {
-        "rope_theta": c("rope_theta", 10000.0)
-    }
+    rope = c("rope_parameters")
+    if not rope:  # before transformers 5
+        rope = (c("rope_scaling") or {}) | {"rope_theta": c("rope_theta", 10000.0)}
     for name, allowed in (
         ("hidden_act", ("silu",)),
         ("attention_bias", (False, None)),
@@ -134,10 +136,8 @@ def arguments(config: dict) -> argparse.Namespace:
                 "Megatron's GPTModel cannot be built so here.",
             )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaled = rope_type == "llama3" and (
-        rope["factor"],
-        rope["original_max_position_embeddings"],
-    ) == (8.0, 8192)
+    scaled = rope_type == "llama3" and rope["factor"] == 8.0
+    scaled = scaled and rope["original_max_position_embeddings"] == 8192
     if rope_type not in ("default", "linear") and not scaled:
         refuse(
             "config.json's rope",
@@ -145,11 +145,8 @@ def arguments(config: dict) -> argparse.Namespace:
             rope,
             "Megatron has these alone.",
         )
-    heads, layers, experts = (
-        config["num_attention_heads"],
-        config["num_hidden_layers"],
-        c("num_experts") or c("num_local_experts"),
-    )
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    experts = c("num_experts") or c("num_local_experts")
     dense = set(c("mlp_only_layers") or ())
     return argparse.Namespace(
         num_layers=layers,
@@ -196,7 +193,7 @@ def _whole(base):
 
 
 def flags(args: argparse.Namespace) -> list[str]:
-    """The flags of a Megatron run with this model."""
+    """The flags of a Megatron run with this model, a flag with its value each."""
     names = [
         "num_layers",
         "hidden_size",
@@ -213,23 +210,21 @@ def flags(args: argparse.Namespace) -> list[str]:
     on = ["swiglu", "group_query_attention"]
     if args.num_experts:
         names += ["num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff"]
-        names += ["moe_layer_freq"] * (
-            not all(args.moe_layer_freq)
-        )  # a list makes Megatron name each layer apart
+        if not all(args.moe_layer_freq):  # a list makes Megatron name each layer apart
+            names.append("moe_layer_freq")
     if args.rotary_seq_len_interpolation_factor:
         names.append("rotary_seq_len_interpolation_factor")
-    on += [
-        name
-        for name in ("untie_embeddings_and_output_weights", "qk_layernorm", "use_rope_scaling")
-        if getattr(args, name)
-    ]
-    on += ["moe_router_pre_softmax"] * bool(args.num_experts and args.moe_router_pre_softmax)
-    values = {name: str(getattr(args, name)).replace(" ", "") for name in names}
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()] + [
-        f"--{name.replace('_', '-')}" for name in on
-    ]
+    asked = "untie_embeddings_and_output_weights", "qk_layernorm", "use_rope_scaling"
+    on += [name for name in asked if getattr(args, name)]
+    if args.num_experts and args.moe_router_pre_softmax:
+        on.append("moe_router_pre_softmax")
+
+    def flag(name):
+        return f"--{name.replace('_', '-')}"
+
     return [
-        *given,
+        *(f"{flag(name)} {str(getattr(args, name)).replace(' ', '')}" for name in names),
+        *map(flag, on),
         f"--norm-epsilon {args.layernorm_epsilon:g}",
         "--disable-bias-linear",
         "--rotary-percent 1.0",
@@ -260,9 +255,9 @@ class _Safetensors:
         if not self.files:
             refuse(source, "safetensors files", "none", "Download the model again.")
         index = source / "model.safetensors.index.json"
-        named = (
-            set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-        )
+        named = set()
+        if index.is_file():
+            named = set(json.loads(index.read_text())["weight_map"].values())
         if missing := named - {path.name for path in self.files}:
             refuse(
                 source,
@@ -299,30 +294,36 @@ class _Safetensors:
         return tensor
 
 
+class Readable(Protocol):
+    """Hugging Face's tensors by name; of a folder, or made for a test or a benchmark."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, which must have this shape."""
+
+
 def items(
-    tensors, arch: Architecture, layer_spec: str
+    tensors: Readable, arch: Architecture, layer_spec: str
 ) -> Iterator[tuple[str, tuple, tuple, torch.Tensor]]:
-    """(name, whole shape, place, shard) of every tensor that Megatron stores; `tensors.read(name,
-    shape)` gives Hugging Face's.
+    """Every tensor that Megatron stores, made of Hugging Face's.
+
+    Layers of one kind are stored as one tensor [layers, ...], a shard [1, ...] a layer. Layers of
+    several kinds have a name each. Experts have one more dimension (checkpoint/tensors.py).
+
+    Yields:
+        (name, whole shape, place of the shard in it, shard).
     """
-    d, h, per, mixed = (
-        arch.head_dim,
-        arch.hidden,
-        arch.heads // arch.groups,
-        0 < len(arch.expert_layers) < arch.layers,
-    )
+    d, h, per = arch.head_dim, arch.hidden, arch.heads // arch.groups
+    mixed = 0 < len(arch.expert_layers) < arch.layers
 
     def of_layer(n, name, tensor, *expert):
-        count = (arch.experts,) * len(expert)
-        lead = () if mixed else (arch.layers,)
-        at = (*(() if mixed else (n,)), *expert)
-        name = f"decoder.layers.{n}.{name}" if mixed else f"decoder.layers.{name}"
-        return (
-            name,
-            (*lead, *count, *tensor.shape),
-            (*at, *(0,) * tensor.dim()),
-            tensor.reshape(*(1,) * len(at), *tensor.shape),
-        )
+        whole, place = (*tensor.shape,), (0,) * tensor.dim()
+        if expert:
+            whole, place = (arch.experts, *whole), (*expert, *place)
+        if not mixed:
+            whole, place = (arch.layers, *whole), (n, *place)
+        leading = len(whole) - tensor.dim()
+        shard = tensor.reshape(*(1,) * leading, *tensor.shape)
+        return f"decoder.layers.{f'{n}.' if mixed else ''}{name}", whole, place, shard
 
     def alone(name, tensor):
         return name, tuple(tensor.shape), (0,) * tensor.dim(), tensor
@@ -333,18 +334,12 @@ def items(
     )
     for n in range(arch.layers):
         a = f"model.layers.{n}."
-        q = tensors.read(a + "self_attn.q_proj.weight", (arch.heads * d, h)).view(
-            arch.groups, per * d, h
+        q, k, v = (
+            tensors.read(f"{a}self_attn.{x}_proj.weight", (rows * d, h)).view(arch.groups, -1, h)
+            for x, rows in zip("qkv", (arch.groups * per, arch.groups, arch.groups))
         )
-        k, v = (
-            tensors.read(f"{a}self_attn.{x}_proj.weight", (arch.groups * d, h)).view(
-                arch.groups, d, h
-            )
-            for x in "kv"
-        )
-        yield of_layer(
-            n, "self_attention.linear_qkv.weight", torch.cat([q, k, v], 1).reshape(-1, h)
-        )
+        qkv = torch.cat([q, k, v], 1).reshape(-1, h)
+        yield of_layer(n, "self_attention.linear_qkv.weight", qkv)
         yield of_layer(
             n,
             "self_attention.linear_qkv.layer_norm_weight",
@@ -365,21 +360,17 @@ def items(
         norm = EXPERT_NORM[layer_spec] if has else EXPERT_NORM["local"]
         yield of_layer(n, norm, tensors.read(a + "post_attention_layernorm.weight", (h,)))
         if has:
-            yield of_layer(
-                n, "mlp.router.weight", tensors.read(a + "mlp.gate.weight", (arch.experts, h))
-            )
+            router = tensors.read(a + "mlp.gate.weight", (arch.experts, h))
+            yield of_layer(n, "mlp.router.weight", router)
         width = arch.config["moe_intermediate_size"] if has else arch.config["intermediate_size"]
         for e in range(arch.experts) if has else (None,):
-            b, ours, at = (
-                (a + f"mlp.experts.{e}.", "mlp.experts.experts.", (e,))
-                if has
-                else (a + "mlp.", "mlp.", ())
-            )
-            gate, up = (tensors.read(f"{b}{x}_proj.weight", (width, h)) for x in ("gate", "up"))
+            theirs, ours, at = a + "mlp.", "mlp.", ()
+            if has:
+                theirs, ours, at = f"{theirs}experts.{e}.", "mlp.experts.experts.", (e,)
+            gate, up = (tensors.read(f"{theirs}{x}_proj.weight", (width, h)) for x in _GATED)
+            down = tensors.read(theirs + "down_proj.weight", (h, width))
             yield of_layer(n, ours + "linear_fc1.weight", torch.cat([gate, up]), *at)
-            yield of_layer(
-                n, ours + "linear_fc2.weight", tensors.read(b + "down_proj.weight", (h, width)), *at
-            )
+            yield of_layer(n, ours + "linear_fc2.weight", down, *at)
     yield alone("decoder.final_layernorm.weight", tensors.read("model.norm.weight", (h,)))
     if not arch.tied:
         yield alone("output_layer.weight", tensors.read("lm_head.weight", (arch.vocab, h)))
@@ -388,8 +379,13 @@ def items(
 def write_checkpoint(
     folder: Path, items: Iterable[tuple], args: argparse.Namespace, progress: Callable[[int], None]
 ) -> None:
-    """Write an iteration's folder of these items and arguments, one item in memory at a time;
-    progress gets the bytes done.
+    """Write an iteration's folder of these items and arguments, one item in memory at a time.
+
+    Args:
+        folder: the iteration's, empty.
+        items: (name, whole shape, place of the shard in it, shard).
+        args: Megatron's, to be stored.
+        progress: gets the bytes done.
     """
     state, storage, sums = {}, {}, {}
     common = {

@@ -1,8 +1,9 @@
 """A checkpoint -> a quantised Hugging Face folder, by NVIDIA's ModelOpt: post-training
 quantisation, calibrated on an indexed dataset.
 
-    fp8     weights and inputs of the linear layers (experts' too) in E4M3, one scale a tensor        any device
-    nvfp4   the same in E2M1, a scale in E4M3 for 16 values and one for the tensor                    an NVIDIA GPU
+    fp8     weights and inputs of the linear layers (experts' too) in E4M3, one scale a tensor;
+            on any device
+    nvfp4   the same in E2M1, a scale in E4M3 for 16 values and one for the tensor; on an NVIDIA GPU
 
 Embedding, output layer, norms and routers stay in bfloat16. Calibration reads the dataset from its
 start, perplexity is measured on its end, before and after.
@@ -23,15 +24,14 @@ import torch
 from megatron_tst import compat, cpu
 from megatron_tst.checkpoint.atomic import flush, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.checkpoint.inspect import OPTIMIZER
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import refuse
 from megatron_tst.export.hf import export, vocab_size_of
 from megatron_tst.export.tokenizer import tokenizer_of
 
 RECIPES = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}  # ModelOpt's names
-NEEDS_GPU = {
-    "nvfp4"
-}  # ModelOpt computes with E2M1 in CUDA alone; it calibrates and writes anywhere
+NEEDS_GPU = {"nvfp4"}  # ModelOpt computes with E2M1 in CUDA alone
 _BLOCK = 16  # values of one NVFP4 scale
 _TOKENS = 4096  # of one forward pass, at least one sample
 
@@ -88,11 +88,8 @@ def quantize(
     calibration, held_out = (
         torch.from_numpy(part) for part in _ends_of(data, samples, length, vocab)
     )
-    weights = sum(
-        math.prod(entry.size)
-        for name, entry in source.tensors.items()
-        if not name.startswith("optimizer.")
-    )
+    entries = source.tensors.items()
+    weights = sum(math.prod(e.size) for name, e in entries if not name.startswith(OPTIMIZER))
     passes = 0
 
     def batches(rows) -> Iterator[torch.Tensor]:
@@ -122,16 +119,13 @@ def quantize(
             _check_scales(model)
             after = _perplexity(model, batches(held_out), data)
             write_folder(model, export_dir=part)
-            written = json.loads(
-                (part / "config.json").read_text()
-            )  # transformers' words for what ours says, and ModelOpt's part
+            # transformers' words for what ours says, and ModelOpt's part
+            written = json.loads((part / "config.json").read_text())
             for file in plain.iterdir():
                 if not file.name.startswith("model"):
                     shutil.copyfile(file, part / file.name)
-            write_json(
-                part / "config.json",
-                config | {"quantization_config": written["quantization_config"]},
-            )
+            config["quantization_config"] = written["quantization_config"]
+            write_json(part / "config.json", config)
             about = {
                 "data": Path(data).name,
                 "samples": samples,
@@ -205,10 +199,8 @@ def _ends_of(prefix, samples, length, vocab) -> list[np.ndarray]:
     try:
         dataset = IndexedDataset(str(prefix))
         lengths = dataset.sequence_lengths
-        stored, size = (
-            os.path.getsize(f"{prefix}.bin"),
-            int(lengths.sum(dtype=np.int64)) * dataset.index.dtype_size,
-        )
+        size = int(lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
+        stored = os.path.getsize(f"{prefix}.bin")
     except Exception as error:  # asserts, struct and numpy errors
         refuse(
             f"{prefix}.idx",
@@ -310,13 +302,12 @@ def _check_scales(model):
 
 def _card(text, recipe, data, samples, length, before, after) -> str:
     """The model card of the export, with what was done to it; its table is its end."""
-    what = {"fp8": "FP8 (E4M3, a scale a tensor)", "nvfp4": "NVFP4 (E2M1, a scale for 16 values)"}[
-        recipe
-    ]
-    library, load = (
-        "library_name: transformers\n",
-        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`.",
-    )
+    what = {
+        "fp8": "FP8 (E4M3, a scale a tensor)",
+        "nvfp4": "NVFP4 (E2M1, a scale for 16 values)",
+    }[recipe]
+    library = "library_name: transformers\n"
+    load = "Load it with `transformers.AutoModelForCausalLM.from_pretrained`."
     assert library in text and load in text and text.rstrip().endswith("|")
     serve = (
         "Quantised by ModelOpt, for vLLM, TensorRT-LLM or SGLang. transformers loads it "
@@ -342,13 +333,10 @@ def _card(text, recipe, data, samples, length, before, after) -> str:
 
 def _evaluation(text) -> str:
     """The export's commands, by vLLM: transformers does not load ModelOpt's format."""
-    hf = "lm_eval --model hf "
-    assert hf in text
-    kept = [line for line in text.splitlines() if "accelerate" not in line]
-    return (
-        "\n".join(kept).replace(hf, "lm_eval --model vllm ").rstrip()
-        + "\n\nThis command was not run by the export.\n"
-    )
+    hf, rest = "lm_eval --model hf ", "On several GPUs"
+    assert hf in text and rest in text
+    command = text.partition(rest)[0].replace(hf, "lm_eval --model vllm ")
+    return command + "This command was not run by the export.\n"
 
 
 def _modelopt_version() -> str:

@@ -43,7 +43,17 @@ class BagAblation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows_NV, labels_NS, weights_S, group, vocab_start, vocab_size, loss, inplace):
+    def forward(
+        ctx,
+        rows_NV: torch.Tensor,
+        labels_NS: torch.Tensor,
+        weights_S: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        vocab_start: int,
+        vocab_size: int,
+        loss: str,
+        inplace: bool,
+    ) -> torch.Tensor:
         """Arguments as `multi_hot_cross_entropy` prepares them; -> loss [N] fp32, nats.
 
         Raises:
@@ -67,7 +77,7 @@ class BagAblation(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N):
+    def backward(ctx, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """grad_N [N] fp32 -> the logits' gradient [N, V] in their dtype.
 
         Raises:
