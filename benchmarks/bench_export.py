@@ -24,8 +24,9 @@ import torch
 from measure import ROOT, append_rows, where
 
 from megatron_tst.checkpoint.format import TRACKER
+from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.export.architectures import architecture_of
-from megatron_tst.export.import_hf import arguments, items, write_checkpoint
+from megatron_tst.export.import_hf import arguments, items
 
 _ALL = dict(
     vocab_size=128256,

@@ -5,10 +5,12 @@ torch.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import NoReturn
 
 
@@ -34,6 +36,23 @@ def refuse(what: object, expected: object, got: object, do: str) -> NoReturn:
         TSTError: always, with the text "what: expected ..., got .... What to do."
     """
     raise TSTError(f"{what}: expected {expected}, got {got}. {do}")
+
+
+def optional(module: str, install: str) -> ModuleType:
+    """Import a module of a package that this one does without.
+
+    Args:
+        module: dotted name, "matplotlib.pyplot".
+        install: what to give to pip, "megatron-tst[demo]".
+
+    Raises:
+        TSTError: it cannot be imported; the text says what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        refuse(package, "an installed package", error, f"pip install '{install}'.")
 
 
 def warn(text: str) -> None:

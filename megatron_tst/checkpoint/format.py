@@ -16,20 +16,14 @@ enumerations in Megatron's arguments.
 from __future__ import annotations
 
 import argparse
-import enum
-import importlib
 import io
 import json
 import os
-import pickle
-import signal
-import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -39,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_tst.checkpoint.trusted import MetadataUnpickler, load_trusted
 from megatron_tst.errors import TSTError, refuse
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -96,7 +91,7 @@ class Checkpoint:
             refuse(self.path, expected, got, "Save with --ckpt-format torch_dist.")
         try:
             with open(self.path / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
+                metadata = MetadataUnpickler(file).load()
         except Exception as error:  # a truncated pickle fails in many ways
             refuse(
                 self.path / ".metadata",
@@ -308,85 +303,3 @@ def _check(window: _Window, path: Path, item: Item) -> None:
             "Copy it again or use another iteration.",
         )
     window.seek(0)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = {
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("builtins", "set"),
-        ("builtins", "frozenset"),
-        ("torch._C", "_get_layout"),
-        ("pathlib", "PosixPath"),
-    }
-
-    def find_class(self, module, name):
-        of_metadata = module in self._MODULES and "." not in name
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if of_metadata or dtype or (module, name) in self._NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-def load_trusted(file: Path | BinaryIO, name: object = None) -> object:
-    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's.
-    Nothing else is unpickled.
-
-    Args:
-        file: a path or an open file.
-        name: for messages; None: the file.
-
-    Raises:
-        TSTError: something else is in it, by its name, or it cannot be read.
-    """
-    name = name or file
-    try:
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception as error:
-        refuse(
-            name,
-            "a readable torch.save",
-            f"{type(error).__name__}: {error}",
-            "The checkpoint is damaged.",
-        )
-    allowed = []
-    for full in asked:
-        found = _argument_type(full)
-        if found is None:
-            refuse(
-                name,
-                "tensors, plain values and Megatron's argument types",
-                full,
-                "It is not unpickled, since that could run anything.",
-            )
-        allowed.append(found)
-    if hasattr(file, "seek"):
-        file.seek(0)
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _argument_type(full: str):
-    """The class of this name if Megatron's arguments may hold it: Namespace, a signal, an
-    enumeration or dtype; else None.
-    """
-    module, _, name = full.rpartition(".")
-    known = {"argparse.Namespace": argparse.Namespace, "signal.Signals": signal.Signals}
-    if full in known:
-        return known[full]
-    if module.split(".")[0] != "megatron":
-        return None
-    try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of what Megatron does without a GPU's libraries: nothing is trained here
-            found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        do = "Use the Megatron that wrote it, or mend this one (tools/doctor.py)."
-        refuse(
-            full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do
-        )
-    return found if isinstance(found, type) and issubclass(found, enum.Enum) else None

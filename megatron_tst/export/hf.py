@@ -17,12 +17,9 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from megatron_tst.checkpoint.atomic import flush, flush_folder, new_folder, write_json, write_text
+from megatron_tst.checkpoint.atomic import flush_folder, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.tensors import Tensors
@@ -30,23 +27,11 @@ from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.import_hf import arguments
+from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
 from megatron_tst.export.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # in config.json, and no part of the model
 _FREE = "bos_token_id", "eos_token_id", "initializer_range", "router_aux_loss_coef"
-_SAFETENSORS = {"bfloat16": "BF16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of the export: its Hugging Face name, shape, and how to read it, in the dtype of
-    the checkpoint.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
 
 
 def export(
@@ -78,9 +63,11 @@ def export(
         the folder.
 
     Raises:
-        TSTError: the model has no counterpart, the tokenizer does not fit, no recovery yet, or
-            place.new_folder's.
+        TSTError: the model has no counterpart, the tokenizer does not fit, no recovery yet, another
+            dtype, or atomic.new_folder's.
     """
+    if dtype not in DTYPES:
+        refuse("--dtype", " or ".join(DTYPES), dtype, "Give one of them.")
     check_phase(source, allow_superposition)
     files, ids = tokenizer_of(source, tokenizer)
     tensors = Tensors(source)
@@ -89,9 +76,11 @@ def export(
     all_weights = list(weights(tensors, arch))
     parameters = number_of(all_weights)
     total = parameters * DTYPES[dtype].itemsize
-    shards = _shards(all_weights, DTYPES[dtype].itemsize, shard_bytes)
     with new_folder(target.absolute(), total, force) as part:
-        _write_weights(part, shards, dtype, total, progress)
+        # headers come to a few bytes more
+        write_weights(
+            part, all_weights, dtype, shard_bytes, lambda done: progress(min(done, total), total)
+        )
         config_files(part, arch, source.path / "hf")
         write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
         write_text(part / "evaluate.md", evaluation())
@@ -284,57 +273,3 @@ def check_phase(source: Checkpoint, allowed: bool) -> None:
             "The model has learned to predict bags: its next-token logits mean nothing yet. "
             "Recover first, or add --allow-superposition.",
         )
-
-
-def _shards(weights, itemsize, limit):
-    """Weights in order, as many to a file as fit."""
-    shards, size = [[]], 0
-    for weight in weights:
-        more = itemsize * math.prod(weight.shape)
-        if shards[-1] and size + more > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(weight)
-        size += more
-    return shards
-
-
-def _write_weights(folder, shards, dtype, total, progress):
-    where, done = {}, 0
-    for i, shard in enumerate(shards):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        with open(folder / file, "wb") as out:
-            for content in _safetensors(shard, dtype):
-                out.write(content)
-                progress(done := min(done + len(content), total), total)
-            flush(out)
-        where |= {weight.name: file for weight in shard}
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(folder / "model.safetensors.index.json", index)
-
-
-def _safetensors(shard, dtype) -> Iterator[bytes]:
-    """A file as safetensors' own save_file writes it (length, header, tensors by name), a tensor at
-    a time: save_file takes all at once.
-    """
-    shard, end = sorted(shard, key=lambda weight: weight.name), 0
-    about = {"__metadata__": {"format": "pt"}}
-    for weight in shard:
-        start, end = end, end + DTYPES[dtype].itemsize * math.prod(weight.shape)
-        about[weight.name] = {
-            "dtype": _SAFETENSORS[dtype],
-            "shape": weight.shape,
-            "data_offsets": [start, end],
-        }
-    header = json.dumps(about, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
-    for weight in shard:
-        tensor = weight.read()
-        if tuple(tensor.shape) != weight.shape:
-            do = "The model is of another kind than its arguments say."
-            refuse(weight.name, f"shape {weight.shape}", tuple(tensor.shape), do)
-        yield tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().data

@@ -8,31 +8,20 @@ that came in.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import pickle
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.atomic import flush_folder, flushed, new_folder, write_text
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
-from megatron_tst.checkpoint.format import COMMON, TRACKER
-from megatron_tst.checkpoint.rewrite import read_back
+from megatron_tst.checkpoint.format import TRACKER
+from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
+from megatron_tst.export.safetensors_files import SafetensorsFolder
 from megatron_tst.export.tokenizer import FILES
 
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer
@@ -67,13 +56,16 @@ def import_(
         the flags of a Megatron run with this model.
 
     Raises:
-        TSTError: another architecture, a tensor that is missing, of another shape or unknown, and
-            place.new_folder's.
+        TSTError: another architecture or layer spec, a tensor that is missing, of another shape or
+            unknown, safetensors is not installed, and atomic.new_folder's.
     """
+    if layer_spec not in EXPERT_NORM:
+        do = "Name the spec of the run that is to load it."
+        refuse("--layer-spec", " or ".join(EXPERT_NORM), layer_spec, do)
     config = _config(source)
     args = arguments(config)
     arch = architecture_of(args, config["vocab_size"], "float32")
-    tensors = _Safetensors(source)
+    tensors = SafetensorsFolder(source)
     total = sum(path.stat().st_size for path in tensors.files)
     with new_folder(target.absolute(), total, force) as part:
         folder = part / "release"
@@ -99,7 +91,7 @@ def import_(
                     lambda file, name=name: file.write((source / name).read_bytes()),
                 )
         flush_folder(folder / "hf")
-        flushed(part / TRACKER, lambda file: file.write(b"release"))
+        write_text(part / TRACKER, "release")
     return flags(args)
 
 
@@ -243,57 +235,6 @@ def _config(source):
         )
 
 
-class _Safetensors:
-    """The tensors of a folder's safetensors files, by name; `unread` are those that nobody has
-    asked for.
-    """
-
-    def __init__(self, source: Path):
-        from safetensors import SafetensorError, safe_open
-
-        self.files = sorted(source.glob("*.safetensors"))
-        if not self.files:
-            refuse(source, "safetensors files", "none", "Download the model again.")
-        index = source / "model.safetensors.index.json"
-        named = set()
-        if index.is_file():
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := named - {path.name for path in self.files}:
-            refuse(
-                source,
-                "every file that its index names",
-                f"no {', '.join(sorted(missing))}",
-                "Download the model again.",
-            )
-        self._where = {}
-        for path in self.files:
-            try:
-                opened = safe_open(path, "pt")
-            except SafetensorError as error:
-                refuse(path, "a whole safetensors file", error, "Download the model again.")
-            self._where |= dict.fromkeys(opened.keys(), opened)
-        self.source, self.unread = source, set(self._where)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in self._where:
-            refuse(
-                self.source,
-                f"a tensor {name}",
-                "none",
-                "It is another model than config.json says.",
-            )
-        self.unread.discard(name)
-        tensor = self._where[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            refuse(
-                f"{self.source}: {name}",
-                f"shape {shape}",
-                tuple(tensor.shape),
-                "It is another model than config.json says.",
-            )
-        return tensor
-
-
 class Readable(Protocol):
     """Hugging Face's tensors by name; of a folder, or made for a test or a benchmark."""
 
@@ -374,49 +315,3 @@ def items(
     yield alone("decoder.final_layernorm.weight", tensors.read("model.norm.weight", (h,)))
     if not arch.tied:
         yield alone("output_layer.weight", tensors.read("lm_head.weight", (arch.vocab, h)))
-
-
-def write_checkpoint(
-    folder: Path, items: Iterable[tuple], args: argparse.Namespace, progress: Callable[[int], None]
-) -> None:
-    """Write an iteration's folder of these items and arguments, one item in memory at a time.
-
-    Args:
-        folder: the iteration's, empty.
-        items: (name, whole shape, place of the shard in it, shard).
-        args: Megatron's, to be stored.
-        progress: gets the bytes done.
-    """
-    state, storage, sums = {}, {}, {}
-    common = {
-        "args": args,
-        "iteration": 0,
-        "checkpoint_version": 3.0,
-        "content_metadata": {"singleton_local_shards": False},
-    }
-    with open(folder / "__0_0.distcp", "wb") as file:
-
-        def put(index, content):
-            buffer, start = io.BytesIO(), file.tell()
-            torch.save(content, buffer)
-            file.write(buffer.getbuffer())
-            storage[index] = _StorageInfo("__0_0.distcp", start, file.tell() - start)
-            sums[index] = zlib.crc32(buffer.getbuffer())
-            return file.tell()
-
-        for name, shape, place, shard in items:
-            entry = state.setdefault(
-                name,
-                TensorStorageMetadata(TensorProperties(dtype=shard.dtype), torch.Size(shape), []),
-            )
-            entry.chunks.append(ChunkStorageMetadata(torch.Size(place), shard.shape))
-            progress(put(MetadataIndex(name, torch.Size(place)), shard.contiguous()))
-        state[f"{COMMON}/shard_0_1"] = BytesStorageMetadata()
-        put(MetadataIndex(f"{COMMON}/shard_0_1"), [common])
-        flush(file)
-    flushed(
-        folder / ".metadata", lambda file: pickle.dump(Metadata(state, storage_data=storage), file)
-    )
-    about = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    flushed(folder / "metadata.json", lambda file: file.write(json.dumps(about).encode()))
-    read_back(folder, sums)

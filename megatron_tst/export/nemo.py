@@ -122,7 +122,7 @@ def export(
     Args:
         source: of any layout; torch_dist of 0.18 or 0.19.
         target: a new folder, for Bridge's checkpoint.load.
-        tokenizer, vocab_size, allow_superposition, force: as export_hf.export's.
+        tokenizer, vocab_size, allow_superposition, force: as hf.export's.
         layer_spec: "local" or "transformer_engine", of the Bridge run; None: the run's own. They
             name the norm before experts differently.
         drop_optimizer: weights alone.
@@ -131,7 +131,7 @@ def export(
         the iteration's folder.
 
     Raises:
-        TSTError: as export_hf.export and rewrite.rewrite.
+        TSTError: as hf.export and rewrite.rewrite.
     """
     check_phase(source, allow_superposition)
     args = source.args

@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from megatron_tst import compat, cpu
@@ -26,7 +25,8 @@ from megatron_tst.checkpoint.atomic import flush, new_folder, write_json, write_
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.inspect import OPTIMIZER
 from megatron_tst.checkpoint.tensors import Tensors
-from megatron_tst.errors import refuse
+from megatron_tst.errors import optional, refuse
+from megatron_tst.export.calibration import ends_of
 from megatron_tst.export.hf import export, vocab_size_of
 from megatron_tst.export.tokenizer import tokenizer_of
 
@@ -55,13 +55,13 @@ def quantize(
     bfloat16 export lies beside it meanwhile.
 
     Args:
-        source: of any layout; the architectures of export_hf.
+        source: of any layout; the architectures of export.hf.
         target: a new folder.
         recipe: "fp8" or "nvfp4".
         data: prefix of Megatron's indexed dataset (.bin, .idx), tokenized with the run's tokenizer.
         samples: sequences to calibrate on, and as many others to measure perplexity on.
         sequence_length: tokens of one; None: the run's --seq-length.
-        tokenizer, vocab_size, allow_superposition, force: as export_hf.export.
+        tokenizer, vocab_size, allow_superposition, force: as hf.export.
         device: "cpu", "cuda", "cuda:1"; None: the GPU where there is one.
         progress: called with (samples done, samples in all), three passes of `samples`.
 
@@ -71,12 +71,11 @@ def quantize(
     Raises:
         TSTError: no ModelOpt, no GPU where the recipe needs one, the dataset is missing, too short
             or of another vocabulary, a layer without a usable scale, a perplexity that is not
-            finite, or what export_hf.export raises. Nothing is left behind.
+            finite, or what hf.export raises. Nothing is left behind.
     """
     device = _device(recipe, device)
     mtq, write_folder = _modelopt()
-    from safetensors import SafetensorError
-
+    safetensors = optional("safetensors", "megatron-tst[hf]")
     files, ids = tokenizer_of(source, tokenizer)
     vocab = vocab_size_of(source, Tensors(source), files, ids, vocab_size)
     length = source.args.seq_length if sequence_length is None else sequence_length
@@ -86,7 +85,7 @@ def quantize(
             "--samples and --sequence-length", expected, f"{samples} of {length}", "Give others."
         )
     calibration, held_out = (
-        torch.from_numpy(part) for part in _ends_of(data, samples, length, vocab)
+        torch.from_numpy(part) for part in ends_of(data, samples, length, vocab)
     )
     entries = source.tensors.items()
     weights = sum(math.prod(e.size) for name, e in entries if not name.startswith(OPTIMIZER))
@@ -141,7 +140,7 @@ def quantize(
             for file in part.iterdir():
                 with open(file, "rb") as written_file:
                     flush(written_file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         refuse(target, "a place that can be written to", error, "Make room or choose another disk.")
     return target, before, after
 
@@ -181,65 +180,6 @@ def _modelopt():
             "pip install 'megatron-tst[modelopt]'.",
         )
     return mtq, export_hf_checkpoint
-
-
-def _ends_of(prefix, samples, length, vocab) -> list[np.ndarray]:
-    """The dataset's first and last tokens, int64 [samples, length + 1] each, no token in both; the
-    documents one after the other.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    if not IndexedDataset.exists(str(prefix)):
-        refuse(
-            "--data-path",
-            f"an indexed dataset {prefix}.bin and {prefix}.idx",
-            "none",
-            "tools/prepare_corpus.py makes one.",
-        )
-    try:
-        dataset = IndexedDataset(str(prefix))
-        lengths = dataset.sequence_lengths
-        size = int(lengths.sum(dtype=np.int64)) * dataset.index.dtype_size
-        stored = os.path.getsize(f"{prefix}.bin")
-    except Exception as error:  # asserts, struct and numpy errors
-        refuse(
-            f"{prefix}.idx",
-            "an index of Megatron's indexed dataset",
-            f"{type(error).__name__}: {error}",
-            "Make it again.",
-        )
-    if stored < size:
-        refuse(f"{prefix}.bin", f"{size} bytes, as its index says", stored, "Copy it again.")
-    need = samples * (length + 1)
-    if lengths.sum(dtype=np.int64) < 2 * need:
-        expected = f"{2 * need} tokens (twice {samples} samples of {length} and a label)"
-        refuse(
-            prefix,
-            expected,
-            int(lengths.sum(dtype=np.int64)),
-            "Give fewer --samples, a shorter --sequence-length or more text.",
-        )
-
-    def taken(order):
-        held, parts = 0, []
-        for i in order:
-            if held >= need:
-                break
-            parts.append(dataset[int(i)])
-            held += len(parts[-1])
-        return parts
-
-    first = np.concatenate(taken(range(len(lengths))))[:need]
-    last = np.concatenate(taken(reversed(range(len(lengths))))[::-1])[-need:]
-    largest = int(max(first.max(), last.max()))
-    if largest >= vocab:
-        refuse(
-            prefix,
-            f"ids below the vocabulary of {vocab}",
-            largest,
-            "Give the dataset that was tokenized with the run's tokenizer.",
-        )
-    return [part.astype(np.int64).reshape(samples, length + 1) for part in (first, last)]
 
 
 def _check_blocks(recipe, config):

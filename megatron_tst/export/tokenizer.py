@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_tst.checkpoint.atomic import flushed, write_json
 from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.errors import TSTError, refuse
+from megatron_tst.errors import TSTError, optional, refuse
 
 FILES = (
     "tokenizer.json",
@@ -28,7 +28,7 @@ def tokenizer_of(source: Checkpoint, given: Path | None) -> tuple[list[Path], in
 
     Args:
         source: whose run's own tokenizer is its arguments' tokenizer_model, or lies in its folder
-            `hf` (import_hf, export_nemo).
+            `hf` (import_hf, nemo).
         given: --tokenizer, a tokenizer.json or a folder with one; None: the run's own.
 
     Raises:
@@ -76,10 +76,9 @@ def _fast(files):
     file = next((file for file in files if file.name.endswith("tokenizer.json")), None)
     if file is None:
         return None
-    from tokenizers import Tokenizer
-
+    tokenizers = optional("tokenizers", "megatron-tst[hf]")
     try:
-        return Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
         raise TSTError(
             f"--tokenizer: expected a tokenizer.json, got {file}: {error}. Give the run's "
