@@ -120,7 +120,7 @@ def why_no_cuda(torch, home: Path | None) -> str | None:
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
             f"the toolkit in {home} is CUDA {version}, torch's is {torch.version.cuda}. Set "
-            f"CUDA_HOME to one of the same major version."
+            "CUDA_HOME to one of the same major version."
         )
     return None
 

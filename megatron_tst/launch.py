@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     script = argv[0]
     if not os.path.isfile(script):
         print(
-            f"megatron_tst: error: launch: expected the path of a Megatron script, got "
+            "megatron_tst: error: launch: expected the path of a Megatron script, got "
             f"{script!r}, which is no file.",
             file=sys.stderr,
         )

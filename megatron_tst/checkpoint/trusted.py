@@ -1,4 +1,4 @@
-"""Unpickling that runs nothing: a checkpoint comes from anywhere, and a pickle may call anything."""
+"""Unpickling that runs nothing: a checkpoint comes from anywhere, and a pickle can call anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_tst.errors import refuse
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Of a checkpoint's .metadata: torch's own metadata classes, sizes, dtypes and plain containers."""
+    """Reads a checkpoint's .metadata: torch's metadata classes, sizes, dtypes, plain containers."""
 
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     _NAMES = {
@@ -59,22 +59,14 @@ def load_trusted(file: Path | BinaryIO, name: object = None) -> object:
     try:
         asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception as error:
-        refuse(
-            name,
-            "a readable torch.save",
-            f"{type(error).__name__}: {error}",
-            "The checkpoint is damaged.",
-        )
+        got = f"{type(error).__name__}: {error}"
+        refuse(name, "a readable torch.save", got, "The checkpoint is damaged.")
     allowed = []
     for full in asked:
         found = _argument_type(full)
         if found is None:
-            refuse(
-                name,
-                "tensors, plain values and Megatron's argument types",
-                full,
-                "It is not unpickled, since that could run anything.",
-            )
+            expected = "tensors, plain values and Megatron's argument types"
+            refuse(name, expected, full, "It is not unpickled, since that could run anything.")
         allowed.append(found)
     if hasattr(file, "seek"):
         file.seek(0)
@@ -82,7 +74,7 @@ def load_trusted(file: Path | BinaryIO, name: object = None) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _argument_type(full: str):
+def _argument_type(full: str) -> type | None:
     """The class of this name if Megatron's arguments may hold it: Namespace, a signal, an
     enumeration or dtype; else None.
     """
@@ -93,13 +85,11 @@ def _argument_type(full: str):
     if module.split(".")[0] != "megatron":
         return None
     try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of what Megatron does without a GPU's libraries: nothing is trained here
+        # of what Megatron does without a GPU's libraries: nothing is trained here
+        with warnings.catch_warnings(action="ignore"):
             found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         do = "Use the Megatron that wrote it, or mend this one: `megatron-tst doctor`."
-        refuse(
-            full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do
-        )
+        got = f"{type(error).__name__}: {error}"
+        refuse(full, "a type of the Megatron that is installed", got, do)
     return found if isinstance(found, type) and issubclass(found, enum.Enum) else None

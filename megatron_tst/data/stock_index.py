@@ -80,8 +80,8 @@ def _places(schedule):
 
 
 def _write_one(long, ordinary, positions, parts, schedule):
-    """Of one GPTDataset: its samples in the order of `positions`, which count the shuffled samples of
-    the long one.
+    """Of one GPTDataset: its samples in the order of `positions`, which count the shuffled samples
+    of the long one.
     """
     from megatron.core.datasets import helpers
 

@@ -257,7 +257,7 @@ def _card(text, recipe, data, samples, length, before, after) -> str:
         (
             "quantised",
             f"{what}, weights and inputs of linear layers; embedding, output layer, norms and "
-            f"routers are not",
+            "routers are not",
         ),
         (
             "calibration",

@@ -132,7 +132,7 @@ class BoundaryLog:
         rows = {
             "raw tokens": f"{schedule.raw_tokens(facts['sample'])} at the boundary, "
             f"{schedule.raw_tokens(done)} now, {schedule.raw_tokens(schedule.train_samples)} at "
-            f"the end",
+            "the end",
             "learning rate": f"{_figure(facts['learning rate'], 'E')} at the boundary, "
             f"{_figure(self.rate, 'E')} now",
             "optimizer": _kept(facts["optimizer step"], _steps(optimizer), now - first),
@@ -141,7 +141,7 @@ class BoundaryLog:
         if facts["imbalance"] or load:
             before = facts.get("router entropy")  # not in checkpoints of earlier versions
             rows["expert load"] = (
-                f"busiest expert over the mean, median of the layers: "
+                "busiest expert over the mean, median of the layers: "
                 f"{_spread(facts['imbalance'])} before, {_spread(load)} since"
             )
             rows["router entropy"] = (

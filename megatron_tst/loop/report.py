@@ -39,7 +39,7 @@ class Report:
             f" [tst] on: bag size {', '.join(map(str, c.bag_sizes))} ({c.superpose} superposed), "
             f"{s.superposition_samples // s.global_batch_size} iterations of superposition "
             f"({s.superposition_samples} samples, {s.raw_tokens(s.superposition_samples)} raw "
-            f"tokens) then recovery to sample "
+            "tokens) then recovery to sample "
             f"{s.train_samples} ({s.raw_tokens(s.train_samples)} raw tokens in all) | "
             f"{s.described} | switch: {self._switch()} | "
             f"loss {c.loss}, {c.target_weighting} weighting | loss kernel: {self._kernels()} | "
@@ -130,7 +130,7 @@ class Report:
         before, after = phase.end // batch, (phase.first_sample + samples) // batch
         _print_first(
             f" [tst] --tst-switch auto at iteration {iteration}: the loss falls by {fall:.3g} "
-            f"nats in a hundredth of the run, less than "
+            "nats in a hundredth of the run, less than "
             f"{self._trend.least:g}: bag size {phase.bag_size} ends after iteration {after} "
             f"instead of {before} | now: {schedule.described}"
         )

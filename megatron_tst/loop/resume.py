@@ -53,7 +53,7 @@ def check_resume(args: argparse.Namespace, checkpoint_args: argparse.Namespace) 
     if not ours:
         do = (
             f"Add --tst-bag-size {checkpoint_args.tst_bag_size} and the run's other --tst- "
-            f"flags, or --finetune to keep the weights alone."
+            "flags, or --finetune to keep the weights alone."
         )
         refuse("resuming without TST", "the --tst- flags of the checkpoint's run", "none", do)
     do = "The order of the data and the objective depend on it. Give the first run's flags."
@@ -96,7 +96,7 @@ def _changed(old: Schedule, planned: Schedule, new: Schedule, consumed: int) -> 
         first = phase.first_sample // batch
         expected = (
             f"bag size {phase.bag_size} from iteration {first + 1} to {consumed // batch} "
-            f"as in the checkpoint"
+            "as in the checkpoint"
         )
         if phase.pieces > 1:
             expected += f", to its end after iteration {first} + a multiple of {phase.pieces}"

@@ -149,7 +149,7 @@ def _check(logits, labels, weights, loss):
         raise ValueError(
             f"{name}: expected labels [..., S] with the leading sizes of logits [..., V/tp], S >= "
             f"1; got labels {tuple(labels.shape)} and logits {tuple(logits.shape)}. One label a "
-            f"position is labels.unsqueeze(-1)."
+            "position is labels.unsqueeze(-1)."
         )
     if labels.device != logits.device:
         raise ValueError(
