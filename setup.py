@@ -2,13 +2,13 @@
 pyproject.toml.
 
 The CPU kernels are built where torch and a C++ compiler are found, the CUDA kernels where a CUDA
-toolkit of torch's CUDA version is
-found: the toolkit decides, not a visible GPU. What is missing is left out and named, and the
-package works without it (torch kernels).
+toolkit of torch's CUDA version is found: the toolkit decides, not a visible GPU. What is missing is
+left out and named, and the package works without it (torch kernels).
 
     MEGATRON_TST_SKIP_CUDA=1        CPU kernels alone
     MEGATRON_TST_SKIP_EXTENSION=1   no extension
-    TORCH_CUDA_ARCH_LIST            GPUs to compile for; default: 8.0 9.0 10.0, as far as the toolkit goes, and PTX of the last
+    TORCH_CUDA_ARCH_LIST            GPUs to compile for; default: 8.0 9.0 10.0, as far as the
+                                    toolkit goes, and PTX of the last
 
 Build with `pip install --no-build-isolation`: the extension fits the torch that it was built with.
 """
@@ -44,12 +44,8 @@ def main() -> None:
         return
     from torch.utils.cpp_extension import BuildExtension
 
-    setup(
-        ext_modules=extensions,
-        cmdclass={
-            "build_ext": BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
-        },
-    )
+    build = BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+    setup(ext_modules=extensions, cmdclass={"build_ext": build})
 
 
 def find_extension() -> tuple[list, str]:
@@ -58,24 +54,20 @@ def find_extension() -> tuple[list, str]:
         return [], "no extension: MEGATRON_TST_SKIP_EXTENSION=1."
     compiler = os.environ.get("CXX", "c++")
     if not shutil.which(compiler.split()[0]):
-        return (
-            [],
+        return [], (
             f"no extension, torch kernels alone: no C++ compiler ({compiler}). Install g++ or set "
-            f"CXX, and install again.",
+            "CXX, and install again."
         )
     home = cuda_home()
-    if home:
-        os.environ["CUDA_HOME"] = str(
-            home
-        )  # torch takes the folder above nvcc's, wrong where that is a link or a wrapper
+    if home:  # torch takes the folder above nvcc's, wrong where that is a link or a wrapper
+        os.environ["CUDA_HOME"] = str(home)
     try:
         import torch
         from torch.utils.cpp_extension import CppExtension, CUDAExtension
     except ImportError as error:
         return [], (
             f"no extension, torch kernels alone: {error} in the building environment. Install "
-            f"torch first, then "
-            "`pip install --no-build-isolation` this package."
+            "torch first, then `pip install --no-build-isolation` this package."
         )
     cpu = ["csrc/ops.cpp", "csrc/multi_hot_ce_cpu.cpp"]
     headers = ["csrc/multi_hot_ce.h", "csrc/checks.h"]
@@ -101,9 +93,8 @@ def find_extension() -> tuple[list, str]:
         },
         extra_link_args=["-fopenmp"],
     )
-    return [
-        extension
-    ], f"building the CPU kernels and the CUDA kernels for {architectures} with {home}."
+    what = f"the CPU kernels and the CUDA kernels for {architectures} with {home}"
+    return [extension], f"building {what}."
 
 
 def cuda_home() -> Path | None:
@@ -129,7 +120,7 @@ def why_no_cuda(torch, home: Path | None) -> str | None:
     if version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return (
             f"the toolkit in {home} is CUDA {version}, torch's is {torch.version.cuda}. Set "
-            f"CUDA_HOME to one of the same major version."
+            "CUDA_HOME to one of the same major version."
         )
     return None
 

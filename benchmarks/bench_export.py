@@ -23,9 +23,10 @@ import torch
 from measure import ROOT, append_rows, where
 
 from megatron_tst.checkpoint.format import TRACKER
+from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.checks import dry_run
 from megatron_tst.export.architectures import architecture_of
-from megatron_tst.export.import_hf import arguments, items, write_checkpoint
+from megatron_tst.export.import_hf import arguments, items
 from megatron_tst.model_size import LLAMA_3_VOCABULARY
 from megatron_tst.planning import recipes
 

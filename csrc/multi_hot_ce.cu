@@ -1,7 +1,9 @@
-// Multi-hot cross entropy on CUDA: three passes over the logits (read; read and write), 16 bytes a load, several loads in flight.
+// Multi-hot cross entropy on CUDA: three passes over the logits (read; read and write), 16 bytes a
+// load, several loads in flight.
 //
-// A row is worked on by one block, or by several where there are few rows, each with its own segment of columns; their results
-// are combined in a fixed order: no atomics, the same bits in every run.
+// A row is worked on by one block, or by several where there are few rows, each with its own
+// segment of columns; their results are combined in a fixed order: no atomics, the same bits in
+// every run.
 
 #include "multi_hot_ce.h"
 
@@ -17,8 +19,8 @@ namespace megatron_tst::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;              // 16-byte loads of one thread before the first is used
-constexpr int64_t kEnoughBlocks = 2048;   // several for each of the largest GPU's multiprocessors
+constexpr int kInFlight = 4;             // 16-byte loads of one thread before the first is used
+constexpr int64_t kEnoughBlocks = 2048;  // several for each of the largest GPU's multiprocessors
 constexpr int64_t kShortestSegment = 8192;
 
 template <typename T>
@@ -38,7 +40,8 @@ __device__ __forceinline__ void store_streaming(Vector<T>* to, const Vector<T>& 
   __stcs(reinterpret_cast<int4*>(to), *reinterpret_cast<const int4*>(&vector));
 }
 
-// Columns first..last of a row, and which of them 16-byte accesses reach: body..tail; before and after them one by one.
+// Columns first..last of a row. 16-byte accesses reach body..tail of them, the others are accessed
+// one by one.
 struct Segment {
   int64_t first, body, tail, last;
 };
@@ -57,7 +60,8 @@ __device__ __forceinline__ SoftmaxSum combine_block(SoftmaxSum mine) {
   __shared__ SoftmaxSum of_warp[kThreads / 32];
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
-    mine = combine(mine, {__shfl_xor_sync(~0u, mine.peak, offset), __shfl_xor_sync(~0u, mine.sum, offset)});
+    mine = combine(
+        mine, {__shfl_xor_sync(~0u, mine.peak, offset), __shfl_xor_sync(~0u, mine.sum, offset)});
   }
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
   __syncthreads();
@@ -75,20 +79,25 @@ __device__ __forceinline__ SoftmaxSum include(SoftmaxSum sum, const Vector<T> (&
 #pragma unroll
   for (int i = 0; i < count; ++i) {
 #pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j) peak = fmaxf(peak, static_cast<float>(vectors[i].lane[j]));
+    for (int j = 0; j < Vector<T>::size; ++j) {
+      peak = fmaxf(peak, static_cast<float>(vectors[i].lane[j]));
+    }
   }
   SoftmaxSum all = {peak, sum.sum * exp_nonpositive(sum.peak - peak)};
 #pragma unroll
   for (int i = 0; i < count; ++i) {
 #pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j) all.sum += exp_nonpositive(static_cast<float>(vectors[i].lane[j]) - peak);
+    for (int j = 0; j < Vector<T>::size; ++j) {
+      all.sum += exp_nonpositive(static_cast<float>(vectors[i].lane[j]) - peak);
+    }
   }
   return all;
 }
 
 // -> sums_SN [segment][row]
 template <typename T>
-__global__ void __launch_bounds__(kThreads) softmax_sums(Problem<const T> problem, SoftmaxSum* sums_SN) {
+__global__ void __launch_bounds__(kThreads)
+    softmax_sums(Problem<const T> problem, SoftmaxSum* sums_SN) {
   const int64_t n = blockIdx.x;
   const T* z = problem.row(n);
   const Segment segment = segment_of_block(z, problem.columns);
@@ -116,8 +125,8 @@ __global__ void __launch_bounds__(kThreads) softmax_sums(Problem<const T> proble
 
 // One thread a row: its segments, its labels.
 template <typename T>
-__global__ void row_statistics(
-    Problem<const T> problem, int64_t vocab_size, const SoftmaxSum* sums_SN, int64_t segments, float* statistics_4N) {
+__global__ void row_statistics(Problem<const T> problem, int64_t vocab_size,
+    const SoftmaxSum* sums_SN, int64_t segments, float* statistics_4N) {
   const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= problem.rows) return;
   SoftmaxSum softmax;
@@ -125,7 +134,8 @@ __global__ void row_statistics(
   const Bag bag = problem.bag(n);
   for (int64_t k = 0; k < bag.size; ++k) {
     // a label outside the vocabulary: check that the data were tokenised with this vocabulary
-    CUDA_KERNEL_ASSERT(bag.labels[k] == kIgnore || (bag.labels[k] >= 0 && bag.labels[k] < vocab_size));
+    CUDA_KERNEL_ASSERT(
+        bag.labels[k] == kIgnore || (bag.labels[k] >= 0 && bag.labels[k] < vocab_size));
   }
   const Target target = bag_target(bag, problem.row(n), softmax.peak);
   statistics_4N[n] = softmax.peak;
@@ -134,7 +144,8 @@ __global__ void row_statistics(
   statistics_4N[3 * problem.rows + n] = target.held;
 }
 
-__global__ void row_losses(Problem<const float> problem, int64_t ranks, const float* statistics_R4N, float* loss_N, float* saved_3N) {
+__global__ void row_losses(Problem<const float> problem, int64_t ranks, const float* statistics_R4N,
+    float* loss_N, float* saved_3N) {
   const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= problem.rows) return;
   const RowStatistics row = combine_ranks(statistics_R4N, ranks, problem.rows, n, problem.alt);
@@ -142,10 +153,11 @@ __global__ void row_losses(Problem<const float> problem, int64_t ranks, const fl
   save_row(row, saved_3N, problem.rows, n);
 }
 
-// `out` may be the logits: every block reads its labels' columns first and writes them last, and touches its segment alone.
+// `out` may be the logits: every block reads its labels' columns first and writes them last, and
+// touches its segment alone.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    row_gradients(Problem<const T> problem, const float* saved_3N, const float* upstream_N, T* out_NV, int64_t out_stride) {
+__global__ void __launch_bounds__(kThreads) row_gradients(Problem<const T> problem,
+    const float* saved_3N, const float* upstream_N, T* out_NV, int64_t out_stride) {
   extern __shared__ float labelled[];  // [S]
   const int64_t n = blockIdx.x;
   const Bag bag = problem.bag(n);
@@ -153,20 +165,29 @@ __global__ void __launch_bounds__(kThreads)
   T* out = out_NV + n * out_stride;
   const Segment segment = segment_of_block(z, problem.columns);
   const RowGradient gradient(bag, saved_row(saved_3N, problem.rows, n), upstream_N[n]);
-  auto mine = [&](int64_t k) { return bag.owned(k) && bag.column(k) >= segment.first && bag.column(k) < segment.last; };
+  auto mine = [&](int64_t k) {
+    return bag.owned(k) && bag.column(k) >= segment.first && bag.column(k) < segment.last;
+  };
   for (int64_t k = threadIdx.x; k < bag.size; k += kThreads) {
-    if (mine(k)) labelled[k] = gradient.zero() ? 0.f : gradient.labelled(bag, k, static_cast<float>(z[bag.column(k)]));
+    if (!mine(k)) continue;
+    const float logit = static_cast<float>(z[bag.column(k)]);
+    labelled[k] = gradient.zero() ? 0.f : gradient.labelled(bag, k, logit);
   }
   __syncthreads();
 
-  auto one = [&](int64_t v) { out[v] = static_cast<T>(gradient.zero() ? 0.f : gradient.element(static_cast<float>(z[v]))); };
+  auto one = [&](int64_t v) {
+    out[v] = static_cast<T>(gradient.zero() ? 0.f : gradient.element(static_cast<float>(z[v])));
+  };
   auto all = [&](const Vector<T>& logits) {
     Vector<T> result;
 #pragma unroll
-    for (int j = 0; j < Vector<T>::size; ++j) result.lane[j] = static_cast<T>(gradient.element(static_cast<float>(logits.lane[j])));
+    for (int j = 0; j < Vector<T>::size; ++j) {
+      result.lane[j] = static_cast<T>(gradient.element(static_cast<float>(logits.lane[j])));
+    }
     return result;
   };
-  if (gradient.zero() || ((reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out)) & 15)) {
+  const auto apart = reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out);
+  if (gradient.zero() || (apart & 15)) {
     for (int64_t v = segment.first + threadIdx.x; v < segment.last; v += kThreads) one(v);
   } else {
     if (segment.first + threadIdx.x < segment.body) one(segment.first + threadIdx.x);
@@ -186,7 +207,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   for (int64_t k = threadIdx.x; k < bag.size; k += kThreads) {
-    if (mine(k)) out[bag.column(k)] = static_cast<T>(labelled[k]);  // occurrences of one token write the same value
+    // occurrences of one token write the same value
+    if (mine(k)) out[bag.column(k)] = static_cast<T>(labelled[k]);
   }
 }
 
@@ -205,24 +227,31 @@ void statistics(const Problem<const T>& problem, int64_t vocab_size, float* stat
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t segments = segments_of_row(problem.rows, problem.columns);
   // from torch's allocator, like everything: the sums of segments [segments, N]
-  const at::Tensor sums = at::empty({segments, problem.rows, 2}, at::TensorOptions(at::kCUDA).dtype(at::kFloat));
+  const at::Tensor sums =
+      at::empty({segments, problem.rows, 2}, at::TensorOptions(at::kCUDA).dtype(at::kFloat));
   auto* sums_SN = reinterpret_cast<SoftmaxSum*>(sums.mutable_data_ptr<float>());
   softmax_sums<T><<<dim3(problem.rows, segments), kThreads, 0, stream>>>(problem, sums_SN);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  row_statistics<T><<<blocks_of_one_thread_a_row(problem.rows), 128, 0, stream>>>(problem, vocab_size, sums_SN, segments, statistics_4N);
+  row_statistics<T><<<blocks_of_one_thread_a_row(problem.rows), 128, 0, stream>>>(
+      problem, vocab_size, sums_SN, segments, statistics_4N);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void loss(const Problem<const float>& problem, int64_t ranks, const float* statistics_R4N, float* loss_N, float* saved_3N) {
-  row_losses<<<blocks_of_one_thread_a_row(problem.rows), 128, 0, c10::cuda::getCurrentCUDAStream()>>>(
+void loss(const Problem<const float>& problem, int64_t ranks, const float* statistics_R4N,
+    float* loss_N, float* saved_3N) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  row_losses<<<blocks_of_one_thread_a_row(problem.rows), 128, 0, stream>>>(
       problem, ranks, statistics_R4N, loss_N, saved_3N);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename T>
-void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N, T* out, int64_t out_stride) {
+void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N,
+    T* out, int64_t out_stride) {
   const int64_t segments = segments_of_row(problem.rows, problem.columns);
-  row_gradients<T><<<dim3(problem.rows, segments), kThreads, problem.bag_size * sizeof(float), c10::cuda::getCurrentCUDAStream()>>>(
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const size_t shared_bytes = problem.bag_size * sizeof(float);
+  row_gradients<T><<<dim3(problem.rows, segments), kThreads, shared_bytes, stream>>>(
       problem, saved_3N, upstream_N, out, out_stride);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -1,13 +1,16 @@
-// Multi-hot cross entropy: the arithmetic that the CPU and the CUDA kernels share, and what each of them provides.
+// Multi-hot cross entropy: the arithmetic that the CPU and the CUDA kernels share, and what each of
+// them provides.
 //
 // For a row with logits z and labels y_1..y_S of weights w_k:
 //
-//   mce      log sum_v exp z_v - sum_k w_k z[y_k]                      w_k over the sum of the valid labels' weights
-//   mce-alt  log sum_v exp z_v - log sum_{v in bag} w_v exp z_v        w_v the largest weight of v over the largest of the bag
+//   mce      log sum_v exp z_v - sum_k w_k z[y_k]
+//            w_k over the sum of the valid labels' weights
+//   mce-alt  log sum_v exp z_v - log sum_{v in bag} w_v exp z_v
+//            w_v the largest weight of v over the largest of the bag
 //
-// A rank holds columns start..start+V of the vocabulary. Shapes: N rows, V columns, S labels a row, R ranks. A label is valid if
-// it is not -100, owned if the rank holds its column. All arithmetic is fp32; nothing here reads outside z[0..V) or y[0..S)
-// whatever the labels are.
+// A rank holds columns start..start+V of the vocabulary. Shapes: N rows, V columns, S labels a row,
+// R ranks. A label is valid if it is not -100, owned if the rank holds its column. All arithmetic
+// is fp32. Nothing here reads outside z[0..V) or y[0..S), whatever the labels are.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -30,14 +33,16 @@ constexpr int64_t kIgnore = -100;
 constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// exp(x) for x <= 0 (a logit less its row's maximum), within 1 ulp; 0 below -87, where the result would be subnormal; NaN stays.
+// exp(x) for x <= 0 (a logit less its row's maximum), within 1 ulp. Below -87, where the result
+// would be subnormal, it is 0. NaN stays.
 MHCE_INLINE float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
   float result;  // __expf spends three more instructions on subnormal results
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
   return result;
 #else
-  constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  constexpr float kRound = 12582912.f;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n ln 2, ln 2 in two parts
@@ -53,7 +58,8 @@ MHCE_INLINE float exp_nonpositive(float x) {
 #endif
 }
 
-// A NaN must not hide behind a comparison: sums meet every element, so they carry it, and the maximum may drop it.
+// A NaN must not hide behind a comparison: sums meet every element, so they carry it, and the
+// maximum may drop it.
 MHCE_INLINE float larger(float a, float b) { return a > b ? a : b; }
 
 // sum over some columns of exp(z - peak), peak being their maximum (kLowest where all are -inf)
@@ -76,7 +82,9 @@ struct Bag {
 
   MHCE_INLINE bool valid(int64_t k) const { return labels[k] != kIgnore; }
   MHCE_INLINE int64_t column(int64_t k) const { return labels[k] - start; }
-  MHCE_INLINE bool owned(int64_t k) const { return valid(k) && column(k) >= 0 && column(k) < columns; }
+  MHCE_INLINE bool owned(int64_t k) const {
+    return valid(k) && column(k) >= 0 && column(k) < columns;
+  }
 
   // mce: sum of the valid labels' weights. mce-alt: the largest of them. 0: the row has no loss.
   MHCE_INLINE float total() const {
@@ -94,17 +102,21 @@ struct Bag {
     return true;
   }
 
-  // Weight of the token labels[k] over `total`: the sum of its occurrences' (mce) or the largest (mce-alt).
+  // Weight of the token labels[k] over `total`: the sum of its occurrences' (mce) or the largest
+  // (mce-alt).
   MHCE_INLINE float token_weight(int64_t k, float total) const {
     float weight = 0.f;
     for (int64_t j = 0; j < size; ++j) {
-      if (labels[j] == labels[k]) weight = alt ? larger(weight, weights[j]) : weight + weights[j] / total;
+      if (labels[j] != labels[k]) continue;
+      weight = alt ? larger(weight, weights[j]) : weight + weights[j] / total;
     }
     return alt ? weight / total : weight;
   }
 };
 
-// What the owned labels contribute: mce: sum of w_k (z[y_k] - peak). mce-alt: log sum of w_v exp(z_v - peak) over distinct tokens.
+// What the owned labels contribute.
+//   mce      sum of w_k (z[y_k] - peak)
+//   mce-alt  log sum of w_v exp(z_v - peak) over distinct tokens
 struct Target {
   float value;
   float held;  // weight of the owned labels: `value` falls by held * d when peak rises by d (mce)
@@ -116,7 +128,8 @@ MHCE_INLINE Target bag_target(const Bag& bag, const T* z, float peak) {
   if (!bag.alt) {
     Target target = {0.f, 0.f};
     for (int64_t k = 0; k < bag.size; ++k) {
-      if (!bag.owned(k) || !(bag.weights[k] > 0.f)) continue;  // a weight of 0 must not meet a logit of -inf
+      // a weight of 0 must not meet a logit of -inf
+      if (!bag.owned(k) || !(bag.weights[k] > 0.f)) continue;
       const float weight = bag.weights[k] / total;
       target.value += weight * (static_cast<float>(z[bag.column(k)]) - peak);
       target.held += weight;
@@ -138,7 +151,8 @@ struct RowStatistics {
   float target;
 };
 
-MHCE_INLINE RowStatistics combine_ranks(const float* local, int64_t ranks, int64_t rows, int64_t row, bool alt) {
+MHCE_INLINE RowStatistics combine_ranks(
+    const float* local, int64_t ranks, int64_t rows, int64_t row, bool alt) {
   auto at = [=](int64_t rank, int what) { return local[(rank * 4 + what) * rows + row]; };
   RowStatistics all = {{kLowest, 0.f}, 0.f};
   for (int64_t r = 0; r < ranks; ++r) all.softmax.peak = larger(all.softmax.peak, at(r, 0));
@@ -170,7 +184,8 @@ MHCE_INLINE float row_loss(const Bag& bag, const RowStatistics& row) {
   return bag.total() > 0.f ? logf(row.softmax.sum) - row.target : 0.f;
 }
 
-// Gradient of one row: element v is exp(z_v - peak) * factor, less what the bag takes off in the columns that it names.
+// Gradient of one row: element v is exp(z_v - peak) * factor, less what the bag takes off in the
+// columns that it names.
 struct RowGradient {
   float peak, factor, scale, target, total;
 
@@ -204,17 +219,21 @@ struct Problem {
   int64_t rows, columns, bag_size, start;
   bool alt;
 
-  MHCE_INLINE Bag bag(int64_t n) const { return {labels + n * bag_size, weights, bag_size, start, columns, alt}; }
+  MHCE_INLINE Bag bag(int64_t n) const {
+    return {labels + n * bag_size, weights, bag_size, start, columns, alt};
+  }
   MHCE_INLINE const T* row(int64_t n) const { return logits + n * stride; }
 };
 
 // What each device provides; ops.cpp says what the arrays hold.
-#define MHCE_DECLARE_KERNELS                                                                                                  \
-  template <typename T>                                                                                                       \
-  void statistics(const Problem<const T>& problem, int64_t vocab_size, float* statistics_4N);                                 \
-  void loss(const Problem<const float>& problem, int64_t ranks, const float* statistics_R4N, float* loss_N, float* saved_3N); \
-  template <typename T>                                                                                                       \
-  void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N, T* out, int64_t out_stride);
+#define MHCE_DECLARE_KERNELS                                                                     \
+  template <typename T>                                                                          \
+  void statistics(const Problem<const T>& problem, int64_t vocab_size, float* statistics_4N);    \
+  void loss(const Problem<const float>& problem, int64_t ranks, const float* statistics_R4N,     \
+      float* loss_N, float* saved_3N);                                                           \
+  template <typename T>                                                                          \
+  void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N, \
+      T* out, int64_t out_stride);
 
 namespace cpu {
 MHCE_DECLARE_KERNELS

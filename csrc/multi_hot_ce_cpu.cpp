@@ -8,10 +8,12 @@
 #include <algorithm>
 #include <vector>
 
-// One binary for every x86-64: the widest version that the machine has is chosen when the module is loaded. Levels, not
-// "arch=skylake-avx512" or "arch=haswell": those ask for that very processor, and all others would run the slowest version.
+// One binary for every x86-64: the widest version that the machine has is chosen when the module is
+// loaded. Levels, not "arch=skylake-avx512" or "arch=haswell": those ask for that very processor,
+// and all others would run the slowest version.
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(MHCE_ONE_TARGET)
-#define MHCE_EACH_TARGET __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define MHCE_EACH_TARGET \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define MHCE_EACH_TARGET
 #endif
@@ -19,17 +21,21 @@
 namespace megatron_tst::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // columns that are converted at once; they stay in the first-level cache
+// columns that are converted at once; they stay in the first-level cache
+constexpr int64_t kBlock = 2048;
 
 // Round to nearest even, as c10 does, in a form that compilers vectorise.
 template <typename T>
-MHCE_INLINE T rounded(float x) { return static_cast<T>(x); }
+MHCE_INLINE T rounded(float x) {
+  return static_cast<T>(x);
+}
 
 template <>
 MHCE_INLINE c10::BFloat16 rounded(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return c10::BFloat16(static_cast<unsigned short>(x != x ? 0x7fc0u : nearest), c10::BFloat16::from_bits());
+  return c10::BFloat16(
+      static_cast<unsigned short>(x != x ? 0x7fc0u : nearest), c10::BFloat16::from_bits());
 }
 
 template <typename T>
@@ -53,7 +59,8 @@ MHCE_INLINE SoftmaxSum softmax_sum(const T* z, int64_t columns) {
 }
 
 template <typename T>
-MHCE_INLINE void row_gradient(const Problem<const T>& problem, const float* saved_3N, float upstream, int64_t n, T* out, float* labelled) {
+MHCE_INLINE void row_gradient(const Problem<const T>& problem, const float* saved_3N,
+    float upstream, int64_t n, T* out, float* labelled) {
   const Bag bag = problem.bag(n);
   const T* z = problem.row(n);
   const RowGradient gradient(bag, saved_row(saved_3N, problem.rows, n), upstream);
@@ -66,17 +73,21 @@ MHCE_INLINE void row_gradient(const Problem<const T>& problem, const float* save
     if (bag.owned(k)) labelled[k] = gradient.labelled(bag, k, static_cast<float>(z[bag.column(k)]));
   }
 #pragma omp simd
-  for (int64_t i = 0; i < problem.columns; ++i) out[i] = rounded<T>(gradient.element(static_cast<float>(z[i])));
+  for (int64_t i = 0; i < problem.columns; ++i) {
+    out[i] = rounded<T>(gradient.element(static_cast<float>(z[i])));
+  }
   for (int64_t k = 0; k < bag.size; ++k) {
     if (bag.owned(k)) out[bag.column(k)] = rounded<T>(labelled[k]);
   }
 }
 
-#define MHCE_VECTORISED(T)                                                                                           \
-  MHCE_EACH_TARGET SoftmaxSum softmax_sum_each_target(const T* z, int64_t columns) { return softmax_sum(z, columns); } \
-  MHCE_EACH_TARGET void row_gradient_each_target(                                                                    \
-      const Problem<const T>& problem, const float* saved_3N, float upstream, int64_t n, T* out, float* labelled) {  \
-    row_gradient(problem, saved_3N, upstream, n, out, labelled);                                                     \
+#define MHCE_VECTORISED(T)                                                           \
+  MHCE_EACH_TARGET SoftmaxSum softmax_sum_each_target(const T* z, int64_t columns) { \
+    return softmax_sum(z, columns);                                                  \
+  }                                                                                  \
+  MHCE_EACH_TARGET void row_gradient_each_target(const Problem<const T>& problem,    \
+      const float* saved_3N, float upstream, int64_t n, T* out, float* labelled) {   \
+    row_gradient(problem, saved_3N, upstream, n, out, labelled);                     \
   }
 MHCE_VECTORISED(float)
 MHCE_VECTORISED(c10::BFloat16)
@@ -90,8 +101,9 @@ void statistics(const Problem<const T>& problem, int64_t vocab_size, float* stat
   for (int64_t i = 0; i < problem.rows * problem.bag_size; ++i) {
     const int64_t label = problem.labels[i];
     TORCH_CHECK_VALUE(
-        label == kIgnore || (label >= 0 && label < vocab_size), "multi_hot_cross_entropy: expected labels in 0..", vocab_size - 1,
-        " or ", kIgnore, ", got ", label, ". Check that the data were tokenised with this vocabulary.");
+        label == kIgnore || (label >= 0 && label < vocab_size),
+        "multi_hot_cross_entropy: expected labels in 0..", vocab_size - 1, " or ", kIgnore,
+        ", got ", label, ". Check that the data were tokenised with this vocabulary.");
   }
   at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -103,7 +115,8 @@ void statistics(const Problem<const T>& problem, int64_t vocab_size, float* stat
   });
 }
 
-void loss(const Problem<const float>& problem, int64_t ranks, const float* statistics_R4N, float* loss_N, float* saved_3N) {
+void loss(const Problem<const float>& problem, int64_t ranks, const float* statistics_R4N,
+    float* loss_N, float* saved_3N) {
   for (int64_t n = 0; n < problem.rows; ++n) {
     const RowStatistics row = combine_ranks(statistics_R4N, ranks, problem.rows, n, problem.alt);
     loss_N[n] = row_loss(problem.bag(n), row);
@@ -112,17 +125,19 @@ void loss(const Problem<const float>& problem, int64_t ranks, const float* stati
 }
 
 template <typename T>
-void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N, T* out, int64_t out_stride) {
+void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N,
+    T* out, int64_t out_stride) {
   at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> labelled(problem.bag_size);
     for (int64_t n = begin; n < end; ++n) {
-      row_gradient_each_target(problem, saved_3N, upstream_N[n], n, out + n * out_stride, labelled.data());
+      row_gradient_each_target(
+          problem, saved_3N, upstream_N[n], n, out + n * out_stride, labelled.data());
     }
   });
 }
 
-#define MHCE_INSTANTIATE(T)                                                        \
-  template void statistics<T>(const Problem<const T>&, int64_t, float*);           \
+#define MHCE_INSTANTIATE(T)                                              \
+  template void statistics<T>(const Problem<const T>&, int64_t, float*); \
   template void gradient<T>(const Problem<const T>&, const float*, const float*, T*, int64_t);
 MHCE_INSTANTIATE(float)
 MHCE_INSTANTIATE(c10::BFloat16)

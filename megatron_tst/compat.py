@@ -34,14 +34,11 @@ def hide_broken_transformer_engine() -> None:
     except Exception as error:  # whatever a broken install raises
         for name in [m for m in sys.modules if m.split(".")[0] == "transformer_engine"]:
             del sys.modules[name]
-        sys.modules["transformer_engine"] = (
-            None  # `import transformer_engine` is now a ModuleNotFoundError
-        )
+        sys.modules["transformer_engine"] = None  # importing it is now a ModuleNotFoundError
         reason = str(error).strip().splitlines() or [""]
         warnings.warn(
-            f"megatron_tst: transformer_engine is installed but cannot be imported "
-            f"({type(error).__name__}: {reason[0]}); "
-            "going on without it. Install transformer-engine, its core and its torch part in one "
-            "version, or none of them.",
+            "megatron_tst: transformer_engine is installed but cannot be imported "
+            f"({type(error).__name__}: {reason[0]}); going on without it. Install "
+            "transformer-engine, its core and its torch part in one version, or none of them.",
             stacklevel=2,
         )

@@ -1,11 +1,11 @@
-"""TSTConfig and the command-line flags. What TST cannot work with is in checks/refusals.py, what a resume
-may change in loop/resume.py.
+"""TSTConfig and the command-line flags. What TST cannot work with is in checks/refusals.py, what a
+resume may change in loop/resume.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 from dataclasses import dataclass
 
 from megatron_tst.errors import refuse
@@ -69,40 +69,8 @@ class TSTConfig:
     stock_index: str | None = None
 
     def __post_init__(self):
-        for s in self.bag_sizes:
-            if not _whole(s) or s < 1:
-                refuse(
-                    "--tst-bag-size",
-                    "a whole number >= 1",
-                    s,
-                    "The paper found 4 to 8 robust; 1 switches TST off.",
-                )
-        if len(self.bag_sizes) > 1 and min(self.bag_sizes) == 1:
-            do = "The recovery phase follows by itself."
-            refuse("--tst-bag-size", "bags of 2 and more in a list", _shown(self.bag_size), do)
-        for r in _several(self.step_ratio):
-            if not (isinstance(r, (int, float)) and 0 <= r < 1):
-                do = "The paper found 0.2 to 0.4 robust; the rest of the run recovers."
-                refuse("--tst-step-ratio", "a number in [0, 1)", r, do)
-        for t1 in _several(self.iters):
-            if not _whole(t1) or t1 < 0:
-                refuse(
-                    "--tst-iters",
-                    "a whole number >= 0",
-                    t1,
-                    "Give the number of superposed iterations.",
-                )
-        if self.step_ratio is not None and self.iters is not None:
-            got = f"{_shown(self.step_ratio)} and {_shown(self.iters)}"
-            refuse("--tst-step-ratio and --tst-iters", "one of the two", got, "Leave one out.")
-        for flag, value in (("--tst-step-ratio", self.step_ratio), ("--tst-iters", self.iters)):
-            if value is not None and len(_several(value)) != len(self.bag_sizes):
-                refuse(
-                    flag,
-                    f"one for each of the bag sizes {_shown(self.bag_size)}",
-                    _shown(value),
-                    "Separate them by commas.",
-                )
+        self._check_bag_sizes()
+        self._check_lengths()
         for flag, value, allowed in (
             ("--tst-target-weighting", self.target_weighting, TARGET_WEIGHTINGS),
             ("--tst-superpose", self.superpose, SUPERPOSE),
@@ -112,27 +80,48 @@ class TSTConfig:
         ):
             if value not in allowed:
                 refuse(flag, f"one of {', '.join(allowed)}", repr(value), "Choose one of these.")
-        for flag, value, top in (
-            ("--tst-switch-slope", self.switch_slope, math.inf),
-            ("--tst-switch-window", self.switch_window, 0.1),
+        for flag, value, top, range_ in (
+            ("--tst-switch-slope", self.switch_slope, sys.float_info.max, "a number > 0"),
+            ("--tst-switch-window", self.switch_window, 0.1, "a number > 0, at most 0.1"),
         ):
-            if not (isinstance(value, (int, float)) and 0 < value <= top) or math.isinf(value):
-                refuse(
-                    flag,
-                    "a number > 0" + (f", at most {top}" if top < 1 else ""),
-                    value,
-                    "Leave it out for the default.",
-                )
+            if not (isinstance(value, (int, float)) and 0 < value <= top):
+                refuse(flag, range_, value, "Leave it out for the default.")
+
+    def _check_bag_sizes(self):
+        for s in self.bag_sizes:
+            if not _whole(s) or s < 1:
+                do = "The paper found 4 to 8 robust; 1 switches TST off."
+                refuse("--tst-bag-size", "a whole number >= 1", s, do)
+        if len(self.bag_sizes) > 1 and min(self.bag_sizes) == 1:
+            do = "The recovery phase follows by itself."
+            refuse("--tst-bag-size", "bags of 2 and more in a list", _shown(self.bag_size), do)
+
+    def _check_lengths(self):
+        for r in _several(self.step_ratio):
+            if not (isinstance(r, (int, float)) and 0 <= r < 1):
+                do = "The paper found 0.2 to 0.4 robust; the rest of the run recovers."
+                refuse("--tst-step-ratio", "a number in [0, 1)", r, do)
+        for t1 in _several(self.iters):
+            if not _whole(t1) or t1 < 0:
+                do = "Give the number of superposed iterations."
+                refuse("--tst-iters", "a whole number >= 0", t1, do)
+        if self.step_ratio is not None and self.iters is not None:
+            got = f"{_shown(self.step_ratio)} and {_shown(self.iters)}"
+            refuse("--tst-step-ratio and --tst-iters", "one of the two", got, "Leave one out.")
+        for flag, value in (("--tst-step-ratio", self.step_ratio), ("--tst-iters", self.iters)):
+            if value is not None and len(_several(value)) != len(self.bag_sizes):
+                expected = f"one for each of the bag sizes {_shown(self.bag_size)}"
+                refuse(flag, expected, _shown(value), "Separate them by commas.")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> TSTConfig:
-        """From Megatron's parsed arguments; flags that are absent take the defaults."""
-        return cls(
-            **{
-                name: getattr(args, f"tst_{name}", default)
-                for name, default in cls._defaults().items()
-            }
-        )
+        """From Megatron's parsed arguments; flags that are absent take the defaults.
+
+        Raises:
+            TSTError: a value outside its range, or values that contradict each other.
+        """
+        defaults = cls._defaults()
+        return cls(**{name: getattr(args, f"tst_{name}", defaults[name]) for name in defaults})
 
     @classmethod
     def _defaults(cls) -> dict:
@@ -151,9 +140,22 @@ class TSTConfig:
     def schedule(self, args: argparse.Namespace) -> Schedule:
         """Resolve the phases for a run.
 
+        Example: 30 % of 100 iterations are superposed, 8 samples each: 240 samples with bags of 6,
+        and 560 of recovery. A ratio is rounded to whole iterations.
+
+        >>> run = argparse.Namespace(train_iters=100, global_batch_size=8, seq_length=32)
+        >>> run.train_samples = None
+        >>> TSTConfig(6, step_ratio=0.3).schedule(run).samples
+        (240, 560)
+        >>> TSTConfig((16, 8), iters=(10, 20)).schedule(run).described
+        'bag size 16 for 10 iterations, bag size 8 for 20 iterations, recovery for 70'
+
         Args:
             args: Megatron's validated arguments (global_batch_size, seq_length, train_iters or
                 train_samples).
+
+        Raises:
+            TSTError: superposition leaves no iteration for recovery, or has none itself.
         """
         batch = args.global_batch_size
         samples = args.train_samples or args.train_iters * batch
@@ -163,15 +165,12 @@ class TSTConfig:
             do = "Recovery needs the rest: the paper uses 60 to 80 %."
             refuse("--tst-iters", f"fewer than the {total} training iterations", sum(lengths), do)
         if self.enabled and not all(lengths):
-            flag, got = (
-                ("--tst-iters", self.iters) if self.iters else ("--tst-step-ratio", self.step_ratio)
-            )
-            expected = (
-                "at least one iteration of each bag size"
-                if self.iters
-                else f"at least half an iteration of {total}"
-            )
-            refuse(flag, expected, _shown(got), "Raise it, or drop the --tst- flags.")
+            do = "Raise it, or drop the --tst- flags."
+            if self.iters:
+                expected = "at least one iteration of each bag size"
+                refuse("--tst-iters", expected, _shown(self.iters), do)
+            expected = f"at least half an iteration of {total}"
+            refuse("--tst-step-ratio", expected, _shown(self.step_ratio), do)
         superposed = [length * batch for length in lengths]
         sizes = self.bag_sizes if lengths else ()
         return Schedule(
@@ -185,86 +184,87 @@ class TSTConfig:
 
 def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the --tst-* flags in a group of their own (an extra_args_provider for Megatron's
-    parse_args).
+    parse_args). -> the parser
     """
     group = parser.add_argument_group("token superposition (TST)")
     d = TSTConfig._defaults()
+
+    def add(name, help_, **more):
+        group.add_argument(f"--tst-{name}", help=help_, **more)
+
     # Values are checked in TSTConfig: argparse would print Megatron's thousand lines of usage with
     # each mistake.
-    group.add_argument(
-        "--tst-bag-size",
+    add(
+        "bag-size",
+        "raw tokens a bag, s; 1 (default): everything stock. 16,8,4: one phase after the other",
         type=_numbers,
-        default=1,
-        help="raw tokens a bag, s; 1 (default): everything stock. 16,8,4: one phase after the "
-        "other",
+        default=d["bag_size"],
     )
-    group.add_argument(
-        "--tst-step-ratio",
+    add(
+        "step-ratio",
+        "share of the iterations that are superposed, r, in [0, 1); one for each bag size",
         type=_numbers,
-        help="share of the iterations that are superposed, r, in [0, 1); one for each bag size",
     )
-    group.add_argument(
-        "--tst-iters", type=_numbers, help="superposed iterations, instead of --tst-step-ratio"
+    add("iters", "superposed iterations, instead of --tst-step-ratio", type=_numbers)
+    add(
+        "target-weighting",
+        f"one of {', '.join(TARGET_WEIGHTINGS)}",
+        default=d["target_weighting"],
     )
-    group.add_argument(
-        "--tst-target-weighting", default="uniform", help=f"one of {', '.join(TARGET_WEIGHTINGS)}"
-    )
-    group.add_argument("--tst-superpose", default="both", help=f"one of {', '.join(SUPERPOSE)}")
-    group.add_argument(
-        "--tst-loss",
-        default="mce",
-        help=f"one of {', '.join(LOSSES)}; ablations, worse than no TST in the paper: "
+    add("superpose", f"one of {', '.join(SUPERPOSE)}", default=d["superpose"])
+    add(
+        "loss",
+        f"one of {', '.join(LOSSES)}; ablations, worse than no TST in the paper: "
         f"{', '.join(ABLATIONS)}",
+        default=d["loss"],
     )
-    group.add_argument(
-        "--tst-exit-at-boundary",
+    add(
+        "exit-at-boundary",
+        "save and exit after the last superposed iteration",
         action="store_true",
-        help="save and exit after the last superposed iteration",
     )
-    group.add_argument(
-        "--tst-switch",
-        default="fixed",
-        help="fixed, or auto: as soon as the loss hardly falls, at the latest after --tst-iters",
+    add(
+        "switch",
+        "fixed, or auto: as soon as the loss hardly falls, at the latest after --tst-iters",
+        default=d["switch"],
     )
-    group.add_argument(
-        "--tst-switch-slope",
+    add(
+        "switch-slope",
+        "auto: go on while the loss falls by so many nats over a hundredth of the run",
         type=_number,
         default=d["switch_slope"],
-        help="auto: go on while the loss falls by so many nats over a hundredth of the run",
     )
-    group.add_argument(
-        "--tst-switch-window",
+    add(
+        "switch-window",
+        "auto: share of the run over which the loss is smoothed",
         type=_number,
         default=d["switch_window"],
-        help="auto: share of the run over which the loss is smoothed",
     )
-    group.add_argument(
-        "--tst-override",
+    add(
+        "override",
+        "on a resume: change bag sizes and lengths of what lies ahead",
         action="store_true",
-        help="on a resume: change bag sizes and lengths of what lies ahead",
     )
-    group.add_argument(
-        "--tst-kernel", default="auto", help=f"of the superposed loss, one of {', '.join(KERNELS)}"
-    )
-    group.add_argument(
-        "--tst-kernel-in-recovery",
+    add("kernel", f"of the superposed loss, one of {', '.join(KERNELS)}", default=d["kernel"])
+    add(
+        "kernel-in-recovery",
+        "the extension's loss in the recovery phase too",
         action="store_true",
-        help="the extension's loss in the recovery phase too",
     )
-    group.add_argument(
-        "--tst-stock-index",
+    add(
+        "stock-index",
+        "write index files there with which stock Megatron (--data-cache-path DIR) recovers",
         metavar="DIR",
-        help="write index files there with which stock Megatron (--data-cache-path DIR) recovers",
     )
-    group.add_argument(
-        "--tst-fused-linear-loss",
+    add(
+        "fused-linear-loss",
+        "output layer and loss in one op: no [L, b, V/tp] logits",
         action="store_true",
-        help="output layer and loss in one op: no [L, b, V/tp] logits",
     )
     return parser
 
 
-def _number(text: str):
+def _number(text: str) -> int | float | str:
     for kind in (int, float):
         try:
             return kind(text)
@@ -273,13 +273,15 @@ def _number(text: str):
     return text
 
 
-def _numbers(text: str):
+def _numbers(text: str) -> int | float | str | tuple:
     values = tuple(_number(part) for part in text.split(","))
     return values if len(values) > 1 else values[0]
 
 
 def _several(value) -> tuple:
-    return () if value is None else tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _shown(value) -> str:

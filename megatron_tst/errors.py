@@ -1,10 +1,15 @@
-"""The exceptions of the package, and the one way to refuse. No torch."""
+"""The exceptions of the package, the one way to refuse, and the one line that a run ends with. No
+torch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import NoReturn
 
@@ -16,11 +21,20 @@ class TSTError(ValueError):
 
 
 class PatchError(RuntimeError):
-    """A seam is missing, has changed, or was replaced by somebody else; nothing was left half done."""
+    """A seam is missing, has changed, or was replaced by somebody else; all is left as it was."""
 
 
 def refuse(what: object, expected: object, got: object, do: str) -> NoReturn:
-    """Raise TSTError: "what: expected ..., got .... What to do." """
+    """Refuse a user's mistake.
+
+    Args:
+        what: the flag, file or setting that it is about.
+        expected, got: what it was to be and what it is.
+        do: what the user can do about it, as a sentence.
+
+    Raises:
+        TSTError: always, with the text "what: expected ..., got .... What to do."
+    """
     raise TSTError(f"{what}: expected {expected}, got {got}. {do}")
 
 
@@ -45,3 +59,23 @@ def warn(text: str) -> None:
     """Warn once a job, on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(f"megatron_tst: {text}", stacklevel=3)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line on stderr and exit code 2 on a TSTError or PatchError; let
+    everything else through.
+
+    Raises:
+        SystemExit: in place of those two.
+    """
+    try:
+        yield
+    except (TSTError, PatchError) as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = "megatron_tst: error: " if rank == "0" else f"megatron_tst: error on rank {rank}: "
+        lines = str(error).strip().splitlines() or [""]
+        # an error of a data-loading worker comes with the worker's traceback, its own text last
+        text = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+        print(prefix + text, file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -38,36 +38,33 @@ def load() -> Extension:
             "not built. `pip install --no-build-isolation` this package; what it prints says why",
         )
     except Exception as error:  # built for another torch: undefined symbols, missing libraries
-        return Extension(
-            False,
-            False,
-            f"built but not loadable with torch {torch.__version__} ({error}). Build it again",
-        )
+        why = f"built but not loadable with torch {torch.__version__} ({error}). Build it again"
+        return Extension(False, False, why)
     if _C.torch_version != torch.__version__.split("+")[0]:
-        return Extension(
-            False,
-            False,
-            f"built with torch {_C.torch_version}, this is torch {torch.__version__}. Build it "
-            f"again",
-        )
+        why = f"built with torch {_C.torch_version}, this is torch {torch.__version__}. Build it"
+        return Extension(False, False, f"{why} again")
     cuda = _C.cuda_architectures
-    return Extension(
-        True,
-        bool(cuda),
-        f"CPU kernels{f', CUDA kernels for {cuda}' if cuda else ', no CUDA kernels'}",
-    )
+    kernels = f"CUDA kernels for {cuda}" if cuda else "no CUDA kernels"
+    return Extension(True, bool(cuda), f"CPU kernels, {kernels}")
 
 
 def choose(kernel: str, device: str) -> str:
-    """ "extension" or "torch" for a request of "auto", "extension" or "torch" and a device type.
+    """Which kernel a request gets.
+
+    Args:
+        kernel: "auto", "extension" or "torch".
+        device: torch's device type, "cpu" or "cuda".
+
+    Returns:
+        "extension" or "torch".
 
     Raises:
         ValueError: the extension is asked for and cannot run there.
     """
     if kernel not in KERNELS:
         raise ValueError(
-            f"multi_hot_cross_entropy: expected kernel to be one of {', '.join(KERNELS)}, got "
-            f"{kernel!r}."
+            "multi_hot_cross_entropy: expected kernel to be one of "
+            f"{', '.join(KERNELS)}, got {kernel!r}."
         )
     if kernel == "torch":
         return "torch"
@@ -78,8 +75,7 @@ def choose(kernel: str, device: str) -> str:
     if kernel == "extension":
         raise ValueError(
             f"multi_hot_cross_entropy: expected the extension's {device} kernels, got an "
-            f"extension that is {extension.description}. "
-            "Or ask for kernel 'auto' or 'torch'."
+            f"extension that is {extension.description}. Or ask for kernel 'auto' or 'torch'."
         )
     return "torch"
 

@@ -1,7 +1,7 @@
 """Run an unmodified Megatron-LM script with TST.
 
-    torchrun ... -m megatron_tst.launch path/to/pretrain_gpt.py <its flags> --tst-bag-size 6
-    --tst-step-ratio 0.3
+    torchrun ... -m megatron_tst.launch path/to/pretrain_gpt.py <its flags> \\
+        --tst-bag-size 6 --tst-step-ratio 0.3
 
 instead of `torchrun ... path/to/pretrain_gpt.py <its flags>`. Works for pretrain_gpt.py and
 pretrain_hybrid.py of 0.18 and 0.19, and for any script that calls megatron.training.pretrain.
@@ -18,14 +18,16 @@ from megatron_tst import training
 
 
 def main(argv: list[str]) -> None:
-    """Run the script argv[0] with the arguments argv[1:]."""
+    """Run the script argv[0] with the arguments argv[1:]. Ends the process with exit code 2 where
+    it is no file.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__.strip())
         sys.exit(0 if argv else 2)
     script = argv[0]
     if not os.path.isfile(script):
         print(
-            f"megatron_tst: error: launch: expected the path of a Megatron script, got "
+            "megatron_tst: error: launch: expected the path of a Megatron script, got "
             f"{script!r}, which is no file.",
             file=sys.stderr,
         )

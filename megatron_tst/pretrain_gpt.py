@@ -1,12 +1,14 @@
 """Pre-train a GPTModel, or with --hybrid-layer-pattern a HybridModel, with TST.
 
-    torchrun ... -m megatron_tst.pretrain_gpt <Megatron's flags> --tst-bag-size 6 --tst-step-ratio 0.3
+    torchrun ... -m megatron_tst.pretrain_gpt <Megatron's flags> \\
+        --tst-bag-size 6 --tst-step-ratio 0.3
 
-A plain Megatron script but for its two marked lines. Needs nothing but the megatron-core 0.19 wheel.
-Users of a Megatron-LM checkout run its own pretrain_gpt.py through `python -m megatron_tst.launch`
-instead. MEGATRON_TST_CPU=1 trains on CPU (cpu.py).
+A plain Megatron script but for its two marked lines. It needs nothing but the megatron-core 0.19
+wheel. Users of a Megatron-LM checkout run its own pretrain_gpt.py through
+`python -m megatron_tst.launch` instead. MEGATRON_TST_CPU=1 trains on CPU (cpu.py).
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from megatron_tst import training  # (TST)
@@ -39,22 +41,26 @@ SPIKE = 10  # a loss of so many times the largest yet is looked at again (--chec
 KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
-def stage_has_mtp(vp_stage):
+def stage_has_mtp(vp_stage: int | None) -> bool:
     """Whether multi-token prediction layers are in this pipeline stage, which then needs the tokens
     too.
     """
-    args = get_args()
-    layout = (
-        core_transformer_config_from_args(args).pipeline_model_parallel_layout
-        if args.mtp_num_layers
-        else None
-    )
+    args, layout = get_args(), None
+    if args.mtp_num_layers:
+        layout = core_transformer_config_from_args(args).pipeline_model_parallel_layout
     return mtp_on_this_rank(layout, args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
-def get_batch(data_iterator, vp_stage=None):
-    """One micro-batch, as this rank needs it: KEYS in order, None for what its pipeline stage has
-    no use for.
+def get_batch(data_iterator: Iterator[dict] | None, vp_stage: int | None = None) -> list:
+    """One micro-batch, as this rank needs it.
+
+    Args:
+        data_iterator: None but on rank 0 of each tensor-parallel group.
+        vp_stage: of a virtual pipeline.
+
+    Returns:
+        KEYS in order: tokens and labels int64 [b, L/cp], or [b, L/cp, S] in bags, loss_mask fp32
+        and position_ids int64 [b, L/cp]; None for what its pipeline stage has no use for.
     """
     args = get_args()
     mtp = stage_has_mtp(vp_stage)
@@ -88,8 +94,14 @@ def get_batch(data_iterator, vp_stage=None):
     return [batch[key] for key in KEYS]
 
 
-def loss_func(loss_mask, output):
-    """Sum of the losses that count, their number, and both for Megatron's logs."""
+def loss_func(
+    loss_mask: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum of the losses that count in nats, their number, and both for Megatron's logs.
+
+    Args:
+        loss_mask, output: [b, L/cp], 0 where a loss does not count, and the losses.
+    """
     mask = loss_mask.view(-1).float()
     loss = (output.view(-1).float() * mask).sum()
     num_tokens = mask.sum().detach().to(torch.int)
@@ -97,7 +109,7 @@ def loss_func(loss_mask, output):
     return loss, num_tokens, {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
 
 
-def check_loss(loss):
+def check_loss(loss: torch.Tensor) -> None:
     """Megatron's checks of this rank's loss: an iteration that fails one is run again, to tell a
     faulty machine from a faulty run.
     """
@@ -112,9 +124,16 @@ def check_loss(loss):
         machine.validate_result(loss, spiky, "spiky loss", tolerance=0.0, fatal=False)
 
 
-def forward_step(data_iterator, model, return_schedule_plan=False):
-    """One micro-batch through the model; with --overlap-moe-expert-parallel-comm the model's
-    pieces, for the schedule to call.
+def forward_step(
+    data_iterator: Iterator[dict] | None,
+    model: torch.nn.Module,
+    return_schedule_plan: bool = False,
+) -> tuple[object, Callable]:
+    """One micro-batch through the model. -> its output, and the function that makes a loss of it
+
+    Args:
+        return_schedule_plan: with --overlap-moe-expert-parallel-comm: the model's pieces, for the
+            schedule to call.
     """
     tokens, labels, loss_mask, position_ids, attention_mask = get_batch(
         data_iterator, get_attr_wrapped_model(model, "vp_stage")
@@ -124,7 +143,9 @@ def forward_step(data_iterator, model, return_schedule_plan=False):
     return output, partial(loss_func, loss_mask)
 
 
-def datasets_provider(train_val_test_num_samples, vp_stage=None):
+def datasets_provider(
+    train_val_test_num_samples: list[int], vp_stage: int | None = None
+) -> list[torch.utils.data.Dataset | None]:
     """Train, validation and test datasets of get_args().seq_length tokens."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -158,7 +179,7 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
 datasets_provider.is_distributed = True
 
 
-def main():
+def main() -> None:
     """Read the command line and train."""
     args = parse_and_validate_args()
     model = (

@@ -12,6 +12,10 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SUPERPOSITION = "superposition"
 RECOVERY = "recovery"
@@ -42,6 +46,7 @@ class Phase:
 
     @property
     def end(self) -> int:
+        """The sample of the run that comes after its last one."""
         return self.first_sample + self.samples
 
     @property
@@ -53,23 +58,63 @@ class Phase:
 
     @property
     def long_samples(self) -> int:
+        """How many long samples it reads; the last ones perhaps in part."""
         blocks, rest = divmod(self.samples, self.block)
         return blocks * self.stride + -(-rest // self.pieces)
 
-    def place(self, j):
-        """Where the phase's j-th sample lies (int, or an integer array of any shape).
+    def place[T: (int, np.ndarray)](self, j: T) -> tuple[T, T]:
+        """Where the phase's j-th sample lies.
+
+        The first pieces of `stride` long samples come first, then their second pieces, and so on:
+        a block. An incomplete last block is cut from as few long samples as hold it.
+
+        Example: after 4 samples of bags of 8, a phase of 12 samples of bags of 4, in batches of 4.
+        A long sample holds 8 * L tokens, so 2 pieces, and a block is 4 long samples, 8 samples.
+        The 4 samples that are left are the pieces of 2 long samples.
+
+        >>> phase = Schedule((8, 4, 1), (4, 12, 16), seq_length=2, global_batch_size=4).phases[1]
+        >>> phase.first_long, phase.pieces, phase.stride, phase.long_samples
+        (4, 2, 4, 6)
+        >>> [phase.place(j) for j in range(8)]
+        [(4, 0), (5, 0), (6, 0), (7, 0), (4, 1), (5, 1), (6, 1), (7, 1)]
+        >>> [phase.place(j) for j in range(8, 12)]
+        [(8, 0), (9, 0), (8, 1), (9, 1)]
+
+        Args:
+            j: an int, or an integer array of any shape; 0 <= j < samples.
 
         Returns:
-            (long sample, piece of it). The first pieces of `stride` long samples come first, then
-            their second pieces, and so on; an incomplete last block is cut from as few long samples
-            as hold it.
+            (long sample of the run, piece of it), each as `j` is.
         """
         block, i = divmod(j, self.block)
-        whole = self.samples // self.block
-        stride = self.stride + (block == whole) * (
-            self.long_samples - whole * self.stride - self.stride
-        )
+        whole_blocks, rest = divmod(self.samples, self.block)
+        stride_of_rest = -(-rest // self.pieces)
+        in_rest = block == whole_blocks
+        stride = self.stride + in_rest * (stride_of_rest - self.stride)
         return self.first_long + block * self.stride + i % stride, i // stride
+
+    def begins_as(self, other: Phase) -> bool:
+        """Whether their first samples are the same ones of the run, read in the same form."""
+        names = "name", "bag_size", "first_sample", "first_long"
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
+    def samples_as_in(self, other: Phase) -> int:
+        """How many samples are read alike in a phase that begins alike and has another length.
+
+        A sample that is a long sample by itself lies where it lies. Pieces move where the last
+        block is incomplete, so whole blocks are alike. Recovery's stride depends on its length, so
+        that its pieces move from the second sample on, and none are said to be alike.
+
+        Example: batches of 2, and 6 samples here against 10 there. Bags of 4 in long samples of 4
+        (1 piece): 6 are alike. Bags of 2 in them (2 pieces, blocks of 4): 4 are alike; samples 4
+        and 5 are pieces of one long sample here, and of two there. Recovery: 0.
+        """
+        shorter = min(self.samples, other.samples)
+        if self.pieces == 1:
+            return shorter
+        if self.stride == other.stride:
+            return shorter // self.block * self.block
+        return 0
 
 
 @dataclass(frozen=True)
@@ -100,28 +145,40 @@ class Schedule:
         widths = [1 if self.single_tokens_in else s for s in self.bag_sizes]
         if not self.width:
             object.__setattr__(self, "width", math.lcm(*widths))
-        assert len(self.bag_sizes) == len(self.samples) and not any(
-            self.width % w for w in widths
-        ), self
+        assert len(self.bag_sizes) == len(self.samples), self
+        assert not any(self.width % w for w in widths), self
 
     @classmethod
     def of(
         cls,
-        bag_size,
+        bag_size: int,
         iters: int,
         train_samples: int,
         seq_length: int,
         global_batch_size: int,
-        **more,
+        **more: int,
     ) -> Schedule:
-        """`iters` iterations with one bag size, and recovery to sample `train_samples`."""
+        """`iters` iterations with one bag size, and recovery to sample `train_samples`.
+
+        >>> plan = Schedule.of(6, 6000, 20000 * 512, seq_length=4096, global_batch_size=512)
+        >>> plan.described
+        'bag size 6 for 6000 iterations, recovery for 14000'
+        >>> plan.raw_tokens(plan.train_samples)  # the paper's 3B run, table 1
+        104857600000
+
+        Args:
+            bag_size: s.
+            iters: T1, superposed iterations.
+            train_samples: of the whole run.
+            more: Schedule's other fields.
+        """
         first = iters * global_batch_size
-        return cls(
-            (bag_size, 1), (first, train_samples - first), seq_length, global_batch_size, **more
-        )
+        samples = first, train_samples - first
+        return cls((bag_size, 1), samples, seq_length, global_batch_size, **more)
 
     @functools.cached_property
     def phases(self) -> tuple[Phase, ...]:
+        """Of the run, in order: the superposed ones, then recovery."""
         phases, sample, long = [], 0, 0
         for i, (s, samples) in enumerate(zip(self.bag_sizes, self.samples)):
             recovery = i >= len(self.samples) - self.recovery_phases
@@ -130,27 +187,28 @@ class Schedule:
             # Recovery's batches spread over all of its long samples. An earlier phase may be ended
             # early, so it finishes what it begins.
             stride = max(1, -(-samples // pieces)) if recovery else self.global_batch_size
-            phases.append(
-                Phase(
-                    RECOVERY if recovery else SUPERPOSITION,
-                    s,
-                    width,
-                    sample,
-                    samples,
-                    long,
-                    pieces,
-                    stride,
-                )
+            phase = Phase(
+                name=RECOVERY if recovery else SUPERPOSITION,
+                bag_size=s,
+                width=width,
+                first_sample=sample,
+                samples=samples,
+                first_long=long,
+                pieces=pieces,
+                stride=stride,
             )
-            sample, long = phases[-1].end, long + phases[-1].long_samples
+            phases.append(phase)
+            sample, long = phase.end, long + phase.long_samples
         return tuple(phases)
 
     @property
     def superposed_phases(self) -> tuple[Phase, ...]:
+        """All but recovery."""
         return self.phases[: -self.recovery_phases]
 
     @property
     def train_samples(self) -> int:
+        """Of the whole run, as Megatron's --train-samples."""
         return sum(self.samples)
 
     @property
@@ -160,7 +218,7 @@ class Schedule:
 
     @property
     def recovery_samples(self) -> int:
-        """N2."""
+        """N2: the samples that come after them."""
         return self.train_samples - self.superposition_samples
 
     @property
@@ -179,11 +237,11 @@ class Schedule:
     def described(self) -> str:
         """The phases in words: "bag size 16 for 100 iterations, ..., recovery for 800"."""
         batch = self.global_batch_size
-        lengths = [
-            f"bag size {p.bag_size} for {p.samples // batch} iterations"
-            for p in self.superposed_phases
+        words = [
+            f"bag size {phase.bag_size} for {phase.samples // batch} iterations"
+            for phase in self.superposed_phases
         ]
-        return ", ".join([*lengths, f"recovery for {self.recovery_samples // batch}"])
+        return ", ".join([*words, f"recovery for {self.recovery_samples // batch}"])
 
     def locate(self, index: int) -> tuple[Phase, int, int]:
         """(phase, long sample, piece of it) of a sample of the run.
@@ -215,8 +273,9 @@ class Schedule:
         return self.seq_length * sum(read)
 
     def ending(self, phase: Phase, samples: int) -> Schedule:
-        """The same run with one superposed phase ended after `samples` of its samples; recovery
-        takes what that leaves.
+        """The same run with one superposed phase ended after `samples` of its samples.
+
+        Recovery takes what that leaves: as many samples more as the phase has fewer.
         """
         i, changed = self.phases.index(phase), list(self.samples)
         changed[-1] += changed[i] - samples
@@ -237,6 +296,15 @@ class Schedule:
     def reads_as(self, other: Schedule, consumed_samples: int) -> bool:
         """Whether the first `consumed_samples` samples are the same raw tokens, in the same form,
         in both.
+
+        Example: bags of 4, then of 2, in batches of 2, and the phase of bags of 2 made 2
+        iterations longer. Its first block, samples 4 to 7, is read alike, its second is not
+        (Phase.samples_as_in).
+
+        >>> plan = Schedule((4, 2, 1), (4, 6, 10), seq_length=2, global_batch_size=2)
+        >>> longer = Schedule((4, 2, 1), (4, 10, 6), seq_length=2, global_batch_size=2)
+        >>> [plan.reads_as(longer, consumed) for consumed in (4, 8, 9)]
+        [True, True, False]
         """
         if (self.width, self.seq_length) != (other.width, other.seq_length):
             return False
@@ -244,23 +312,8 @@ class Schedule:
             done = consumed_samples - ours.first_sample
             if done <= 0:
                 return True
-            if (ours.name, ours.bag_size, ours.first_sample, ours.first_long) != (
-                theirs.name,
-                theirs.bag_size,
-                theirs.first_sample,
-                theirs.first_long,
-            ):
+            if not ours.begins_as(theirs):
                 return False
-            if ours.samples == theirs.samples:
-                continue
-            shorter = min(ours.samples, theirs.samples)
-            unchanged = (
-                shorter
-                if ours.pieces == 1
-                else shorter // ours.block * ours.block
-                if ours.stride == theirs.stride
-                else 0
-            )
-            if done > unchanged:
+            if ours.samples != theirs.samples and done > ours.samples_as_in(theirs):
                 return False
         return True

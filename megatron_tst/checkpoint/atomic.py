@@ -8,8 +8,9 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_tst.errors import refuse
 
@@ -20,6 +21,7 @@ def new_folder(target: Path, needed: int, force: bool = False) -> Iterator[Path]
     fails.
 
     Args:
+        target: the folder to be; its parents are made.
         needed: bytes that will be written.
         force: replace a target that is there, after the new one is whole.
 
@@ -27,21 +29,14 @@ def new_folder(target: Path, needed: int, force: bool = False) -> Iterator[Path]
         TSTError: the target exists, or too little space.
     """
     if target.exists() and not force:
-        refuse(
-            target,
-            "a target that is not there yet",
-            "an existing one",
-            "Choose another one, or add --force to replace it.",
-        )
+        do = "Choose another one, or add --force to replace it."
+        refuse(target, "a target that is not there yet", "an existing one", do)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < 1.01 * needed + (16 << 20):
-        refuse(
-            target.parent,
-            f"{needed / 1e9:.2f} GB of free space",
-            f"{free / 1e9:.2f} GB",
-            "Make room or choose another disk.",
-        )
+        expected = f"{needed / 1e9:.2f} GB of free space"
+        do = "Make room or choose another disk."
+        refuse(target.parent, expected, f"{free / 1e9:.2f} GB", do)
     _remove_leftovers(target)
     part = target.parent / f".{target.name}.part-{os.getpid()}"
     part.mkdir()
@@ -54,26 +49,31 @@ def new_folder(target: Path, needed: int, force: bool = False) -> Iterator[Path]
         raise
 
 
-def flushed(path, write):
+def flushed(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Make a file: `write` is called with it, then its bytes are on the disk."""
     with open(path, "wb") as file:
         write(file)
         flush(file)
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Make a file of JSON, its bytes on the disk."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Make a file of UTF-8 text, its bytes on the disk."""
     flushed(path, lambda file: file.write(text.encode()))
 
 
-def flush(file):
+def flush(file: BinaryIO) -> None:
+    """Bring what was written to an open file onto the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def flush_folder(path):
+def flush_folder(path: Path) -> None:
+    """Bring a folder's list of files onto the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -96,11 +96,8 @@ def _remove_leftovers(target):
     """
     for path in target.parent.glob(f".{target.name}.*-*"):
         kind, _, process = path.name.removeprefix(f".{target.name}.").partition("-")
-        if (
-            kind not in ("part", "old")
-            or not process.isdigit()
-            or Path(f"/proc/{process}").exists()
-        ):
+        ours = kind in ("part", "old") and process.isdigit()
+        if not ours or Path(f"/proc/{process}").exists():
             continue
         if kind == "old" and not target.exists():
             os.rename(path, target)

@@ -70,19 +70,14 @@ def convert(
             edited, and rewrite's.
     """
     if stored(source.args) is None:
-        refuse(
-            source.path,
-            "a checkpoint of a TST run (its arguments hold the phases)",
-            "one without",
-            "Stock Megatron loads it as it is.",
-        )
+        expected = "a checkpoint of a TST run (its arguments hold the phases)"
+        refuse(source.path, expected, "one without", "Stock Megatron loads it as it is.")
     common = copy.copy(source.common)
     common["args"] = stock_arguments(source.args)
     dropped = drop_optimizer_state(source, common) if drop_optimizer else set()
     new_ends = _of_ends(source, reinit)
-    edited = frozenset(
-        name for name in source.tensors if name.endswith(new_ends) and name not in dropped
-    )
+    kept = [name for name in source.tensors if name not in dropped]
+    edited = frozenset(name for name in kept if name.endswith(new_ends))
     if edited or reset_optimizer:
         _check_editable(source, drop_optimizer, reset_optimizer)
     if reset_optimizer:
@@ -132,14 +127,18 @@ def load_flags(
 
 def stock_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments without TST's: what a stock run would have stored."""
-    return argparse.Namespace(
-        **{name: value for name, value in vars(args).items() if not name.startswith("tst_")}
-    )
+    kept = {name: value for name, value in vars(args).items() if not name.startswith("tst_")}
+    return argparse.Namespace(**kept)
 
 
 def drop_optimizer_state(source: Checkpoint, common: dict) -> set[str]:
-    """Take the optimizer and its schedule out of a common state. -> names of its tensors and
-    objects, which a copy is to leave out
+    """Take the optimizer and its schedule out of a common state.
+
+    Args:
+        common: the state, which is changed, and its arguments too.
+
+    Returns:
+        the names of its tensors and objects, which a copy is to leave out.
     """
     for name in ("optimizer", "opt_param_scheduler"):
         common.pop(name, None)
@@ -149,7 +148,13 @@ def drop_optimizer_state(source: Checkpoint, common: dict) -> set[str]:
 
 def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]:
     """Old name -> new name of every tensor and object, so that a model of this layer spec finds its
-    own; None: as they are.
+    own.
+
+    Args:
+        layer_spec: "local" or "transformer_engine"; None: the names stay as they are.
+
+    Raises:
+        TSTError: another layer spec.
     """
     if layer_spec is None:
         return lambda name: name
@@ -175,12 +180,8 @@ def _of_ends(source, reinit):
     """Endings of the names of what gets new values."""
     unknown = [name for name in reinit if name not in ENDS]
     if unknown:
-        refuse(
-            "--reinit",
-            "embedding, head or embedding,head",
-            ",".join(reinit),
-            "Name the tables that get new values.",
-        )
+        do = "Name the tables that get new values."
+        refuse("--reinit", "embedding, head or embedding,head", ",".join(reinit), do)
     ends = tuple(ENDS[name] for name in reinit)
     absent = [
         name
@@ -188,21 +189,16 @@ def _of_ends(source, reinit):
         if not any(tensor.endswith(end) for tensor in source.tensors)
     ]
     if absent:
-        refuse(
-            f"--reinit {absent[0]}",
-            f"a tensor {ENDS[absent[0]]}",
-            "none",
-            "A tied head is the embedding: name that alone.",
-        )
+        do = "A tied head is the embedding: name that alone."
+        refuse(f"--reinit {absent[0]}", f"a tensor {ENDS[absent[0]]}", "none", do)
     return ends
 
 
 def _check_editable(source, drop_optimizer, reset_optimizer):
     if reset_optimizer and drop_optimizer:
         refuse("--reset-optimizer and --drop-optimizer", "one of the two", "both", "Leave one out.")
-    if not drop_optimizer and any(
-        name.startswith("optimizer.distributed.") for name in source.tensors
-    ):
+    flat = any(name.startswith("optimizer.distributed.") for name in source.tensors)
+    if flat and not drop_optimizer:
         refuse(
             "new values",
             "optimizer state by parameter",
@@ -220,11 +216,9 @@ def _first_step(common):
     """Adam's step, in a copy of the common state: with another one its bias correction would take
     the zeroed averages for settled ones.
     """
-    common["optimizer"] = copy.deepcopy(common["optimizer"])
-    for part in (
-        common["optimizer"],
-        *(v for v in common["optimizer"].values() if isinstance(v, dict)),
-    ):
+    common["optimizer"] = optimizer = copy.deepcopy(common["optimizer"])
+    parts = [optimizer, *(value for value in optimizer.values() if isinstance(value, dict))]
+    for part in parts:
         state = part.get("state", {})
         if "common_step" in state:
             state["common_step"] = state["common_step"] * 0

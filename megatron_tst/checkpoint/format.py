@@ -16,14 +16,9 @@ enumerations in Megatron's arguments.
 from __future__ import annotations
 
 import argparse
-import enum
-import importlib
 import io
 import json
 import os
-import pickle
-import signal
-import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_tst.checkpoint.trusted import MetadataUnpickler, load_trusted
 from megatron_tst.errors import TSTError, refuse
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -56,6 +52,7 @@ class Item:
 
     @property
     def name(self) -> str:
+        """Of the tensor or object, as Megatron's state has it."""
         return self.index.fqn
 
 
@@ -86,21 +83,15 @@ class Checkpoint:
             about = json.loads((self.path / "metadata.json").read_text())
         except (OSError, ValueError) as error:
             about = error
-        if not isinstance(about, dict) or about.get("sharded_backend") != "torch_dist":
-            got = (
-                about.get("sharded_backend")
-                if isinstance(about, dict)
-                else f"{type(about).__name__}: {about}"
-            )
-            refuse(
-                self.path,
-                "a torch_dist checkpoint (metadata.json says so)",
-                got,
-                "Save with --ckpt-format torch_dist.",
-            )
+        got = f"{type(about).__name__}: {about}"
+        if isinstance(about, dict):
+            got = about.get("sharded_backend")
+        if got != "torch_dist":
+            expected = "a torch_dist checkpoint (metadata.json says so)"
+            refuse(self.path, expected, got, "Save with --ckpt-format torch_dist.")
         try:
             with open(self.path / ".metadata", "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
+                metadata = MetadataUnpickler(file).load()
         except Exception as error:  # a truncated pickle fails in many ways
             refuse(
                 self.path / ".metadata",
@@ -114,12 +105,8 @@ class Checkpoint:
             if getattr(info, "transform_descriptors", None)
         ]
         if compressed:
-            refuse(
-                self.path,
-                "plain items",
-                f"compressed ones ({compressed[0]})",
-                "Save it without compression.",
-            )
+            got = f"compressed ones ({compressed[0]})"
+            refuse(self.path, "plain items", got, "Save it without compression.")
         return metadata
 
     def _check_files(self):
@@ -133,36 +120,24 @@ class Checkpoint:
                 wrong.append(f"{name} is missing")
             elif path.stat().st_size < size:
                 wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
-        if (
-            COMMON not in {name.split("/")[0] for name in self.metadata.state_dict_metadata}
-            and not (self.path / "common.pt").is_file()
-        ):
+        objects = {name.split("/")[0] for name in self.metadata.state_dict_metadata}
+        if COMMON not in objects and not (self.path / "common.pt").is_file():
             wrong.append("common.pt is missing")
         if wrong:
-            refuse(
-                self.path,
-                "every file that its metadata names",
-                "; ".join(wrong),
-                "Copy it again or use another iteration.",
-            )
+            do = "Copy it again or use another iteration."
+            refuse(self.path, "every file that its metadata names", "; ".join(wrong), do)
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Name -> shape and type of every tensor, model and optimizer."""
-        return {
-            k: v
-            for k, v in self.metadata.state_dict_metadata.items()
-            if isinstance(v, TensorStorageMetadata)
-        }
+        entries = self.metadata.state_dict_metadata.items()
+        return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     @cached_property
     def objects(self) -> list[str]:
         """Names of what is no tensor."""
-        return [
-            k
-            for k, v in self.metadata.state_dict_metadata.items()
-            if isinstance(v, BytesStorageMetadata)
-        ]
+        entries = self.metadata.state_dict_metadata.items()
+        return [name for name, entry in entries if isinstance(entry, BytesStorageMetadata)]
 
     @property
     def common_item(self) -> Item | None:
@@ -174,14 +149,17 @@ class Checkpoint:
         """Arguments, iteration, scheduler and the optimizer's scalars."""
         if self.common_item is None:
             return load_trusted(self.path / "common.pt")
-        (common,) = load_trusted(
-            io.BytesIO(self.read(self.common_item)), self.path / COMMON
-        )  # objects are stored in lists of one
+        # objects are stored in lists of one
+        (common,) = load_trusted(io.BytesIO(self.read(self.common_item)), self.path / COMMON)
         return common
 
     @property
     def args(self) -> argparse.Namespace:
-        """Megatron's arguments at the time of the save."""
+        """Megatron's arguments at the time of the save.
+
+        Raises:
+            TSTError: there are none.
+        """
         args = self.common.get("args")
         if not isinstance(args, argparse.Namespace):
             refuse(
@@ -193,14 +171,16 @@ class Checkpoint:
         return args
 
     def read(self, item: Item) -> bytes:
-        """The bytes of an item, checked against the checksums in them."""
+        """The bytes of an item, checked against the checksums in them. TSTError where they are
+        damaged.
+        """
         with self.window(item) as window:
             _check(window, self.path / item.file, item)
             window.seek(0)
             return window.read()
 
     def tensor(self, item: Item) -> torch.Tensor:
-        """The shard that an item holds."""
+        """The shard that an item holds, on CPU, in the dtype in which it was saved."""
         return torch.load(io.BytesIO(self.read(item)), map_location="cpu", weights_only=True)
 
     def blocks(self, item: Item, check: bool = True) -> Iterator[bytes]:
@@ -212,12 +192,17 @@ class Checkpoint:
             while block := window.read(_BLOCK):
                 yield block
 
-    def window(self, item: Item) -> _Window:
+    def window(self, item: Item) -> io.RawIOBase:
+        """The bytes of an item as a file of their own, unchecked; to be closed."""
         return _Window(self.path / item.file, item.offset, item.length)
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of the iteration that `path` stands for: such a folder, or the parent of several."""
+    """The folder of the iteration that `path` stands for: such a folder, or the parent of several.
+
+    Raises:
+        TSTError: no such folder, or the tracker file names one that is not there.
+    """
     if (path / "metadata.json").is_file():
         return path
     tracker = path / TRACKER
@@ -287,9 +272,8 @@ class _Window(io.RawIOBase):
         return self._at
 
     def seek(self, offset, whence=os.SEEK_SET):
-        self._at = (
-            offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
-        )
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = start + offset
         return self._at
 
     def readinto(self, buffer):
@@ -319,84 +303,3 @@ def _check(window: _Window, path: Path, item: Item) -> None:
             "Copy it again or use another iteration.",
         )
     window.seek(0)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = {
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("builtins", "set"),
-        ("builtins", "frozenset"),
-        ("torch._C", "_get_layout"),
-        ("pathlib", "PosixPath"),
-    }
-
-    def find_class(self, module, name):
-        known = module in self._MODULES and "." not in name
-        if (
-            known
-            or (module, name) in self._NAMES
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-def load_trusted(file, name: object = None) -> object:
-    """torch.load of tensors, plain containers, argparse's Namespace and enumerations of Megatron's;
-    nothing else is unpickled.
-
-    Raises:
-        TSTError: something else is in it, by its name, or it cannot be read.
-    """
-    name = name or file
-    try:
-        asked = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception as error:
-        refuse(
-            name,
-            "a readable torch.save",
-            f"{type(error).__name__}: {error}",
-            "The checkpoint is damaged.",
-        )
-    allowed = []
-    for full in asked:
-        found = _argument_type(full)
-        if found is None:
-            refuse(
-                name,
-                "tensors, plain values and Megatron's argument types",
-                full,
-                "It is not unpickled, since that could run anything.",
-            )
-        allowed.append(found)
-    if hasattr(file, "seek"):
-        file.seek(0)
-    with torch.serialization.safe_globals(allowed):
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
-def _argument_type(full: str):
-    """The class of this name if Megatron's arguments may hold it: Namespace, a signal, an
-    enumeration or dtype; else None.
-    """
-    module, _, name = full.rpartition(".")
-    known = {"argparse.Namespace": argparse.Namespace, "signal.Signals": signal.Signals}
-    if full in known:
-        return known[full]
-    if module.split(".")[0] != "megatron":
-        return None
-    try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of what Megatron does without a GPU's libraries: nothing is trained here
-            found = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        do = "Use the Megatron that wrote it, or mend this one: `megatron-tst doctor`."
-        refuse(
-            full, "a type of the Megatron that is installed", f"{type(error).__name__}: {error}", do
-        )
-    return found if isinstance(found, type) and issubclass(found, enum.Enum) else None

@@ -20,7 +20,12 @@ OPTIMIZER = "optimizer."
 
 
 def describe(checkpoint: Checkpoint) -> dict:
-    """Everything that `inspect` shows, ready for JSON."""
+    """Everything that `inspect` shows, ready for JSON.
+
+    Returns:
+        name -> value: iteration, samples and raw tokens so far, the phases, TST's settings, the
+        layout when saved, parameters, bytes, and shape, dtype and shards of each tensor.
+    """
     args, schedule = checkpoint.args, stored(checkpoint.args)
     samples = getattr(args, "consumed_train_samples", 0)
     about = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder, write_text
 from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, Item
 from megatron_tst.errors import TSTError, refuse
 
@@ -88,12 +88,7 @@ def rewrite(
         _write(source, folder, kept, changes, lambda done: progress(done, total))
         changes.more(folder)
         iteration = source.path.name.removeprefix("iter_")
-        flushed(
-            part / TRACKER,
-            lambda file: file.write(
-                (str(int(iteration)) if iteration.isdigit() else iteration).encode()
-            ),
-        )
+        write_text(part / TRACKER, str(int(iteration)) if iteration.isdigit() else iteration)
     return target / source.path.name
 
 
@@ -108,11 +103,9 @@ def _write(source, folder, kept, changes, progress):
         with open(folder / name, "wb") as file:
             for item in sorted(items, key=lambda item: item.offset):
                 start, check = file.tell(), 0
-                blocks = (
-                    [_edited(source, item, changes)]
-                    if item.name in changes.edited
-                    else source.blocks(item)
-                )
+                blocks = source.blocks(item)
+                if item.name in changes.edited:
+                    blocks = [_edited(source, item, changes)]
                 for block in blocks:
                     file.write(block)
                     check = zlib.crc32(block, check)
@@ -143,18 +136,14 @@ def _write(source, folder, kept, changes, progress):
     metadata = dataclasses.replace(
         source.metadata, state_dict_metadata=state, storage_data=storage, planner_data=None
     )
-    flattened = getattr(
-        source.metadata, "mcore_data", None
-    )  # of tensors that Megatron stores flattened
+    flattened = getattr(source.metadata, "mcore_data", None)  # Megatron's flattened tensors
     if flattened is not None:
         metadata.mcore_data = {
             changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)
         }
     flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
-    flushed(
-        folder / "metadata.json",
-        lambda file: file.write((source.path / "metadata.json").read_bytes()),
-    )
+    about = (source.path / "metadata.json").read_bytes()
+    flushed(folder / "metadata.json", lambda file: file.write(about))
     flush_folder(folder)
     read_back(folder, sums)
 
@@ -168,7 +157,16 @@ def _edited(source, item, changes):
     return buffer.getvalue()
 
 
-def read_back(folder, sums):
+def read_back(folder: Path, sums: dict[MetadataIndex, int]) -> None:
+    """Compare what is on the disk with what was written.
+
+    Args:
+        folder: an iteration's.
+        sums: item -> crc32 of the bytes that were written.
+
+    Raises:
+        TSTError: an item has other bytes.
+    """
     written = Checkpoint(folder)
     for item in written.items:
         check = 0
@@ -177,5 +175,5 @@ def read_back(folder, sums):
         if check != sums[item.index]:
             raise TSTError(
                 f"{folder / item.file}: expected {item.name} as it was written, got other bytes. "
-                f"The disk is faulty."
+                "The disk is faulty."
             )

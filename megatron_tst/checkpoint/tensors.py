@@ -29,21 +29,19 @@ class Tensors:
         return name in self._items
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor as it is stored."""
         return tuple(self.checkpoint.tensors[name].size)
 
     def read(self, name: str, *place: int) -> torch.Tensor:
-        """The tensor, or its part at `place` along the first dimensions (a layer, an expert of it).
+        """The tensor, or its part at `place` along the first dimensions (a layer, an expert of it),
+        in the dtype in which it was saved, on CPU.
 
         Raises:
             TSTError: no such tensor, or its shards do not cover it.
         """
         if name not in self:
-            refuse(
-                self.checkpoint.path,
-                f"a tensor {name}",
-                "none",
-                "The model is of another kind than its arguments say.",
-            )
+            do = "The model is of another kind than its arguments say."
+            refuse(self.checkpoint.path, f"a tensor {name}", "none", do)
         entry, lead = self.checkpoint.tensors[name], len(place)
         whole = torch.empty(entry.size[lead:], dtype=entry.properties.dtype)
         filled = 0
@@ -52,22 +50,24 @@ class Tensors:
                 continue
             shard = self.checkpoint.tensor(self._items[name][tuple(chunk.offsets)])
             part = shard[tuple(i - o for i, o in zip(place, chunk.offsets))]
-            whole[
-                tuple(slice(o, o + n) for o, n in zip(chunk.offsets[lead:], chunk.sizes[lead:]))
-            ] = part
+            cuts = zip(chunk.offsets[lead:], chunk.sizes[lead:])
+            whole[tuple(slice(o, o + n) for o, n in cuts)] = part
             filled += part.numel()
         if filled != whole.numel():
-            refuse(
-                self.checkpoint.path,
-                f"shards that cover {name}",
-                f"{filled} of {whole.numel()} elements",
-                "Copy it again.",
-            )
+            got = f"{filled} of {whole.numel()} elements"
+            refuse(self.checkpoint.path, f"shards that cover {name}", got, "Copy it again.")
         return whole
 
     def of_layer(self, layer: int, *names: str, at: tuple[int, ...] = ()) -> torch.Tensor:
-        """A layer's tensor under the first of `names` that is there; `at` is a further place in it
-        (an expert).
+        """A layer's tensor under the first of `names` that is there.
+
+        Args:
+            layer: from 0, over all pipeline stages.
+            names: what follows the layer in Megatron's names.
+            at: a further place in it (an expert).
+
+        Raises:
+            TSTError: it has none of them.
         """
         for name in names:
             if f"decoder.layers.{layer}.{name}" in self:

@@ -27,24 +27,22 @@ def differences(
 
     Memory: one shard of either.
     """
-    names = [
+    ours, others = (
         {name for name in c.tensors if optimizer or not name.startswith(OPTIMIZER)}
         for c in (one, other)
-    ]
-    found = {name: f"only in {one.path}" for name in names[0] - names[1]} | {
-        name: f"only in {other.path}" for name in names[1] - names[0]
-    }
+    )
+    found = dict.fromkeys(ours - others, f"only in {one.path}")
+    found |= dict.fromkeys(others - ours, f"only in {other.path}")
     theirs: dict[str, list] = {}
     for item in other.items:
         theirs.setdefault(item.name, []).append(item)
-    mine = [item for item in one.items if item.name in names[0] & names[1]]
+    mine = [item for item in one.items if item.name in ours & others]
     total, done = sum(item.length for item in mine), 0
     for item in sorted(mine, key=lambda item: (item.file, item.offset)):
         a, b = one.tensors[item.name], other.tensors[item.name]
         if (a.size, a.properties.dtype) != (b.size, b.properties.dtype):
-            found[item.name] = (
-                f"{a.properties.dtype} {list(a.size)} and {b.properties.dtype} {list(b.size)}"
-            )
+            kinds = [f"{x.properties.dtype} {list(x.size)}" for x in (a, b)]
+            found[item.name] = " and ".join(kinds)
         elif item.name not in found:
             largest, covered = _compare(one, item, other, theirs[item.name])
             if largest is not None:
@@ -63,9 +61,8 @@ def _compare(one, item, other, candidates):
     largest, covered = None, 0
     for candidate in candidates:
         box = []
-        for a, length, b, size in zip(
-            start, shard.shape, candidate.index.offset, _shape(other, candidate)
-        ):
+        place, sizes = candidate.index.offset, _shape(other, candidate)
+        for a, length, b, size in zip(start, shard.shape, place, sizes):
             low, high = max(a, b), min(a + length, b + size)
             box.append((slice(low - a, high - a), slice(low - b, high - b)))
         if any(mine.stop <= mine.start for mine, _ in box):

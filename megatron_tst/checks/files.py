@@ -17,6 +17,9 @@ def check_data_files(prefixes: list[str], vocab_size: int | None, documents: int
         vocab_size: number of token ids of the tokenizer, None to leave it unchecked.
         documents: how many documents, spread over each dataset, are looked at for ids outside the
             vocabulary.
+
+    Raises:
+        TSTError: naming the first file that is wrong, and what it should hold.
     """
     for prefix in prefixes:
         if "://" in prefix:
@@ -33,10 +36,8 @@ def check_data_files(prefixes: list[str], vocab_size: int | None, documents: int
         if len(lengths) == 0:
             refuse(f"{prefix}.idx", "at least one document", "none", "Prepare the corpus again.")
         itemsize = np.dtype(dataset.index.dtype).itemsize
-        expected, got = (
-            int(pointers[-1]) + int(lengths[-1]) * itemsize,
-            os.path.getsize(prefix + ".bin"),
-        )
+        expected = int(pointers[-1]) + int(lengths[-1]) * itemsize
+        got = os.path.getsize(prefix + ".bin")
         if got != expected:
             refuse(
                 f"{prefix}.bin",
@@ -71,7 +72,15 @@ def _open_indexed(prefix):
 
 
 def check_output_folder(flag: str, folder: str | None) -> None:
-    """Refuse an output folder that cannot be written to; makes it where it is missing."""
+    """Refuse an output folder that cannot be written to, and make it where it is missing.
+
+    Args:
+        flag: that names it, for the message.
+        folder: None, and object storage, are left alone.
+
+    Raises:
+        TSTError: it cannot be written to.
+    """
     if not folder or "://" in folder:
         return
     probe = os.path.join(folder, f".megatron_tst_probe_{os.getpid()}")

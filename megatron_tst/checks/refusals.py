@@ -16,11 +16,10 @@ from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
 from megatron_tst.ops.names import ABLATIONS
 
-ROBUST_BAG_SIZES, LARGEST_BAG_SIZE, ROBUST_RATIOS = (
-    (4, 8),
-    16,
-    (0.2, 0.4),
-)  # paper, section 4 and tables 4 to 7
+# paper, section 4 and tables 4 to 7
+ROBUST_BAG_SIZES = 4, 8
+LARGEST_BAG_SIZE = 16
+ROBUST_RATIOS = 0.2, 0.4
 LARGEST_WIDTH = 64  # bags of 16, 12 and 8 need 48
 
 
@@ -210,7 +209,7 @@ def _warn_of_unequal_ranks(args):
         warn(
             "--context-parallel-size with --mtp-num-layers: Megatron averages the heads' losses "
             "over each rank's own positions, so that "
-            "the result hangs a little on the number of ranks, with and without TST"
+            "the result depends a little on the number of ranks, with and without TST"
         )
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from megatron_tst.errors import TSTError
 
@@ -21,13 +22,18 @@ class Parser(argparse.ArgumentParser):
         about: the module's docstring.
     """
 
-    def __init__(self, prog: str, about: str | None, **more):
+    def __init__(self, prog: str, about: str | None, **more: object):
         # docstrings have lines of 100 columns, so the flags below them do too
         wide = functools.partial(argparse.RawDescriptionHelpFormatter, width=100)
         more.setdefault("formatter_class", wide)
         super().__init__(prog=prog, description=about, **more)
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls for a mistake.
+
+        Raises:
+            TSTError: always.
+        """
         raise TSTError(f"{message}. `{self.prog} --help` says more.")
 
 

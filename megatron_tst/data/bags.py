@@ -16,18 +16,24 @@ from megatron_tst.ops.names import IGNORE
 def bag_labels(next_tokens: torch.Tensor, seq_length: int, bag_size: int) -> torch.Tensor:
     """Next bags from next tokens.
 
+    Example: L = 2 bags of S = 3. Raw tokens 10 .. 15 are followed by 11 .. 16. Position 0 is to
+    predict bag 1, which is 13, 14, 15. Of bag 2 only the first token, 16, is known.
+
+    >>> bag_labels(torch.arange(11, 17), seq_length=2, bag_size=3).tolist()
+    [[13, 14, 15], [16, -100, -100]]
+
     Args:
         next_tokens: int64 [..., n], n >= S*L - S + 1; element t is the token that follows raw token
             t, or -100.
+        seq_length, bag_size: L and S.
 
     Returns:
         int64 [..., L, S]: position j holds the tokens of bag j+1, -100 where `next_tokens` has
         none.
     """
     needed = bag_size * seq_length + bag_size - 1
-    padded = F.pad(
-        next_tokens[..., :needed], (0, max(0, needed - next_tokens.shape[-1])), value=IGNORE
-    )
+    missing = max(0, needed - next_tokens.shape[-1])
+    padded = F.pad(next_tokens[..., :needed], (0, missing), value=IGNORE)
     return padded[..., bag_size - 1 :].reshape(*next_tokens.shape[:-1], seq_length, bag_size)
 
 
@@ -41,6 +47,12 @@ def bag_view(
         seq_length: L.
         bag_size: S.
 
+    >>> tokens, labels = bag_view(torch.arange(10, 17).unsqueeze(0), seq_length=2, bag_size=3)
+    >>> tokens.tolist()
+    [[[10, 11, 12], [13, 14, 15]]]
+    >>> labels.tolist()
+    [[[13, 14, 15], [16, -100, -100]]]
+
     Returns:
         tokens [b, L, S] and labels [b, L, S], int64: position j holds bag j and is to predict bag
         j+1. With n = S*L + 1 the last bag has one label, with n >= S*L + S every bag is full;
@@ -51,8 +63,8 @@ def bag_view(
     """
     if bag_size < 1 or seq_length < 1:
         raise ValueError(
-            f"bag_view: expected seq_length >= 1 and bag_size >= 1, got {seq_length} and "
-            f"{bag_size}."
+            "bag_view: expected seq_length >= 1 and bag_size >= 1, got "
+            f"{seq_length} and {bag_size}."
         )
     if raw.dim() != 2 or raw.dtype != torch.int64:
         raise ValueError(
@@ -62,8 +74,8 @@ def bag_view(
     if raw.shape[1] < length + 1:
         raise ValueError(
             f"bag_view: expected at least bag_size*seq_length + 1 = {length + 1} tokens a row "
-            f"(the last one is only a label), "
-            f"got {raw.shape[1]}. Read longer samples or lower seq_length or bag_size."
+            f"(the last one is only a label), got {raw.shape[1]}. Read longer samples or lower "
+            "seq_length or bag_size."
         )
     tokens = raw[:, :length].reshape(-1, seq_length, bag_size)
     return tokens, bag_labels(raw[:, 1:], seq_length, bag_size)
@@ -79,6 +91,7 @@ def superposed_sample(
             (L if superpose is "output").
         superpose: "both", "input" (bags in, the next single token out) or "output" (single tokens
             in, the next S tokens out).
+        seq_length, bag_size: L and S.
         weights: fp32 [S], target weights; a place of weight 0 has no label.
 
     Returns:
@@ -114,10 +127,8 @@ def raw_slice(sample: dict, piece: int, length: int) -> dict:
     handed through.
     """
     cut = slice(piece * length, (piece + 1) * length)
-    return {
-        **sample,
-        **{key: sample[key][cut].contiguous() for key in ("tokens", "labels", "loss_mask")},
-    }
+    keys = "tokens", "labels", "loss_mask"
+    return {**sample, **{key: sample[key][cut].contiguous() for key in keys}}
 
 
 def ordinary_slice(sample: dict, piece: int, seq_length: int) -> dict:
@@ -129,7 +140,10 @@ def ordinary_slice(sample: dict, piece: int, seq_length: int) -> dict:
 
 def bag_entropy(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Entropy of each bag's target distribution in nats: the floor that the mce cannot pass (log S
-    for S distinct labels).
+    for S distinct labels of equal weight).
+
+    >>> bag_entropy(torch.tensor([[5, 7], [5, 5], [5, -100]]), torch.ones(2)).exp().tolist()
+    [2.0, 1.0, 1.0]
 
     Args:
         labels: int64 [..., S], -100 ignored; duplicates are one outcome.

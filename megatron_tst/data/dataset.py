@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,28 +26,30 @@ from megatron_tst.schedule import RECOVERY, Schedule
 
 
 class PhasedDataset(torch.utils.data.Dataset):
-    """Training samples of every phase over one Megatron dataset of long samples.
+    """Training samples of every phase over one Megatron dataset of long samples. It needs no
+    megatron.training.
+
+    Item i is the run's sample i, a dict: bags in the superposition phases
+    (`bags.superposed_sample`), an ordinary sample of L tokens in recovery. A sampler that reads
+    the items in order reads every raw token once.
 
     Args:
         long_samples: a dataset (GPTDataset, BlendedDataset, ...) of at least
             `schedule.long_samples` samples of `schedule.long_sample_length` tokens, without
-            attention mask.
+            attention mask: `tokens` and `labels` int64, `loss_mask` fp32.
         schedule: where the phases lie.
         config: what is superposed, and the target weights.
         vocab_size: rows of the embedding table; a larger token id is an error.
-        causal_mask: add the [1, L, L] mask of Megatron's dataset (True = hidden).
-
-    Item i is bags in the superposition phases (`bags.superposed_sample`), an ordinary sample of L
-    tokens in recovery.
+        causal_mask: add the bool [1, L, L] mask of Megatron's dataset (True = hidden).
 
     Raises:
-        TSTError: the dataset is too small, its samples have another length, or a token id is
-            outside the vocabulary.
+        TSTError: the dataset is too small; on access, its samples have another length, or a token
+            id is outside the vocabulary.
     """
 
     def __init__(
         self,
-        long_samples,
+        long_samples: Sequence | torch.utils.data.Dataset,
         schedule: Schedule,
         config: TSTConfig,
         vocab_size: int | None = None,
@@ -63,9 +65,8 @@ class PhasedDataset(torch.utils.data.Dataset):
             )
         self.long_samples, self.config, self.vocab_size = long_samples, config, vocab_size
         self._schedule = schedule
-        self._lengths = torch.tensor(
-            schedule.samples
-        ).share_memory_()  # seen by prefetch workers, which hold a copy of all else
+        # seen by prefetch workers, which hold a copy of all else
+        self._lengths = torch.tensor(schedule.samples).share_memory_()
         self.weights = {s: target_weights(config.target_weighting, s) for s in schedule.bag_sizes}
         length = schedule.seq_length
         hidden = torch.ones(1, length, length, dtype=torch.bool).triu(1) if causal_mask else None
@@ -80,13 +81,11 @@ class PhasedDataset(torch.utils.data.Dataset):
         return self._schedule
 
     def follow(self, schedule: Schedule) -> None:
-        """Go on with phases of other lengths, in prefetch workers too; what they have fetched must
-        lie before the change.
+        """Go on with phases of other lengths, in prefetch workers too. What they have fetched must
+        lie before the change. Nothing but `samples` may differ.
         """
-        assert dataclasses.replace(schedule, samples=self.schedule.samples) == self.schedule, (
-            schedule,
-            self.schedule,
-        )
+        before = self.schedule
+        assert dataclasses.replace(schedule, samples=before.samples) == before, (schedule, before)
         assert schedule.long_samples <= len(self.long_samples)
         self._lengths.copy_(torch.tensor(schedule.samples))
 
@@ -101,23 +100,14 @@ class PhasedDataset(torch.utils.data.Dataset):
         if phase.name == RECOVERY:
             return ordinary_slice(sample, piece, schedule.seq_length)
         sample = raw_slice(sample, piece, phase.width * schedule.seq_length)
-        return superposed_sample(
-            sample,
-            schedule.seq_length,
-            phase.bag_size,
-            self.config.superpose,
-            self.weights[phase.bag_size],
-        )
+        weights, superpose = self.weights[phase.bag_size], self.config.superpose
+        return superposed_sample(sample, schedule.seq_length, phase.bag_size, superpose, weights)
 
     def _check(self, tokens, long_index):
-        if len(tokens) != self._schedule.long_sample_length:
-            refuse(
-                "training sample",
-                f"{self._schedule.long_sample_length} tokens",
-                len(tokens),
-                "The script's dataset provider must take its sample length from "
-                "get_args().seq_length.",
-            )
+        length = self._schedule.long_sample_length
+        if len(tokens) != length:
+            do = "The script's dataset provider must take its length from get_args().seq_length."
+            refuse("training sample", f"{length} tokens", len(tokens), do)
         if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
             refuse(
                 f"training sample {long_index}",
@@ -136,17 +126,24 @@ def phased_provider(
 ) -> Callable:
     """Wrap a train_valid_test_datasets_provider so that its training data are of all phases.
 
-    It is called once for long training samples and once, as ever, for validation and test; the
+    It is called once for long training samples and once, as ever, for validation and test. The
     splits that are not wanted are asked for one sample. Its other arguments and its attributes
     (is_distributed) are kept.
 
     Args:
+        provider: the script's (megatron/training/training.py calls it with the samples of each
+            split).
         args: Megatron's; tst_long_samples says of how many long samples the run's dataset was built
             before, if it was.
         schedule: gives the phases in effect, which are known for good once a checkpoint has been
             loaded.
+        config: the TST settings.
         keep: called with the PhasedDataset and, with --tst-stock-index, with the stock dataset of
             that index, on the ranks that have them.
+
+    Returns:
+        the wrapped provider. It raises TSTError where the data are too few, or where a longer
+        run's data would come in another order.
     """
 
     @functools.wraps(provider)
@@ -175,13 +172,8 @@ def phased_provider(
             if args.rank == 0:
                 stock_index.write(train, stock, plan)
         if train is not None:  # None on the ranks that get their batches from another one
-            train = PhasedDataset(
-                train,
-                plan,
-                config,
-                args.padded_vocab_size,
-                args.create_attention_mask_in_dataloader,
-            )
+            mask = args.create_attention_mask_in_dataloader
+            train = PhasedDataset(train, plan, config, args.padded_vocab_size, mask)
             keep(train, stock)
         return train, valid, test
 
@@ -198,23 +190,22 @@ def _check_same_order(shorter, longer, count: int) -> None:
 
     def same(a, b, count):
         parts = [getattr(x, "datasets", None) for x in (a, b)]
-        if parts[0] and parts[1]:
+        if all(parts):  # blends
             names = "dataset_index", "dataset_sample_index"
-            ours, theirs = (
-                [np.asarray(getattr(x, name)[:count]) for name in names] for x in (a, b)
-            )
+            ours = [np.asarray(getattr(a, name)[:count]) for name in names]
+            theirs = [np.asarray(getattr(b, name)[:count]) for name in names]
             counts = np.bincount(ours[0], minlength=len(parts[0]))
             return all(map(np.array_equal, ours, theirs)) and all(map(same, *parts, counts))
+        names = "document_index", "sample_index", "shuffle_index"
         return not count or all(
-            np.array_equal(getattr(a, name), getattr(b, name))
-            for name in ("document_index", "sample_index", "shuffle_index")
+            np.array_equal(getattr(a, name), getattr(b, name)) for name in names
         )
 
     if not same(shorter, longer, count):
         refuse(
             "--tst-override",
             f"at most the {count} long samples of {shorter.config.sequence_length} tokens that "
-            f"the run began with",
+            "the run began with",
             len(longer),
             "More would be another epoch of the data, which Megatron shuffles anew: text would be "
             "read twice. Superpose for fewer iterations.",

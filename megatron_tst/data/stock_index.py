@@ -5,9 +5,8 @@ A GPTDataset cuts one long row of shuffled documents into samples of equal lengt
 those. The dataset of long samples (w*L tokens, w the schedule's width: s) and one of ordinary
 samples (L tokens) over the same row of documents line up: long sample k is the ordinary samples k*w
 to k*w + w - 1. So a stock dataset with the long one's document index, a sample index for L, and a
-shuffle index that names those samples in recovery's order is the recovery phase; positions below N1
-name text that superposition has read, and a run that goes on at consumed sample N1 never asks for
-them.
+shuffle index that names those samples in recovery's order is the recovery phase. Positions below N1
+name text that superposition has read. A run that goes on at consumed sample N1 never asks for them.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from megatron_tst.errors import refuse
 from megatron_tst.schedule import Schedule
 
 
-def write(long_samples, stock, schedule: Schedule) -> list[Path]:
+def write(long_samples: Dataset, stock: Dataset, schedule: Schedule) -> list[Path]:
     """Overwrite the index files that `stock` was built with.
 
     Args:
@@ -41,19 +41,16 @@ def write(long_samples, stock, schedule: Schedule) -> list[Path]:
 
     longs, parts = _places(schedule)
     if isinstance(long_samples, BlendedDataset) and isinstance(stock, BlendedDataset):
-        subset, position = (
-            long_samples.dataset_index[longs],
-            long_samples.dataset_sample_index[longs],
-        )
+        subset = long_samples.dataset_index[longs]
+        position = long_samples.dataset_sample_index[longs]
         within = np.empty(len(longs), dtype=np.int64)
         files = []
         for d, (long, ordinary) in enumerate(zip(long_samples.datasets, stock.datasets)):
             here = subset == d
             files += _write_one(long, ordinary, position[here], parts[here], schedule)
             within[here] = np.arange(here.sum())
-        more = len(stock.dataset_index) - len(
-            subset
-        )  # Megatron rounds each dataset's share up; nobody asks for these
+        # Megatron rounds each dataset's share up; nobody asks for these
+        more = len(stock.dataset_index) - len(subset)
         subset = np.concatenate([subset, np.zeros(more, dtype=subset.dtype)])
         within = np.concatenate([within, np.zeros(more, dtype=within.dtype)])
         base = f"{stock.unique_description_hash}-{type(stock).__name__}-{stock.split.name}"
@@ -74,8 +71,8 @@ def write(long_samples, stock, schedule: Schedule) -> list[Path]:
 
 
 def _places(schedule):
-    """schedule.locate of every sample of the run: long samples, and slices of L tokens; of bags the
-    first slice stands for all of them.
+    """schedule.locate of every sample of the run: its long sample, and its slice of L tokens in it.
+    A sample of bags is several slices; the first stands for all of them.
     """
     places = [phase.place(np.arange(phase.samples)) for phase in schedule.phases]
     slices = [pieces * phase.width for phase, (_, pieces) in zip(schedule.phases, places)]
@@ -83,7 +80,9 @@ def _places(schedule):
 
 
 def _write_one(long, ordinary, positions, parts, schedule):
-    """Of one GPTDataset: its samples in the order of `positions` in the long one's shuffled order."""
+    """Of one GPTDataset: its samples in the order of `positions`, which count the shuffled samples
+    of the long one.
+    """
     from megatron.core.datasets import helpers
 
     per_epoch = long._get_num_tokens_per_epoch()
@@ -98,15 +97,12 @@ def _write_one(long, ordinary, positions, parts, schedule):
     )
     wanted = long.shuffle_index[positions].astype(np.int64) * schedule.width + parts
     assert wanted.max(initial=0) < len(sample_index) - 1
-    rest = np.setdiff1d(
-        np.arange(len(sample_index) - 1), wanted
-    )  # whoever asks for more than the run's samples gets other text
-    shuffle_index = np.concatenate([wanted, rest]).astype(
-        np.uint32 if len(sample_index) < 2**32 - 1 else np.int64
-    )
-    base = (
-        f"{ordinary.unique_description_hash}-{type(ordinary).__name__}-{ordinary.index_split.name}"
-    )
+    # whoever asks for more than the run's samples gets other text
+    rest = np.setdiff1d(np.arange(len(sample_index) - 1), wanted)
+    dtype = np.uint32 if len(sample_index) < 2**32 - 1 else np.int64
+    shuffle_index = np.concatenate([wanted, rest]).astype(dtype)
+    kind, split = type(ordinary).__name__, ordinary.index_split.name
+    base = f"{ordinary.unique_description_hash}-{kind}-{split}"
     return _replace(
         ordinary.config.path_to_cache,
         base,

@@ -1,9 +1,9 @@
 """Which Hugging Face architecture a Megatron model is, from the arguments of its run, and its
 config.json.
 
-Llama          RMSNorm, SwiGLU, rotary positions, grouped queries, no biases (tied or untied embeddings)
-Qwen3          the same with a norm on queries and keys
-Qwen3-MoE      the same with experts, chosen by a softmax router, in some or all layers
+Llama       RMSNorm, SwiGLU, rotary positions, grouped queries, no biases; tied or untied embeddings
+Qwen3       the same with a norm on queries and keys
+Qwen3-MoE   the same with experts, chosen by a softmax router, in some or all layers
 
 Anything else is refused by the name of the argument that differs: an export that is nearly right is
 worse than none.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from megatron_tst.errors import refuse
 
 ROPE_FACTOR = 8.0  # of GPTModel; megatron.training never hands --rope-scaling-factor on
+
 # argument: what it must be in all three (absent ones are not asked: other versions of Megatron have
 # others)
 _PLAIN = {
@@ -60,6 +61,12 @@ _EXPERTS = {
     "moe_shared_expert_intermediate_size": (None,),
     "moe_mlp_glu_interleave_size": (None,),
 }
+# what the model has: (class, model_type) of transformers
+_NAMES = {
+    "neither": ("LlamaForCausalLM", "llama"),
+    "qk_norm": ("Qwen3ForCausalLM", "qwen3"),
+    "experts": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ class Architecture:
 
     @property
     def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised."""
         return self.name != "LlamaForCausalLM"
 
 
@@ -113,23 +121,13 @@ def architecture_of(
     if experts:
         _check(args, _EXPERTS)
     if experts and not qk_norm:
-        refuse(
-            "--num-experts",
-            "--qk-layernorm beside it (Qwen3-MoE)",
-            "none",
-            "Experts without it have no counterpart here.",
-        )
+        do = "Experts without it have no counterpart here."
+        refuse("--num-experts", "--qk-layernorm beside it (Qwen3-MoE)", "none", do)
     heads, hidden = args.num_attention_heads, args.hidden_size
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
     head_dim = args.kv_channels or hidden // heads
     tied = not args.untie_embeddings_and_output_weights
-    name, kind = (
-        ("Qwen3MoeForCausalLM", "qwen3_moe")
-        if experts
-        else ("Qwen3ForCausalLM", "qwen3")
-        if qk_norm
-        else ("LlamaForCausalLM", "llama")
-    )
+    name, kind = _NAMES["experts" if experts else "qk_norm" if qk_norm else "neither"]
     expert_layers = _expert_layers(args) if experts else frozenset()
     config = {
         "architectures": [name],
@@ -171,56 +169,57 @@ def architecture_of(
             "output_router_logits": False,
         }
     return Architecture(
-        name,
-        args.num_layers,
-        heads,
-        groups,
-        head_dim,
-        hidden,
-        experts,
-        expert_layers,
-        tied,
-        vocab,
-        config,
+        name=name,
+        layers=args.num_layers,
+        heads=heads,
+        groups=groups,
+        head_dim=head_dim,
+        hidden=hidden,
+        experts=experts,
+        expert_layers=expert_layers,
+        tied=tied,
+        vocab=vocab,
+        config=config,
     )
 
 
 def _check(args, allowed):
     for name, values in allowed.items():
         got = getattr(args, name, values[0])
-        if (
-            isinstance(got, list) and len(set(got)) == 1
-        ):  # one for each of several load-balancing types
-            got = got[0]
+        if isinstance(got, list) and len(set(got)) == 1:
+            got = got[0]  # one for each of several load-balancing types
         if got not in values:
             do = "This model has no counterpart among Llama, Qwen3 and Qwen3-MoE."
             refuse(f"--{name.replace('_', '-')}", " or ".join(map(str, values)), got, do)
 
 
 def _expert_layers(args) -> frozenset[int]:
-    """Layers with experts: every n-th from the first, or by a list of 0 and 1 (Megatron's
-    --moe-layer-freq).
+    """Layers with experts, from 0 (Megatron's --moe-layer-freq).
+
+    Example: 4 layers with frequency 2 have them in layers 0 and 2, every second from the first. The
+    list [0, 1, 1, 1] says it layer by layer: all but the first.
+
+    >>> sorted(_expert_layers(argparse.Namespace(num_layers=4, moe_layer_freq=2)))
+    [0, 2]
+    >>> sorted(_expert_layers(argparse.Namespace(num_layers=4, moe_layer_freq=[0, 1, 1, 1])))
+    [1, 2, 3]
     """
-    freq = getattr(args, "moe_layer_freq", 1)
-    pattern = (
-        list(freq)
-        if isinstance(freq, (list, tuple))
-        else [int(i % freq == 0) for i in range(args.num_layers)]
-    )
-    return frozenset(i for i, has in enumerate(pattern) if has)
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, (list, tuple)):
+        return frozenset(i for i, has in enumerate(frequency) if has)
+    return frozenset(range(0, args.num_layers, frequency))
 
 
 def _rope_scaling(args) -> dict | None:
-    if getattr(
-        args, "use_rope_scaling", False
-    ):  # Megatron's constants are Llama 3.1's (rotary_pos_embedding.py)
+    if getattr(args, "use_rope_scaling", False):
         if args.rope_scaling_factor != ROPE_FACTOR:
             warnings.warn(
                 f"megatron_tst: --rope-scaling-factor {args.rope_scaling_factor:g} in the "
-                f"checkpoint: Megatron 0.18 and 0.19 build their models "
+                "checkpoint: Megatron 0.18 and 0.19 build their models "
                 f"with {ROPE_FACTOR:g} whatever it says, so that is exported",
                 stacklevel=4,
             )
+        # Megatron's constants are Llama 3.1's (rotary_pos_embedding.py)
         return {
             "rope_type": "llama3",
             "factor": ROPE_FACTOR,
@@ -229,8 +228,13 @@ def _rope_scaling(args) -> dict | None:
             "original_max_position_embeddings": 8192,
         }
     factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
-    return {"rope_type": "linear", "factor": float(factor)} if factor and factor != 1 else None
+    if factor and factor != 1:
+        return {"rope_type": "linear", "factor": float(factor)}
+    return None
 
 
 def _first(value) -> float:
-    return float(value[0] if isinstance(value, (list, tuple)) else value or 0.0)
+    """Of one value for each load-balancing type; None is 0."""
+    if isinstance(value, (list, tuple)):
+        value = value[0]
+    return float(value or 0.0)

@@ -20,6 +20,8 @@ TASKS = (
     "mmlu",
 )
 
+_LIBRARIES = "megatron-tst", "megatron-core", "torch"
+_PAPER = "[arXiv 2605.06546](https://arxiv.org/abs/2605.06546)"
 _LOAD = {
     "transformers": "Load it with `transformers.AutoModelForCausalLM.from_pretrained`. "
     "`evaluate.md` has the commands of the usual tasks.",
@@ -44,73 +46,33 @@ def model_card(
         parameters: how many.
         library: that loads the folder, "transformers" or "megatron-bridge".
     """
-    sizes = (
-        f"{arch.layers} layers x {arch.hidden}, {arch.heads} heads ({arch.groups} of keys and "
-        f"values) of {arch.head_dim}"
+    rows = {
+        "architecture": f"`{arch.name}`: {_sizes(args, arch)}, {parameters:,} parameters, "
+        f"vocabulary of {arch.vocab}",
+        "weights": f"{dtype}, {'tied' if arch.tied else 'untied'} embeddings",
+    }
+    samples, batch = (
+        getattr(args, "consumed_train_samples", 0),
+        getattr(args, "global_batch_size", 1),
     )
-    experts = (
-        f", {arch.experts} experts of which {args.moe_router_topk} are active"
-        if arch.experts
-        else ""
-    )
-    samples = getattr(args, "consumed_train_samples", 0)
-    schedule, batch = stored(args), getattr(args, "global_batch_size", 1)
-    rows = [
-        (
-            "architecture",
-            f"`{arch.name}`: {sizes}{experts}, {parameters:,} parameters, vocabulary of "
-            f"{arch.vocab}",
-        ),
-        ("weights", f"{dtype}, {'tied' if arch.tied else 'untied'} embeddings"),
-    ]
     if samples:
-        rows.append(
-            (
-                "training",
-                f"{samples // batch} iterations of {batch} x {args.seq_length} positions, "
-                f"learning rate {args.lr:g}",
-            )
+        rows["training"] = (
+            f"{samples // batch} iterations of {batch} x {args.seq_length} positions, "
+            f"learning rate {args.lr:g}"
         )
+    about = "Megatron-Core."
+    schedule = stored(args)
     if schedule:
-        for phase in schedule.phases:
-            done = min(max(samples - phase.first_sample, 0), phase.samples)
-            raw = schedule.raw_tokens(phase.first_sample + done) - schedule.raw_tokens(
-                phase.first_sample
-            )
-            what = (
-                f"bags of {phase.bag_size}" if phase in schedule.superposed_phases else "next token"
-            )
-            rows.append((phase.name, f"{what}: {done // batch} iterations, {raw:,} raw tokens"))
-        objective = (
-            f"{args.tst_loss}, {args.tst_target_weighting} weighting, "
-            f"{args.tst_superpose} superposed"
-        )
-        rows.append(("objective of superposition", objective))
-        rows.append(("raw tokens in all", f"{schedule.raw_tokens(samples):,}"))
-    validation = getattr(args, "tst_validation", None)
-    rows.append(
-        (
-            "validation loss",
-            f"{validation[1]:.4f} nats (next token, iteration {validation[0]})"
-            if validation
-            else "not in the checkpoint",
-        )
-    )
-    rows.append(
-        (
-            "made with",
-            ", ".join(
-                f"{name} {_version(name)}" for name in ("megatron-tst", "megatron-core", "torch")
-            ),
-        )
-    )
-    table = "\n".join(f"| {name} | {text} |" for name, text in rows)
-    about = (
-        "Token-Superposition Training ([arXiv 2605.06546](https://arxiv.org/abs/2605.06546)); it "
-        "adds no parameter."
-        if schedule
-        else "Megatron-Core."
-    )
+        about = f"Token-Superposition Training ({_PAPER}); it adds no parameter."
+    table = "".join(
+        f"| {name} | {text} |\n"
+        for name, text in [
+            *rows.items(),
+            *(_phases(args, schedule, samples) if schedule else ()),
+            ("validation loss", _validation(args)),
+            ("made with", ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES)),
+        ]
+    ).rstrip()
     return f"""---
 library_name: {library}
 pipeline_tag: text-generation
@@ -126,17 +88,54 @@ Pre-trained with {about} {_LOAD[library]}
 """
 
 
+def _sizes(args, arch) -> str:
+    text = (
+        f"{arch.layers} layers x {arch.hidden}, {arch.heads} heads ({arch.groups} of keys and "
+        f"values) of {arch.head_dim}"
+    )
+    if arch.experts:
+        text += f", {arch.experts} experts, {args.moe_router_topk} of them active"
+    return text
+
+
+def _phases(args, schedule, samples):
+    """(name, text) of each phase as far as the run has come, and of superposition's objective."""
+    for phase in schedule.phases:
+        done = min(max(samples - phase.first_sample, 0), phase.samples)
+        before, after = map(schedule.raw_tokens, (phase.first_sample, phase.first_sample + done))
+        superposed = phase in schedule.superposed_phases
+        what = f"bags of {phase.bag_size}" if superposed else "next token"
+        iterations = done // schedule.global_batch_size
+        yield phase.name, f"{what}: {iterations} iterations, {after - before:,} raw tokens"
+    weighting = f"{args.tst_target_weighting} weighting"
+    objective = f"{args.tst_loss}, {weighting}, {args.tst_superpose} superposed"
+    yield "objective of superposition", objective
+    yield "raw tokens in all", f"{schedule.raw_tokens(samples):,}"
+
+
+def _validation(args) -> str:
+    last = getattr(args, "tst_validation", None)
+    if not last:
+        return "not in the checkpoint"
+    iteration, loss = last
+    return f"{loss:.4f} nats (next token, iteration {iteration})"
+
+
 def evaluation() -> str:
-    """evaluate.md: the paper's zero-shot tasks with lm-evaluation-harness."""
+    """evaluate.md: the paper's zero-shot tasks (table 1) with lm-evaluation-harness."""
     return f"""# Evaluate
 
-The zero-shot tasks of the paper, with [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) (`pip install lm-eval`):
+The zero-shot tasks of the paper, with
+[lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness)
+(`pip install lm-eval`):
 
 ```
-lm_eval --model hf --model_args pretrained=$(pwd) --tasks {",".join(TASKS)} --num_fewshot 0 --batch_size auto
+lm_eval --model hf --model_args pretrained=$(pwd) --num_fewshot 0 --batch_size auto \\
+    --tasks {",".join(TASKS)}
 ```
 
-On several GPUs: `accelerate launch -m lm_eval` and the same arguments. These commands were not run by the export.
+On several GPUs: `accelerate launch -m lm_eval` and the same arguments.
+These commands were not run by the export.
 """
 
 

@@ -17,12 +17,9 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from megatron_tst.checkpoint.atomic import flush, flush_folder, new_folder, write_json, write_text
+from megatron_tst.checkpoint.atomic import flush_folder, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.tensors import Tensors
@@ -30,25 +27,11 @@ from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.import_hf import arguments
+from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
 from megatron_tst.export.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-_FREE = (
-    "bos_token_id",
-    "eos_token_id",
-    "initializer_range",
-    "router_aux_loss_coef",
-)  # in config.json, and no part of the model
-_SAFETENSORS = {"bfloat16": "BF16", "float32": "F32"}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One tensor of the export: its Hugging Face name, shape, and how to read it."""
-
-    name: str
-    shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
+# in config.json, and no part of the model
+_FREE = "bos_token_id", "eos_token_id", "initializer_range", "router_aux_loss_coef"
 
 
 def export(
@@ -93,9 +76,11 @@ def export(
     all_weights = list(weights(tensors, arch))
     parameters = number_of(all_weights)
     total = parameters * DTYPES[dtype].itemsize
-    shards = _shards(all_weights, DTYPES[dtype].itemsize, shard_bytes)
     with new_folder(target.absolute(), total, force) as part:
-        _write_weights(part, shards, dtype, total, progress)
+        # headers come to a few bytes more
+        write_weights(
+            part, all_weights, dtype, shard_bytes, lambda done: progress(min(done, total), total)
+        )
         config_files(part, arch, source.path / "hf")
         write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
         write_text(part / "evaluate.md", evaluation())
@@ -111,24 +96,19 @@ def weights(tensors: Tensors, arch: Architecture) -> Iterator[Weight]:
 
     @functools.lru_cache(maxsize=1)  # queries, keys and values are asked for one after the other
     def attention(layer):
-        qkv = tensors.of_layer(layer, "self_attention.linear_qkv.weight").view(
-            arch.groups, per + 2, d, h
-        )
+        qkv = tensors.of_layer(layer, "self_attention.linear_qkv.weight")
+        qkv = qkv.view(arch.groups, per + 2, d, h)
         parts = qkv[:, :per], qkv[:, per], qkv[:, per + 1]
         return [part.reshape(-1, h) for part in parts]
 
-    @functools.lru_cache(maxsize=1)
-    def gated(layer, expert):
+    def mlp(layer, expert, name):
         if expert is None:
-            return tensors.of_layer(layer, "mlp.linear_fc1.weight").chunk(2)
-        return tensors.of_layer(layer, "mlp.experts.experts.linear_fc1.weight", at=(expert,)).chunk(
-            2
-        )
+            return tensors.of_layer(layer, f"mlp.{name}.weight")
+        return tensors.of_layer(layer, f"mlp.experts.experts.{name}.weight", at=(expert,))
 
-    def down(layer, expert):
-        if expert is None:
-            return tensors.of_layer(layer, "mlp.linear_fc2.weight")
-        return tensors.of_layer(layer, "mlp.experts.experts.linear_fc2.weight", at=(expert,))
+    @functools.lru_cache(maxsize=1)  # gate and up likewise
+    def gated(layer, expert):
+        return mlp(layer, expert, "linear_fc1").chunk(2)
 
     yield Weight(
         "model.embed_tokens.weight",
@@ -136,54 +116,51 @@ def weights(tensors: Tensors, arch: Architecture) -> Iterator[Weight]:
         lambda: tensors.read("embedding.word_embeddings.weight")[: arch.vocab],
     )
     for n in range(arch.layers):
-        a, norm = f"model.layers.{n}.", functools.partial(tensors.of_layer, n)
+        a, of_this = f"model.layers.{n}.", functools.partial(tensors.of_layer, n)
         yield Weight(
             a + "input_layernorm.weight",
             (h,),
             functools.partial(
-                norm, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
+                of_this, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
             ),
         )
-        for i, (name, rows) in enumerate(
-            (("q", arch.heads), ("k", arch.groups), ("v", arch.groups))
-        ):
+        for i, (name, rows) in enumerate(zip("qkv", (arch.heads, arch.groups, arch.groups))):
             yield Weight(
                 f"{a}self_attn.{name}_proj.weight", (rows * d, h), lambda n=n, i=i: attention(n)[i]
             )
-        if arch.qk_norm:
-            for name in "qk":
-                yield Weight(
-                    f"{a}self_attn.{name}_norm.weight",
-                    (d,),
-                    functools.partial(norm, f"self_attention.{name}_layernorm.weight"),
-                )
+        for name in "qk" if arch.qk_norm else "":
+            yield Weight(
+                f"{a}self_attn.{name}_norm.weight",
+                (d,),
+                functools.partial(of_this, f"self_attention.{name}_layernorm.weight"),
+            )
         yield Weight(
             a + "self_attn.o_proj.weight",
             (h, arch.heads * d),
-            functools.partial(norm, "self_attention.linear_proj.weight"),
+            functools.partial(of_this, "self_attention.linear_proj.weight"),
         )
         expert = n in arch.expert_layers
-        names = (
-            "pre_mlp_layernorm.weight",
-            "mlp.linear_fc1.layer_norm_weight",
-        )  # of experts: Transformer Engine's spec, the local one
+        # of experts: Transformer Engine's spec, the local one
+        norms = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
         yield Weight(
             a + "post_attention_layernorm.weight",
             (h,),
-            functools.partial(norm, *(names if expert else names[::-1])),
+            functools.partial(of_this, *(norms if expert else norms[::-1])),
         )
         width = config["moe_intermediate_size"] if expert else config["intermediate_size"]
         if expert:
             yield Weight(
                 a + "mlp.gate.weight",
                 (arch.experts, h),
-                functools.partial(norm, "mlp.router.weight"),
+                functools.partial(of_this, "mlp.router.weight"),
             )
         for e in range(arch.experts) if expert else (None,):
             b = a + (f"mlp.experts.{e}." if expert else "mlp.")
             yield Weight(b + "gate_proj.weight", (width, h), lambda n=n, e=e: gated(n, e)[0])
             yield Weight(b + "up_proj.weight", (width, h), lambda n=n, e=e: gated(n, e)[1])
-            yield Weight(b + "down_proj.weight", (h, width), lambda n=n, e=e: down(n, e))
+            yield Weight(
+                b + "down_proj.weight", (h, width), lambda n=n, e=e: mlp(n, e, "linear_fc2")
+            )
     yield Weight("model.norm.weight", (h,), lambda: tensors.read("decoder.final_layernorm.weight"))
     if not arch.tied:
         yield Weight(
@@ -227,34 +204,40 @@ def config_files(folder: Path, arch: Architecture, kept: Path) -> None:
                 "It is of another model: remove it.",
             )
     name = "dtype" if "dtype" in config else "torch_dtype"
-    write_text(
-        folder / "config.json",
-        text if config.get(name) == dtype else json.dumps(config | {name: dtype}, indent=2) + "\n",
-    )
+    if config.get(name) == dtype:
+        write_text(folder / "config.json", text)
+    else:
+        write_json(folder / "config.json", config | {name: dtype})
     theirs = kept / "generation_config.json"
-    write_text(
-        folder / theirs.name,
-        theirs.read_text() if theirs.is_file() else json.dumps(generation, indent=2) + "\n",
-    )
+    if theirs.is_file():
+        write_text(folder / theirs.name, theirs.read_text())
+    else:
+        write_json(folder / theirs.name, generation)
 
 
 def vocab_size_of(
-    source: Checkpoint, tensors: Tensors, files, ids: int | None, asked: int | None
+    source: Checkpoint, tensors: Tensors, files: list[Path], ids: int | None, asked: int | None
 ) -> int:
     """Ids of the vocabulary without Megatron's padding, checked against the embedding and the
     tokenizer.
+
+    Args:
+        source, tensors: the checkpoint.
+        files, ids: tokenizer_of's.
+        asked: --vocab-size.
+
+    Raises:
+        TSTError: nothing says how many, or two say it differently.
     """
-    rows, own = (
-        tensors.shape("embedding.word_embeddings.weight")[0],
-        getattr(source.args, "vocab_size", None),
-    )
+    rows = tensors.shape("embedding.word_embeddings.weight")[0]
+    own = getattr(source.args, "vocab_size", None)
     vocab = asked or ids or own
     if vocab is None:
         refuse(
             "--vocab-size",
             "it or --tokenizer",
             "neither",
-            f"The embedding has {rows} rows, some of which may be padding.",
+            f"The embedding has {rows} rows, and some may be padding.",
         )
     if vocab > rows:
         refuse(
@@ -275,7 +258,11 @@ def vocab_size_of(
 
 
 def check_phase(source: Checkpoint, allowed: bool) -> None:
-    """Refuse a checkpoint before recovery, unless it is allowed."""
+    """Refuse a checkpoint before recovery, unless it is allowed.
+
+    Raises:
+        TSTError: the checkpoint is of the superposition phase or its end.
+    """
     schedule = stored(source.args)
     samples = getattr(source.args, "consumed_train_samples", 0)
     if schedule and samples <= schedule.superposition_samples and not allowed:
@@ -286,61 +273,3 @@ def check_phase(source: Checkpoint, allowed: bool) -> None:
             "The model has learned to predict bags: its next-token logits mean nothing yet. "
             "Recover first, or add --allow-superposition.",
         )
-
-
-def _shards(weights, itemsize, limit):
-    """Weights in order, as many to a file as fit."""
-    shards, size = [[]], 0
-    for weight in weights:
-        more = itemsize * math.prod(weight.shape)
-        if shards[-1] and size + more > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(weight)
-        size += more
-    return shards
-
-
-def _write_weights(folder, shards, dtype, total, progress):
-    where, done = {}, 0
-    for i, shard in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        with open(folder / file, "wb") as out:
-            for content in _safetensors(shard, dtype):
-                out.write(content)
-                progress(done := min(done + len(content), total), total)
-            flush(out)
-        where |= {weight.name: file for weight in shard}
-    if len(shards) > 1:
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": where},
-        )
-
-
-def _safetensors(shard, dtype) -> Iterator[bytes]:
-    """A file as safetensors' own save_file writes it (length, header, tensors by name), a tensor at
-    a time: save_file takes all at once.
-    """
-    shard, end = sorted(shard, key=lambda weight: weight.name), 0
-    about = {"__metadata__": {"format": "pt"}}
-    for weight in shard:
-        start, end = end, end + DTYPES[dtype].itemsize * math.prod(weight.shape)
-        about[weight.name] = {
-            "dtype": _SAFETENSORS[dtype],
-            "shape": weight.shape,
-            "data_offsets": [start, end],
-        }
-    header = json.dumps(about, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
-    for weight in shard:
-        tensor = weight.read()
-        if tuple(tensor.shape) != weight.shape:
-            do = "The model is of another kind than its arguments say."
-            refuse(weight.name, f"shape {weight.shape}", tuple(tensor.shape), do)
-        yield tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().data

@@ -8,35 +8,26 @@ that came in.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import pickle
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
-from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder
+from megatron_tst.checkpoint.atomic import flush_folder, flushed, new_folder, write_text
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
-from megatron_tst.checkpoint.format import COMMON, TRACKER
-from megatron_tst.checkpoint.rewrite import read_back
-from megatron_tst.errors import optional, refuse
+from megatron_tst.checkpoint.format import TRACKER
+from megatron_tst.checkpoint.write import write_checkpoint
+from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
+from megatron_tst.export.safetensors_files import SafetensorsFolder
 from megatron_tst.export.tokenizer import FILES
 
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer
 # spec asks for; log_all names what is missing.
 LOAD = ("--finetune", "--no-load-optim", "--no-load-rng", "--dist-ckpt-strictness", "log_all")
+_GATED = "gate", "up"
 _KINDS = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -74,7 +65,7 @@ def import_(
     config = _config(source)
     args = arguments(config)
     arch = architecture_of(args, config["vocab_size"], "float32")
-    tensors = _Safetensors(source)
+    tensors = SafetensorsFolder(source)
     total = sum(path.stat().st_size for path in tensors.files)
     with new_folder(target.absolute(), total, force) as part:
         folder = part / "release"
@@ -100,7 +91,7 @@ def import_(
                     lambda file, name=name: file.write((source / name).read_bytes()),
                 )
         flush_folder(folder / "hf")
-        flushed(part / TRACKER, lambda file: file.write(b"release"))
+        write_text(part / TRACKER, "release")
     return flags(args)
 
 
@@ -118,9 +109,9 @@ def arguments(config: dict) -> argparse.Namespace:
             kind,
             "Other architectures are not imported.",
         )
-    rope = c("rope_parameters") or (c("rope_scaling") or {}) | {
-        "rope_theta": c("rope_theta", 10000.0)
-    }
+    rope = c("rope_parameters")
+    if not rope:  # before transformers 5
+        rope = (c("rope_scaling") or {}) | {"rope_theta": c("rope_theta", 10000.0)}
     for name, allowed in (
         ("hidden_act", ("silu",)),
         ("attention_bias", (False, None)),
@@ -137,10 +128,8 @@ def arguments(config: dict) -> argparse.Namespace:
                 "Megatron's GPTModel cannot be built so here.",
             )
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaled = rope_type == "llama3" and (
-        rope["factor"],
-        rope["original_max_position_embeddings"],
-    ) == (8.0, 8192)
+    scaled = rope_type == "llama3" and rope["factor"] == 8.0
+    scaled = scaled and rope["original_max_position_embeddings"] == 8192
     if rope_type not in ("default", "linear") and not scaled:
         refuse(
             "config.json's rope",
@@ -148,11 +137,8 @@ def arguments(config: dict) -> argparse.Namespace:
             rope,
             "Megatron has these alone.",
         )
-    heads, layers, experts = (
-        config["num_attention_heads"],
-        config["num_hidden_layers"],
-        c("num_experts") or c("num_local_experts"),
-    )
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    experts = c("num_experts") or c("num_local_experts")
     dense = set(c("mlp_only_layers") or ())
     return argparse.Namespace(
         num_layers=layers,
@@ -199,7 +185,7 @@ def _whole(base):
 
 
 def flags(args: argparse.Namespace) -> list[str]:
-    """The flags of a Megatron run with this model."""
+    """The flags of a Megatron run with this model, a flag with its value each."""
     names = [
         "num_layers",
         "hidden_size",
@@ -216,23 +202,21 @@ def flags(args: argparse.Namespace) -> list[str]:
     on = ["swiglu", "group_query_attention"]
     if args.num_experts:
         names += ["num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff"]
-        names += ["moe_layer_freq"] * (
-            not all(args.moe_layer_freq)
-        )  # a list makes Megatron name each layer apart
+        if not all(args.moe_layer_freq):  # a list makes Megatron name each layer apart
+            names.append("moe_layer_freq")
     if args.rotary_seq_len_interpolation_factor:
         names.append("rotary_seq_len_interpolation_factor")
-    on += [
-        name
-        for name in ("untie_embeddings_and_output_weights", "qk_layernorm", "use_rope_scaling")
-        if getattr(args, name)
-    ]
-    on += ["moe_router_pre_softmax"] * bool(args.num_experts and args.moe_router_pre_softmax)
-    values = {name: str(getattr(args, name)).replace(" ", "") for name in names}
-    given = [f"--{name.replace('_', '-')} {value}" for name, value in values.items()] + [
-        f"--{name.replace('_', '-')}" for name in on
-    ]
+    asked = "untie_embeddings_and_output_weights", "qk_layernorm", "use_rope_scaling"
+    on += [name for name in asked if getattr(args, name)]
+    if args.num_experts and args.moe_router_pre_softmax:
+        on.append("moe_router_pre_softmax")
+
+    def flag(name):
+        return f"--{name.replace('_', '-')}"
+
     return [
-        *given,
+        *(f"{flag(name)} {str(getattr(args, name)).replace(' ', '')}" for name in names),
+        *map(flag, on),
         f"--norm-epsilon {args.layernorm_epsilon:g}",
         "--disable-bias-linear",
         "--rotary-percent 1.0",
@@ -251,80 +235,36 @@ def _config(source):
         )
 
 
-class _Safetensors:
-    """The tensors of a folder's safetensors files, by name; `unread` are those that nobody has
-    asked for.
-    """
-
-    def __init__(self, source: Path):
-        safetensors = optional("safetensors", "megatron-tst[hf]")
-        self.files = sorted(source.glob("*.safetensors"))
-        if not self.files:
-            refuse(source, "safetensors files", "none", "Download the model again.")
-        index = source / "model.safetensors.index.json"
-        named = (
-            set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-        )
-        if missing := named - {path.name for path in self.files}:
-            refuse(
-                source,
-                "every file that its index names",
-                f"no {', '.join(sorted(missing))}",
-                "Download the model again.",
-            )
-        self._where = {}
-        for path in self.files:
-            try:
-                opened = safetensors.safe_open(path, "pt")
-            except safetensors.SafetensorError as error:
-                refuse(path, "a whole safetensors file", error, "Download the model again.")
-            self._where |= dict.fromkeys(opened.keys(), opened)
-        self.source, self.unread = source, set(self._where)
+class Readable(Protocol):
+    """Hugging Face's tensors by name; of a folder, or made for a test or a benchmark."""
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if name not in self._where:
-            refuse(
-                self.source,
-                f"a tensor {name}",
-                "none",
-                "It is another model than config.json says.",
-            )
-        self.unread.discard(name)
-        tensor = self._where[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            refuse(
-                f"{self.source}: {name}",
-                f"shape {shape}",
-                tuple(tensor.shape),
-                "It is another model than config.json says.",
-            )
-        return tensor
+        """The tensor, which must have this shape."""
 
 
 def items(
-    tensors, arch: Architecture, layer_spec: str
+    tensors: Readable, arch: Architecture, layer_spec: str
 ) -> Iterator[tuple[str, tuple, tuple, torch.Tensor]]:
-    """(name, whole shape, place, shard) of every tensor that Megatron stores; `tensors.read(name,
-    shape)` gives Hugging Face's.
+    """Every tensor that Megatron stores, made of Hugging Face's.
+
+    Layers of one kind are stored as one tensor [layers, ...], a shard [1, ...] a layer. Layers of
+    several kinds have a name each. Experts have one more dimension (checkpoint/tensors.py).
+
+    Yields:
+        (name, whole shape, place of the shard in it, shard).
     """
-    d, h, per, mixed = (
-        arch.head_dim,
-        arch.hidden,
-        arch.heads // arch.groups,
-        0 < len(arch.expert_layers) < arch.layers,
-    )
+    d, h, per = arch.head_dim, arch.hidden, arch.heads // arch.groups
+    mixed = 0 < len(arch.expert_layers) < arch.layers
 
     def of_layer(n, name, tensor, *expert):
-        count = (arch.experts,) * len(expert)
-        lead = () if mixed else (arch.layers,)
-        at = (*(() if mixed else (n,)), *expert)
-        name = f"decoder.layers.{n}.{name}" if mixed else f"decoder.layers.{name}"
-        return (
-            name,
-            (*lead, *count, *tensor.shape),
-            (*at, *(0,) * tensor.dim()),
-            tensor.reshape(*(1,) * len(at), *tensor.shape),
-        )
+        whole, place = (*tensor.shape,), (0,) * tensor.dim()
+        if expert:
+            whole, place = (arch.experts, *whole), (*expert, *place)
+        if not mixed:
+            whole, place = (arch.layers, *whole), (n, *place)
+        leading = len(whole) - tensor.dim()
+        shard = tensor.reshape(*(1,) * leading, *tensor.shape)
+        return f"decoder.layers.{f'{n}.' if mixed else ''}{name}", whole, place, shard
 
     def alone(name, tensor):
         return name, tuple(tensor.shape), (0,) * tensor.dim(), tensor
@@ -335,18 +275,12 @@ def items(
     )
     for n in range(arch.layers):
         a = f"model.layers.{n}."
-        q = tensors.read(a + "self_attn.q_proj.weight", (arch.heads * d, h)).view(
-            arch.groups, per * d, h
+        q, k, v = (
+            tensors.read(f"{a}self_attn.{x}_proj.weight", (rows * d, h)).view(arch.groups, -1, h)
+            for x, rows in zip("qkv", (arch.groups * per, arch.groups, arch.groups))
         )
-        k, v = (
-            tensors.read(f"{a}self_attn.{x}_proj.weight", (arch.groups * d, h)).view(
-                arch.groups, d, h
-            )
-            for x in "kv"
-        )
-        yield of_layer(
-            n, "self_attention.linear_qkv.weight", torch.cat([q, k, v], 1).reshape(-1, h)
-        )
+        qkv = torch.cat([q, k, v], 1).reshape(-1, h)
+        yield of_layer(n, "self_attention.linear_qkv.weight", qkv)
         yield of_layer(
             n,
             "self_attention.linear_qkv.layer_norm_weight",
@@ -367,62 +301,17 @@ def items(
         norm = EXPERT_NORM[layer_spec] if has else EXPERT_NORM["local"]
         yield of_layer(n, norm, tensors.read(a + "post_attention_layernorm.weight", (h,)))
         if has:
-            yield of_layer(
-                n, "mlp.router.weight", tensors.read(a + "mlp.gate.weight", (arch.experts, h))
-            )
+            router = tensors.read(a + "mlp.gate.weight", (arch.experts, h))
+            yield of_layer(n, "mlp.router.weight", router)
         width = arch.config["moe_intermediate_size"] if has else arch.config["intermediate_size"]
         for e in range(arch.experts) if has else (None,):
-            b, ours, at = (
-                (a + f"mlp.experts.{e}.", "mlp.experts.experts.", (e,))
-                if has
-                else (a + "mlp.", "mlp.", ())
-            )
-            gate, up = (tensors.read(f"{b}{x}_proj.weight", (width, h)) for x in ("gate", "up"))
+            theirs, ours, at = a + "mlp.", "mlp.", ()
+            if has:
+                theirs, ours, at = f"{theirs}experts.{e}.", "mlp.experts.experts.", (e,)
+            gate, up = (tensors.read(f"{theirs}{x}_proj.weight", (width, h)) for x in _GATED)
+            down = tensors.read(theirs + "down_proj.weight", (h, width))
             yield of_layer(n, ours + "linear_fc1.weight", torch.cat([gate, up]), *at)
-            yield of_layer(
-                n, ours + "linear_fc2.weight", tensors.read(b + "down_proj.weight", (h, width)), *at
-            )
+            yield of_layer(n, ours + "linear_fc2.weight", down, *at)
     yield alone("decoder.final_layernorm.weight", tensors.read("model.norm.weight", (h,)))
     if not arch.tied:
         yield alone("output_layer.weight", tensors.read("lm_head.weight", (arch.vocab, h)))
-
-
-def write_checkpoint(
-    folder: Path, items: Iterable[tuple], args: argparse.Namespace, progress: Callable[[int], None]
-) -> None:
-    """Write an iteration's folder of these items and arguments, one item in memory at a time;
-    progress gets the bytes done.
-    """
-    state, storage, sums = {}, {}, {}
-    common = {
-        "args": args,
-        "iteration": 0,
-        "checkpoint_version": 3.0,
-        "content_metadata": {"singleton_local_shards": False},
-    }
-    with open(folder / "__0_0.distcp", "wb") as file:
-
-        def put(index, content):
-            buffer, start = io.BytesIO(), file.tell()
-            torch.save(content, buffer)
-            file.write(buffer.getbuffer())
-            storage[index] = _StorageInfo("__0_0.distcp", start, file.tell() - start)
-            sums[index] = zlib.crc32(buffer.getbuffer())
-            return file.tell()
-
-        for name, shape, place, shard in items:
-            entry = state.setdefault(
-                name,
-                TensorStorageMetadata(TensorProperties(dtype=shard.dtype), torch.Size(shape), []),
-            )
-            entry.chunks.append(ChunkStorageMetadata(torch.Size(place), shard.shape))
-            progress(put(MetadataIndex(name, torch.Size(place)), shard.contiguous()))
-        state[f"{COMMON}/shard_0_1"] = BytesStorageMetadata()
-        put(MetadataIndex(f"{COMMON}/shard_0_1"), [common])
-        flush(file)
-    flushed(
-        folder / ".metadata", lambda file: pickle.dump(Metadata(state, storage_data=storage), file)
-    )
-    about = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    flushed(folder / "metadata.json", lambda file: file.write(json.dumps(about).encode()))
-    read_back(folder, sums)

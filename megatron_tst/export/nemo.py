@@ -138,13 +138,8 @@ def export(
     files, ids = tokenizer_of(source, tokenizer)
     tensors = Tensors(source)
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
-    dtype = (
-        "bfloat16"
-        if getattr(args, "bf16", False)
-        else "float16"
-        if getattr(args, "fp16", False)
-        else "float32"
-    )
+    dtypes = {"bf16": "bfloat16", "fp16": "float16"}
+    dtype = next((dtypes[flag] for flag in dtypes if getattr(args, flag, False)), "float32")
     arch = architecture_of(args, vocab, dtype, end_of_text(files))
     if 0 < len(arch.expert_layers) < arch.layers:
         warnings.warn(
@@ -208,7 +203,13 @@ def export(
 
 
 def provider(args: argparse.Namespace, arch: Architecture, layer_spec: str) -> dict:
-    """The `model:` section of run_config.yaml: a GPTModelProvider of this model."""
+    """The `model:` section of run_config.yaml: a GPTModelProvider of this model.
+
+    Args:
+        args: Megatron's arguments from the checkpoint.
+        arch: the model.
+        layer_spec: "local" or "transformer_engine".
+    """
     given = _same(args, _SAME)
     if not arch.experts:
         given = {name: value for name, value in given.items() if not name.startswith("moe_")}
@@ -262,6 +263,13 @@ def _named(what: str) -> dict:
 def train_state(common: dict, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """train_state.pt: what Bridge counts (its TrainState). Samples are Megatron's, as many a step
     in superposition as in recovery.
+
+    Args:
+        common: the checkpoint's common state.
+        args: Megatron's arguments in it.
+
+    Returns:
+        name -> scalar: counts int64, floating-point operations fp64, flags bool.
     """
     counts = {
         "step": common.get("iteration", 0),

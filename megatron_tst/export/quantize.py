@@ -18,21 +18,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from megatron_tst import compat
+from megatron_tst import compat, cpu
 from megatron_tst.checkpoint.atomic import flush, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.checkpoint.inspect import OPTIMIZER
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import optional, refuse
+from megatron_tst.export.calibration import ends_of
 from megatron_tst.export.hf import export, vocab_size_of
 from megatron_tst.export.tokenizer import tokenizer_of
 
 RECIPES = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}  # ModelOpt's names
-NEEDS_GPU = {
-    "nvfp4"
-}  # ModelOpt computes with E2M1 in CUDA alone; it calibrates and writes anywhere
+NEEDS_GPU = {"nvfp4"}  # ModelOpt computes with E2M1 in CUDA alone
 _BLOCK = 16  # values of one NVFP4 scale
 _TOKENS = 4096  # of one forward pass, at least one sample
 
@@ -86,13 +85,10 @@ def quantize(
             "--samples and --sequence-length", expected, f"{samples} of {length}", "Give others."
         )
     calibration, held_out = (
-        torch.from_numpy(part) for part in _ends_of(data, samples, length, vocab)
+        torch.from_numpy(part) for part in ends_of(data, samples, length, vocab)
     )
-    weights = sum(
-        math.prod(entry.size)
-        for name, entry in source.tensors.items()
-        if not name.startswith("optimizer.")
-    )
+    entries = source.tensors.items()
+    weights = sum(math.prod(e.size) for name, e in entries if not name.startswith(OPTIMIZER))
     passes = 0
 
     def batches(rows) -> Iterator[torch.Tensor]:
@@ -122,16 +118,13 @@ def quantize(
             _check_scales(model)
             after = _perplexity(model, batches(held_out), data)
             write_folder(model, export_dir=part)
-            written = json.loads(
-                (part / "config.json").read_text()
-            )  # transformers' words for what ours says, and ModelOpt's part
+            # transformers' words for what ours says, and ModelOpt's part
+            written = json.loads((part / "config.json").read_text())
             for file in plain.iterdir():
                 if not file.name.startswith("model"):
                     shutil.copyfile(file, part / file.name)
-            write_json(
-                part / "config.json",
-                config | {"quantization_config": written["quantization_config"]},
-            )
+            config["quantization_config"] = written["quantization_config"]
+            write_json(part / "config.json", config)
             about = {
                 "data": Path(data).name,
                 "samples": samples,
@@ -155,12 +148,9 @@ def quantize(
 def _device(recipe, device) -> str:
     if recipe not in RECIPES:
         refuse("--recipe", " or ".join(RECIPES), recipe, "Give one of them.")
-    if getattr(
-        torch, "_megatron_tst_cpu", False
-    ):  # their replaced functions break other people's models
-        refuse(
-            "quantize", "a process without MEGATRON_TST_CPU's shims", "one with them", "Unset it."
-        )
+    if cpu.enabled():  # the replaced functions break other people's models
+        expected = f"a process without {cpu.SWITCH}'s shims"
+        refuse("quantize", expected, "one with them", "Unset it.")
     gpu = torch.cuda.is_available()
     device = device or ("cuda" if gpu else "cpu")
     if not gpu and (device != "cpu" or recipe in NEEDS_GPU):
@@ -190,67 +180,6 @@ def _modelopt():
             "pip install 'megatron-tst[modelopt]'.",
         )
     return mtq, export_hf_checkpoint
-
-
-def _ends_of(prefix, samples, length, vocab) -> list[np.ndarray]:
-    """The dataset's first and last tokens, int64 [samples, length + 1] each, no token in both; the
-    documents one after the other.
-    """
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    if not IndexedDataset.exists(str(prefix)):
-        refuse(
-            "--data-path",
-            f"an indexed dataset {prefix}.bin and {prefix}.idx",
-            "none",
-            "`megatron-tst corpus` makes one.",
-        )
-    try:
-        dataset = IndexedDataset(str(prefix))
-        lengths = dataset.sequence_lengths
-        stored, size = (
-            os.path.getsize(f"{prefix}.bin"),
-            int(lengths.sum(dtype=np.int64)) * dataset.index.dtype_size,
-        )
-    except Exception as error:  # asserts, struct and numpy errors
-        refuse(
-            f"{prefix}.idx",
-            "an index of Megatron's indexed dataset",
-            f"{type(error).__name__}: {error}",
-            "Make it again.",
-        )
-    if stored < size:
-        refuse(f"{prefix}.bin", f"{size} bytes, as its index says", stored, "Copy it again.")
-    need = samples * (length + 1)
-    if lengths.sum(dtype=np.int64) < 2 * need:
-        expected = f"{2 * need} tokens (twice {samples} samples of {length} and a label)"
-        refuse(
-            prefix,
-            expected,
-            int(lengths.sum(dtype=np.int64)),
-            "Give fewer --samples, a shorter --sequence-length or more text.",
-        )
-
-    def taken(order):
-        held, parts = 0, []
-        for i in order:
-            if held >= need:
-                break
-            parts.append(dataset[int(i)])
-            held += len(parts[-1])
-        return parts
-
-    first = np.concatenate(taken(range(len(lengths))))[:need]
-    last = np.concatenate(taken(reversed(range(len(lengths))))[::-1])[-need:]
-    largest = int(max(first.max(), last.max()))
-    if largest >= vocab:
-        refuse(
-            prefix,
-            f"ids below the vocabulary of {vocab}",
-            largest,
-            "Give the dataset that was tokenized with the run's tokenizer.",
-        )
-    return [part.astype(np.int64).reshape(samples, length + 1) for part in (first, last)]
 
 
 def _check_blocks(recipe, config):
@@ -313,13 +242,12 @@ def _check_scales(model):
 
 def _card(text, recipe, data, samples, length, before, after) -> str:
     """The model card of the export, with what was done to it; its table is its end."""
-    what = {"fp8": "FP8 (E4M3, a scale a tensor)", "nvfp4": "NVFP4 (E2M1, a scale for 16 values)"}[
-        recipe
-    ]
-    library, load = (
-        "library_name: transformers\n",
-        "Load it with `transformers.AutoModelForCausalLM.from_pretrained`.",
-    )
+    what = {
+        "fp8": "FP8 (E4M3, a scale a tensor)",
+        "nvfp4": "NVFP4 (E2M1, a scale for 16 values)",
+    }[recipe]
+    library = "library_name: transformers\n"
+    load = "Load it with `transformers.AutoModelForCausalLM.from_pretrained`."
     assert library in text and load in text and text.rstrip().endswith("|")
     serve = (
         "Quantised by ModelOpt, for vLLM, TensorRT-LLM or SGLang. transformers loads it "
@@ -329,7 +257,7 @@ def _card(text, recipe, data, samples, length, before, after) -> str:
         (
             "quantised",
             f"{what}, weights and inputs of linear layers; embedding, output layer, norms and "
-            f"routers are not",
+            "routers are not",
         ),
         (
             "calibration",
@@ -345,13 +273,10 @@ def _card(text, recipe, data, samples, length, before, after) -> str:
 
 def _evaluation(text) -> str:
     """The export's commands, by vLLM: transformers does not load ModelOpt's format."""
-    hf = "lm_eval --model hf "
-    assert hf in text
-    kept = [line for line in text.splitlines() if "accelerate" not in line]
-    return (
-        "\n".join(kept).replace(hf, "lm_eval --model vllm ").rstrip()
-        + "\n\nThis command was not run by the export.\n"
-    )
+    hf, rest = "lm_eval --model hf ", "On several GPUs"
+    assert hf in text and rest in text
+    command = text.partition(rest)[0].replace(hf, "lm_eval --model vllm ")
+    return command + "This command was not run by the export.\n"
 
 
 def _modelopt_version() -> str:

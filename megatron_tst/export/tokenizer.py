@@ -37,25 +37,17 @@ def tokenizer_of(source: Checkpoint, given: Path | None) -> tuple[list[Path], in
     # the first is empty for a name on the hub or a path of another machine
     own = _files(getattr(source.args, "tokenizer_model", None)) or _files(source.path / "hf")
     files = _files(given) if given else own
+    do = "Give the run's tokenizer."
     if given and not files:
-        refuse(
-            "--tokenizer",
-            "a tokenizer.json or a folder with one",
-            f"{given}: neither",
-            "Give the run's tokenizer.",
-        )
+        refuse("--tokenizer", "a tokenizer.json or a folder with one", f"{given}: neither", do)
     ours, theirs = _fast(files), _fast(own)
     if ours is None:
         return files, None
     if given and theirs is not None:
         for token, number in theirs.get_vocab().items():
             if ours.token_to_id(token) != number:
-                refuse(
-                    "--tokenizer",
-                    f"the run's own ids, {token!r} = {number}",
-                    ours.token_to_id(token),
-                    "Give the run's tokenizer.",
-                )
+                expected = f"the run's own ids, {token!r} = {number}"
+                refuse("--tokenizer", expected, ours.token_to_id(token), do)
     return files, ours.get_vocab_size(with_added_tokens=True)
 
 
@@ -64,9 +56,10 @@ def end_of_text(files: list[Path]) -> int | None:
     fast = _fast(files)
     if fast is None:
         return None
-    settings = next(
-        (json.loads(file.read_text()) for file in files if file.name == "tokenizer_config.json"), {}
-    )
+    settings = {}
+    for file in files:
+        if file.name == "tokenizer_config.json":
+            settings = json.loads(file.read_text())
     name = settings.get("eos_token", "<|endoftext|>")
     return fast.token_to_id(name["content"] if isinstance(name, dict) else name)
 
@@ -89,12 +82,12 @@ def _fast(files):
     except Exception as error:  # the library raises a bare Exception
         raise TSTError(
             f"--tokenizer: expected a tokenizer.json, got {file}: {error}. Give the run's "
-            f"tokenizer."
+            "tokenizer."
         ) from error
 
 
 def write_tokenizer(folder: Path, files: list[Path]) -> None:
-    """Copy the files into a folder of which transformers.AutoTokenizer makes a tokenizer."""
+    """Copy the files into a folder from which transformers.AutoTokenizer makes a tokenizer."""
     for file in files:
         name = "tokenizer.json" if file.name.endswith("tokenizer.json") else file.name
         with open(file, "rb") as source:

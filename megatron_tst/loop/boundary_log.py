@@ -13,138 +13,95 @@ import statistics
 
 import torch
 
+from megatron_tst.loop.expert_load import ExpertLoad
 from megatron_tst.schedule import Schedule
 
 WATCHED = 5  # iterations on either side
 
 
-class ExpertLoad:
-    """Counts the tokens that each expert is given, and how undecided the routers are, while it is
-    attached.
+class BoundaryLog:
+    """Watches the iterations around the end of each superposition phase.
+
+    Args:
+        args: Megatron's, which hold the facts between processes: tst_boundary, tst_validation.
     """
 
-    def __init__(self):
-        # layer number -> int64 [experts] of this rank's tokens; fp64 [2]: sum of the tokens' router
-        # entropies, and their number
-        self.handles, self.counts, self.entropies = [], {}, {}
-
-    def attach(self, model: list[torch.nn.Module]) -> None:
-        """Start counting anew in the routers of Megatron's model chunks."""
-        from megatron.core.transformer.moe.router import TopKRouter
-
-        self.detach()
-        self.counts, self.entropies = {}, {}
-        routers = [
-            module
-            for chunk in model
-            for module in chunk.modules()
-            if isinstance(module, TopKRouter)
-        ]
-        self.handles = [router.register_forward_hook(self._count) for router in routers]
-
-    def detach(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
-    def _count(self, router, inputs, output):
-        if (
-            not torch.is_grad_enabled() or not router.training
-        ):  # evaluation; the first pass of recomputed activations
-            return
-        per_expert = output[1].detach().sum(0)
-        layer = router.layer_number
-        self.counts[layer] = self.counts[layer] + per_expert if layer in self.counts else per_expert
-        with torch.no_grad():
-            scores = router.gating(inputs[0].detach()).double().flatten(0, -2)
-        if router.config.moe_router_score_function == "sigmoid":
-            scores = scores.sigmoid().log()
-        log_p = scores.log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
-        noted = torch.stack([entropy.sum(), entropy.new_tensor(float(len(entropy)))])
-        self.entropies[layer] = self.entropies[layer] + noted if layer in self.entropies else noted
-
-    def imbalance(self, layers: int, experts: int) -> list[float]:
-        """The busiest expert's tokens over the mean, for each layer that has experts; called by all
-        ranks.
-        """
-        counts = torch.zeros(
-            layers + 1, experts, dtype=torch.int64, device=torch.cuda.current_device()
-        )
-        for layer, per_expert in self.counts.items():
-            counts[min(layer, layers)] += per_expert
-        torch.distributed.all_reduce(counts)
-        counts = counts[counts.sum(1) > 0].double()
-        return (counts.max(1).values / counts.mean(1)).tolist()
-
-    def entropy(self, layers: int) -> list[float]:
-        """Mean entropy of the routers' probabilities over log(experts), 1 undecided, for each layer
-        that has experts; called by all ranks.
-        """
-        sums = torch.zeros(layers + 1, 2, dtype=torch.float64, device=torch.cuda.current_device())
-        for layer, noted in self.entropies.items():
-            sums[min(layer, layers)] += noted
-        torch.distributed.all_reduce(sums)
-        sums = sums[sums[:, 1] > 0]
-        return (sums[:, 0] / sums[:, 1]).tolist()
-
-
-class BoundaryLog:
-    """Watches the iterations around the end of each superposition phase."""
-
     def __init__(self, args: argparse.Namespace):
-        self.args, self.load, self.attached_for = args, ExpertLoad(), None
-        self.done = (
-            None  # samples of the run after the last iteration that this process has finished
-        )
-        self.rate, self.losses = None, {}  # iteration -> the loss, on the rank that has it
+        self.args, self.load = args, ExpertLoad()
+        self.attached_for: tuple[str, int] | None = None  # what the experts are counted for
+        self.done: int | None = None  # samples after the last iteration that this process finished
+        self.rate: float | None = None
+        self.losses: dict[int, torch.Tensor | None] = {}  # by iteration, on the rank that has them
 
     def saw_validation(self, loss: torch.Tensor | None, schedule: Schedule) -> None:
-        """Note the next-token validation loss, None on ranks without it, in Megatron's arguments;
-        called by all ranks.
+        """Note the next-token validation loss in Megatron's arguments; called by all ranks.
+
+        Args:
+            loss: in nats, a scalar; None on ranks without it.
         """
         (value,) = _from_last([loss])
         if not math.isnan(value):  # Megatron ran out of time
-            self.args.tst_validation = (
-                self.args.consumed_train_samples // schedule.global_batch_size,
-                value,
-            )
+            iteration = self.args.consumed_train_samples // schedule.global_batch_size
+            self.args.tst_validation = iteration, value
 
     def saw_iteration(self, iteration: int, rate: float, loss: torch.Tensor | None) -> None:
         """Note learning rate and loss of an iteration; the loss None on ranks without it."""
         self.rate = rate
-        self.losses = {i: kept for i, kept in self.losses.items() if i > iteration - WATCHED} | {
-            iteration: loss
-        }
+        recent = {i: kept for i, kept in self.losses.items() if i > iteration - WATCHED}
+        self.losses = recent | {iteration: loss}
 
-    def after_iteration(self, schedule: Schedule, model, optimizer) -> None:
-        """Count experts near a boundary, keep its facts, and print the block; called by all ranks
-        before a checkpoint is saved.
+    def after_iteration(
+        self, schedule: Schedule, model: list[torch.nn.Module], optimizer: object
+    ) -> None:
+        """Count experts near a boundary, keep its facts, and print the block. Called by all ranks
+        after each iteration, before a checkpoint is saved.
+
+        Example: batches of 4 samples, superposition to sample 24 (iteration 6), 40 samples in all,
+        WATCHED = 5. Samples done after each iteration, and what happens there:
+
+             4  (iteration 1)    the boundary is 20 = 5 * 4 samples ahead: count experts before it
+            24  (iteration 6)    the phase has ended: keep its facts, and count experts anew
+            28 .. 40  (7 to 10)  4, 8, 12, 16 samples since: fewer than 20, but the run ends at 40,
+                                 so the block is printed there
+
+        Args:
+            schedule: the phases as they are now.
+            model: Megatron's model chunks of this rank.
+            optimizer: Megatron's.
         """
         args, batch = self.args, schedule.global_batch_size
         done = args.consumed_train_samples
         before = done - batch if self.done is None else self.done
-        ended = [
-            phase for phase in schedule.superposed_phases if before < phase.end <= done
-        ]  # later than at its end if that was skipped
+        # later than at its end if that iteration was skipped
+        ended = [phase for phase in schedule.superposed_phases if before < phase.end <= done]
         facts = getattr(args, "tst_boundary", None)
         since = done - facts["sample"] if facts else 0
-        if since > 0 and (since >= WATCHED * batch or ended or done // batch >= args.train_iters):
+        at_the_end = done // batch >= args.train_iters
+        if since > 0 and (since >= WATCHED * batch or ended or at_the_end):
             self._print(facts, schedule, optimizer)
             facts = None
         if ended:
             facts = self._facts(ended[-1], optimizer)
         args.tst_boundary, self.done = facts, done
-        wanted = None  # what to count experts for, from here on
-        if getattr(args, "num_experts", None):
+        self._count_experts(schedule, model, facts)
+
+    def _count_experts(self, schedule, model, facts):
+        """Count from here on for what comes next: nothing, a boundary ahead, or the one behind."""
+        done, wanted = self.done, None
+        if getattr(self.args, "num_experts", None):
             ahead = schedule.phase_at(done)
+            near = ahead.end - done <= WATCHED * schedule.global_batch_size
             if facts:
                 wanted = "after", facts["sample"]
-            elif ahead in schedule.superposed_phases and ahead.end - done <= WATCHED * batch:
+            elif ahead in schedule.superposed_phases and near:
                 wanted = "before", ahead.end
-        if wanted != self.attached_for:
-            self.load.detach() if wanted is None else self.load.attach(model)
-            self.attached_for = wanted
+        if wanted == self.attached_for:
+            return
+        if wanted is None:
+            self.load.detach()
+        else:
+            self.load.attach(model)
+        self.attached_for = wanted
 
     def _experts(self):
         """-> (imbalance, router entropy) of each layer with experts."""
@@ -172,54 +129,47 @@ class BoundaryLog:
         losses, (load, entropy) = _from_last(losses), self._experts()
         if self.args.rank:
             return
-        phase = schedule.phase_at(facts["sample"])
-        what = (
-            "recovery" if phase not in schedule.superposed_phases else f"bag size {phase.bag_size}"
-        )
-        steps, step = facts["optimizer step"], _steps(optimizer)
-        _, long, piece = schedule.locate(min(done, schedule.train_samples - 1))
         rows = {
             "raw tokens": f"{schedule.raw_tokens(facts['sample'])} at the boundary, "
             f"{schedule.raw_tokens(done)} now, {schedule.raw_tokens(schedule.train_samples)} at "
-            f"the end",
+            "the end",
             "learning rate": f"{_figure(facts['learning rate'], 'E')} at the boundary, "
             f"{_figure(self.rate, 'E')} now",
-            "optimizer": _kept(steps, step, now - first),
-            "data": f"sample {done} of {schedule.train_samples}"
-            + (
-                f", next is piece {piece} of long sample {long}"
-                if done < schedule.train_samples
-                else ""
-            ),
+            "optimizer": _kept(facts["optimizer step"], _steps(optimizer), now - first),
+            "data": _next_data(schedule, done),
         }
         if facts["imbalance"] or load:
+            before = facts.get("router entropy")  # not in checkpoints of earlier versions
             rows["expert load"] = (
-                f"busiest expert over the mean, median of the layers: "
+                "busiest expert over the mean, median of the layers: "
                 f"{_spread(facts['imbalance'])} before, {_spread(load)} since"
             )
-            before = facts.get("router entropy")  # not in checkpoints of earlier versions
             rows["router entropy"] = (
                 f"over log(experts), median of the layers: {_median(before)} before, "
                 f"{_median(entropy)} since"
             )
-        validation = facts["validation"]
-        beside = (
-            f"{validation[1]:.6E} (next-token, iteration {validation[0]})"
-            if validation
-            else "none yet"
-        )
-        rows["losses since"] = (
-            f"{' '.join(f'{loss:.6E}' for loss in losses) or 'not seen'} | last validation loss: "
-            f"{beside}"
-        )
+        seen = " ".join(f"{loss:.6E}" for loss in losses) or "not seen"
+        beside = "none yet"
+        if validation := facts["validation"]:
+            beside = f"{validation[1]:.6E} (next-token, iteration {validation[0]})"
+        rows["losses since"] = f"{seen} | last validation loss: {beside}"
+        phase = schedule.phase_at(facts["sample"])
+        superposed = phase in schedule.superposed_phases
         head = (
-            f" [tst] boundary: {what} since iteration {first + 1}, after bag size "
-            f"{facts['bag size']}; {now - first} iterations later"
+            f" [tst] boundary: {f'bag size {phase.bag_size}' if superposed else 'recovery'} since "
+            f"iteration {first + 1}, after bag size {facts['bag size']}; "
+            f"{now - first} iterations later"
         )
-        print(
-            "\n".join([head, *(f" [tst]   {name:14s} {text}" for name, text in rows.items())]),
-            flush=True,
-        )
+        lines = [head, *(f" [tst]   {name:14s} {text}" for name, text in rows.items())]
+        print("\n".join(lines), flush=True)
+
+
+def _next_data(schedule, done) -> str:
+    text = f"sample {done} of {schedule.train_samples}"
+    if done >= schedule.train_samples:
+        return text
+    _, long, piece = schedule.locate(done)
+    return f"{text}, next is piece {piece} of long sample {long}"
 
 
 def _from_last(values) -> list[float]:

@@ -1,16 +1,17 @@
 """apply, remove, status: the only file that assigns into megatron.* (cpu.py apart, which is for
 machines without a GPU).
 
-Two class methods carry TST; which phase it is, only the shape of the batch says:
+    2 functions in the model           VocabParallelEmbedding.forward     3-D ids: the bag's mean
+                                       compute_language_model_loss        3-D labels: the bag loss
+    2 for multi-token prediction       roll_tensor, acceptance counts     3-D: bag by bag
+    2 for --tst-fused-linear-loss      GPTModel.forward, HybridModel.forward
+    10 in megatron.training's loop     run.py and entry.py make them
 
-    VocabParallelEmbedding.forward(ids)                          3-D ids    -> mean of the bag's rows    else stock
-    LanguageModule.compute_language_model_loss(labels, logits)   3-D labels -> multi-hot cross entropy   else stock
-
-So validation, inference, the recovery phase and other models in the process run stock code. (With
---tst-kernel-in-recovery the extension takes one label a position too, in training alone. With
---tst-fused-linear-loss one more patch, on the forward of GPTModel and HybridModel, hands the output
-layer's work to the loss in training: ops/linear_loss.py. Multi-token prediction shifts 3-D tokens and
-labels by a bag: ops/multi_token.py.)
+Two class methods carry TST. Which phase it is, only the shape of the batch says: with 2-D ids and
+labels they call the stock method. So validation, inference, the recovery phase and other models in
+the process run stock code. Two flags change that, in training alone: with --tst-kernel-in-recovery
+the extension takes one label a position too, and with --tst-fused-linear-loss the output layer's
+work is handed to the loss (ops/linear_loss.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import functools
 import inspect
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -45,6 +47,7 @@ class Status:
         recovery_losses: calls of our loss with one label a position (kernel_in_recovery,
             fused_linear_loss).
         fused_linear_losses: calls of the loss without materialised logits (fused_linear_loss).
+        in_scripts: the names in user's scripts that are replaced now.
     """
 
     seams: tuple[str, ...] = ()
@@ -53,16 +56,14 @@ class Status:
     multi_hot_losses: int = 0
     recovery_losses: int = 0
     fused_linear_losses: int = 0
+    in_scripts: tuple[str, ...] = ()
 
 
 @dataclass
 class _State:
-    installed: dict = field(default_factory=dict)  # Seam -> (stock, ours)
+    installed: dict = field(default_factory=dict)  # seam -> (stock, ours)
     config: TSTConfig | None = None
-    embeddings: int = 0
-    losses: int = 0
-    recovery_losses: int = 0
-    fused_linear_losses: int = 0
+    calls: Counter = field(default_factory=Counter)  # a counter of Status -> calls
 
 
 _state = _State()
@@ -70,7 +71,7 @@ _state = _State()
 
 def apply(config: TSTConfig | None = None) -> Status:
     """Patch the two methods, and multi-token prediction's shift. Idempotent; may come before or
-    after models are built, in any import order.
+    after models are built, in any import order. Each process patches for itself.
 
     Args:
         config: target weighting and loss of the superposed objective; None: uniform mce. The bag
@@ -82,48 +83,57 @@ def apply(config: TSTConfig | None = None) -> Status:
     Raises:
         PatchError: a seam does not look as tested; then nothing is patched.
     """
-    config = config or TSTConfig()
-    _state.config = config
-    fused = (
-        {seams.GPT_FORWARD: _model_forward, seams.HYBRID_FORWARD: _model_forward}
-        if config.fused_linear_loss
-        else {}
-    )
-    mtp = {seams.MTP_ROLL: _roll_tensor}
+    _state.config = config = config or TSTConfig()
+    replacements = {
+        seams.EMBEDDING: _embedding,
+        seams.LOSS: _loss,
+        seams.MTP_ROLL: _roll_tensor,
+    }
     if seams.MTP_ACCEPTANCE.exists:
-        mtp[seams.MTP_ACCEPTANCE] = _acceptance
-    install({seams.EMBEDDING: _embedding, seams.LOSS: _loss} | mtp | fused)
+        replacements[seams.MTP_ACCEPTANCE] = _acceptance
+    if config.fused_linear_loss:
+        replacements |= {seams.GPT_FORWARD: _model_forward, seams.HYBRID_FORWARD: _model_forward}
+    install(replacements)
     return status()
 
 
 def remove() -> Status:
-    """Put every Megatron function back.
+    """Put every Megatron function back, and what was replaced in a user's script.
+
+    Returns:
+        the status after it: nothing is patched, and the counters are 0.
 
     Raises:
         PatchError: somebody patched over one of ours; nothing is changed, since restoring would
             drop their patch.
     """
     for seam, (_, ours) in _state.installed.items():
-        if vars(seam.owner())[seam.attribute] is not ours:
+        if seam.function() is not ours:
             raise PatchError(
                 f"{seam} was patched again after megatron_tst.apply(). Remove that patch first."
             )
     for seam, (stock, _) in _state.installed.items():
-        setattr(seam.owner(), seam.attribute, stock)
+        _put(seam, stock)
     _state.installed.clear()
     _state.config = None
-    _state.embeddings = _state.losses = _state.recovery_losses = _state.fused_linear_losses = 0
+    _state.calls.clear()
     return status()
 
 
 def status() -> Status:
     """What is patched in this process and how often it ran."""
-    counts = _state.embeddings, _state.losses, _state.recovery_losses, _state.fused_linear_losses
-    return Status(tuple(map(str, _state.installed)), _state.config, *counts)
+    scripts = [seam for seam in _state.installed if isinstance(seam, seams.ScriptSeam)]
+    megatron = [seam for seam in _state.installed if seam not in scripts]
+    return Status(
+        seams=tuple(map(str, megatron)),
+        config=_state.config,
+        in_scripts=tuple(map(str, scripts)),
+        **_state.calls,
+    )
 
 
-def install(replacements: dict[seams.Seam, Callable]) -> None:
-    """Replace functions of Megatron, all of them or none.
+def install(replacements: dict[seams.Seam | seams.ScriptSeam, Callable]) -> None:
+    """Replace functions of Megatron, or in a user's script, all of them or none.
 
     Args:
         replacements: seam -> function that takes the stock function and returns ours. A seam that
@@ -141,9 +151,9 @@ def install(replacements: dict[seams.Seam, Callable]) -> None:
             f"Use a tested version ({', '.join(compat.TESTED_MEGATRON)}) or report this."
         )
     for seam, make in new.items():
-        stock = vars(seam.owner())[seam.attribute]
+        stock = seam.function()
         ours = functools.wraps(stock)(make(stock))
-        setattr(seam.owner(), seam.attribute, ours)
+        _put(seam, ours)
         _state.installed[seam] = (stock, ours)
     if new and os.environ.get("RANK", "0") == "0":
         logger.info(
@@ -151,6 +161,13 @@ def install(replacements: dict[seams.Seam, Callable]) -> None:
             ", ".join(map(str, new)),
             compat.megatron_version(),
         )
+
+
+def _put(seam: seams.Seam | seams.ScriptSeam, function: Callable) -> None:
+    if isinstance(seam, seams.ScriptSeam):
+        seam.namespace[seam.attribute] = function
+    else:
+        setattr(seam.owner(), seam.attribute, function)
 
 
 def _embedding(stock):
@@ -161,10 +178,9 @@ def _embedding(stock):
         if input_.dim() != 3:
             main_grad.left_to_autograd(self.weight)
             return stock(self, input_)
-        _state.embeddings += 1
-        if (
-            input_.shape[-1] == 1
-        ):  # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout
+        _state.calls["superposed_embeddings"] += 1
+        if input_.shape[-1] == 1:
+            # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout
             return stock(self, input_.squeeze(-1))
         return superposed_embedding(self, input_)
 
@@ -179,22 +195,22 @@ def _loss(stock):
     def compute_language_model_loss(self, labels, logits):
         config, deferred = _state.config, isinstance(logits, DeferredLogits)
         if labels.dim() == 3:
-            _state.losses += 1
-            one_label = (
-                labels.shape[-1] == 1 and config.loss not in ABLATIONS
-            )  # of which the softmax losses make the same
-            if one_label and config.kernel == "auto" and not deferred:  # as in the embedding
+            _state.calls["multi_hot_losses"] += 1
+            # the softmax losses of one label are the ordinary loss (the ablations' are not)
+            ordinary = labels.shape[-1] == 1 and config.loss not in ABLATIONS
+            if ordinary and config.kernel == "auto" and not deferred:
+                # as in the embedding: Megatron's own code, equal bit for bit
                 label = labels.squeeze(-1)
                 return stock(self, label.clamp_min(0), logits).masked_fill(label == IGNORE, 0.0)
             labels, loss, kernel = labels.transpose(0, 1), config.loss, config.kernel
         elif deferred or (config.kernel_in_recovery and torch.is_grad_enabled()):
-            _state.recovery_losses += 1
+            _state.calls["recovery_losses"] += 1
             labels, loss, kernel = labels.t().unsqueeze(-1), "mce", config.kernel
         else:
             return stock(self, labels, logits)
         # labels [L, b, S], logits [L, b, V/tp]
         if deferred:
-            _state.fused_linear_losses += 1
+            _state.calls["fused_linear_losses"] += 1
             loss = loss_of_deferred(logits, labels, _weights(labels), loss=loss, kernel=kernel)
         else:
             # nothing else reads the logits here, so their memory becomes the gradient's
@@ -237,13 +253,8 @@ def _acceptance(stock):
             return stock(
                 mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group
             )
-        return accepted_in_bags(
-            mtp_logits,
-            mtp_labels,
-            loss_mask,
-            not sharded(output_layer, runtime_gather_output),
-            tp_group,
-        )
+        whole = not sharded(output_layer, runtime_gather_output)
+        return accepted_in_bags(mtp_logits, mtp_labels, loss_mask, whole, tp_group)
 
     return _compute_mtp_acceptance_counts
 
@@ -262,12 +273,8 @@ def _model_forward(stock):
 
     def forward(self, *positional, **named):
         labels = signature.bind(self, *positional, **named).arguments.get("labels")
-        if (
-            labels is None
-            or not self.post_process
-            or not torch.is_grad_enabled()
-            or not _state.config.fused_linear_loss
-        ):
+        trains = labels is not None and self.post_process and torch.is_grad_enabled()
+        if not (trains and _state.config.fused_linear_loss):
             return stock(self, *positional, **named)
         with deferred_logits(self.output_layer):
             return stock(self, *positional, **named)

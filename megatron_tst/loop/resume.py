@@ -1,18 +1,19 @@
-"""What a checkpoint's arguments hold of a run's phases, and what a run that resumes from it may
-change.
-"""
+"""What a run that resumes from a checkpoint may change."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 
+from megatron_tst import cpu
+from megatron_tst.checkpoint.format import TRACKER, Checkpoint
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.config import TSTConfig
-from megatron_tst.errors import refuse
+from megatron_tst.errors import TSTError, refuse
 from megatron_tst.schedule import Schedule
 
-# The data's order and the objective hang on these.
+# The data's order and the objective depend on these.
 _KEPT = {
     "global_batch_size": None,
     "seq_length": None,
@@ -46,36 +47,24 @@ def check_resume(args: argparse.Namespace, checkpoint_args: argparse.Namespace) 
     if not ours and not theirs:
         return None
     if not theirs:
-        got, do = (
-            "one without TST settings",
-            "Add --finetune to start TST from its weights, or drop the --tst- flags.",
-        )
+        got = "one without TST settings"
+        do = "Add --finetune to start TST from its weights, or drop the --tst- flags."
         refuse("resuming with TST", "a checkpoint of a TST run", got, do)
     if not ours:
         do = (
             f"Add --tst-bag-size {checkpoint_args.tst_bag_size} and the run's other --tst- "
-            f"flags, or --finetune to keep the weights alone."
+            "flags, or --finetune to keep the weights alone."
         )
         refuse("resuming without TST", "the --tst- flags of the checkpoint's run", "none", do)
+    do = "The order of the data and the objective depend on it. Give the first run's flags."
     for name, default in _KEPT.items():
-        _same(
-            name,
-            default,
-            args,
-            checkpoint_args,
-            "The order of the data and the objective hang on it. Give the first run's flags.",
-        )
+        _same(name, default, args, checkpoint_args, do)
     check_optimizer(args, checkpoint_args)
     before = stored(checkpoint_args, "tst_planned")
     if not TSTConfig.from_args(args).override:
+        do = "Give the first run's flags, or --tst-override to change what lies ahead."
         for name, default in _WITH_OVERRIDE.items():
-            _same(
-                name,
-                default,
-                args,
-                checkpoint_args,
-                "Give the first run's flags, or --tst-override to change what lies ahead.",
-            )
+            _same(name, default, args, checkpoint_args, do)
         if ours != before:
             do = (
                 "Give the first run's --tst-iters or --tst-step-ratio and --train-iters or "
@@ -92,12 +81,11 @@ def _changed(old: Schedule, planned: Schedule, new: Schedule, consumed: int) -> 
     """`new` as far as what is read already allows it."""
     widths = [1 if new.single_tokens_in else s for s in new.bag_sizes]
     if any(old.width % w for w in widths):
-        do = "The run's data are cut from samples of so many bags. Choose among these."
         refuse(
             "--tst-bag-size with --tst-override",
             f"divisors of {old.width}",
             ",".join(map(str, new.bag_sizes[:-1])),
-            do,
+            "The run's data are cut from samples of so many bags. Choose among these.",
         )
     new = dataclasses.replace(new, width=old.width)
     if new.reads_as(old, consumed):
@@ -108,7 +96,7 @@ def _changed(old: Schedule, planned: Schedule, new: Schedule, consumed: int) -> 
         first = phase.first_sample // batch
         expected = (
             f"bag size {phase.bag_size} from iteration {first + 1} to {consumed // batch} "
-            f"as in the checkpoint"
+            "as in the checkpoint"
         )
         if phase.pieces > 1:
             expected += f", to its end after iteration {first} + a multiple of {phase.pieces}"
@@ -138,9 +126,48 @@ def _same(name, default, args, checkpoint_args, do):
         refuse(f"resuming with another {name}", f"{kept} as in the checkpoint", value, do)
 
 
-def check_optimizer(args, checkpoint_args):
+def check_restorable(args: argparse.Namespace) -> None:
+    """Refuse a resume whose optimizer state Megatron would not restore: a traceback at best, with
+    torch's Adam wrong steps at worst.
+
+    Args:
+        args: Megatron's; looked at on every rank, before a model is built.
+
+    Raises:
+        TSTError: check_optimizer's, or the distributed optimizer over torch's Adam
+            (megatron/core/optimizer/distrib_optimizer.py; on CPU cpu.py mends it).
+    """
+    weights_alone = getattr(args, "no_load_optim", False) or getattr(args, "finetune", False)
+    if not getattr(args, "load", None) or weights_alone:
+        return
+    folder = args.load
+    if args.ckpt_step is not None:
+        folder = os.path.join(folder, f"iter_{args.ckpt_step:07d}")
+    try:
+        kept = Checkpoint(folder).args
+    except TSTError:
+        kept = None  # no checkpoint yet, or of another format: Megatron says what it makes of it
+    if kept is not None:
+        check_optimizer(args, kept)
+    if not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
+        return
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE and os.path.isfile(os.path.join(args.load, TRACKER)):
+        refuse(
+            "--load with --use-distributed-optimizer",
+            "the Adam of Transformer Engine or Apex",
+            "torch's, whose state Megatron's distributed optimizer does not restore",
+            "Install transformer-engine, or add --no-load-optim to start the optimizer anew.",
+        )
+
+
+def check_optimizer(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> None:
     """Refuse layouts between which Megatron does not carry the optimizer's state; weights alone it
     carries between all.
+
+    Args:
+        args, checkpoint_args: Megatron's of this run, and as the checkpoint has them.
 
     Raises:
         TSTError: with the flag, what the checkpoint has and what this run has.

@@ -1,11 +1,12 @@
 """The seams: functions of Megatron that megatron_tst replaces, and the signatures that it relies
-on.
+on. The table in docs/patch_points.md says why each is there.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -26,8 +27,13 @@ class Seam:
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
-    def owner(self):
-        """The class or module that holds the attribute."""
+    def owner(self) -> object:
+        """The class or module that holds the attribute.
+
+        Raises:
+            ImportError: no such module.
+            AttributeError: no such class in it.
+        """
         found = importlib.import_module(self.module)
         for part in self.name.split(".")[:-1]:
             found = getattr(found, part)
@@ -35,34 +41,89 @@ class Seam:
 
     @property
     def attribute(self) -> str:
+        """The name under which the owner holds the function."""
         return self.name.split(".")[-1]
 
     @property
     def exists(self) -> bool:
+        """Whether the installed Megatron has it; for a function of a module."""
         return hasattr(importlib.import_module(self.module), self.attribute)
+
+    def function(self) -> Callable:
+        """What stands there now: Megatron's function, ours, or somebody else's.
+
+        Raises:
+            ImportError, AttributeError, KeyError: there is none.
+        """
+        return vars(self.owner())[self.attribute]
 
     def problem(self) -> str | None:
         """What is wrong with this seam in the installed Megatron, or None."""
-        try:
-            function = vars(self.owner())[self.attribute]
-        except (ImportError, AttributeError, KeyError) as error:
-            return f"{self}: expected to exist, got {type(error).__name__}: {error}"
-        got = tuple(inspect.signature(function).parameters)
-        if got[: len(self.parameters)] != self.parameters:
-            return f"{self}: expected parameters {self.parameters}, got {got}"
-        return None
+        return _problem(self)
 
 
+@dataclass(frozen=True, eq=False)
+class ScriptSeam:
+    """A name by which a user's script calls a function of Megatron: the script has imported it, so
+    that a patch of Megatron's own module would not reach the script.
+
+    Args:
+        namespace: the globals of the script's module.
+        attribute: the name in it.
+        parameters: as Seam's.
+    """
+
+    namespace: dict
+    attribute: str
+    parameters: tuple[str, ...]
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, ScriptSeam) and self.attribute == other.attribute
+        return same and self.namespace is other.namespace
+
+    def __hash__(self) -> int:
+        return hash((id(self.namespace), self.attribute))
+
+    def __str__(self) -> str:
+        return f"{self.namespace.get('__name__')}.{self.attribute}"
+
+    def function(self) -> Callable:
+        """What stands there now.
+
+        Raises:
+            KeyError: the script has no such name.
+        """
+        return self.namespace[self.attribute]
+
+    def problem(self) -> str | None:
+        """What is wrong with this seam in the script, or None."""
+        return _problem(self)
+
+
+def _problem(seam: Seam | ScriptSeam) -> str | None:
+    try:
+        function = seam.function()
+    except (ImportError, AttributeError, KeyError) as error:
+        return f"{seam}: expected to exist, got {type(error).__name__}: {error}"
+    got = tuple(inspect.signature(function).parameters)
+    if got[: len(seam.parameters)] != seam.parameters:
+        return f"{seam}: expected parameters {seam.parameters}, got {got}"
+    return None
+
+
+# In the model, in every supported version.
 EMBEDDING = Seam(
-    "megatron.core.tensor_parallel.layers", "VocabParallelEmbedding.forward", ("self", "input_")
+    "megatron.core.tensor_parallel.layers",
+    "VocabParallelEmbedding.forward",
+    ("self", "input_"),
 )
 LOSS = Seam(
     "megatron.core.models.common.language_module.language_module",
     "LanguageModule.compute_language_model_loss",
     ("self", "labels", "logits"),
 )
-# multi-token prediction: functions that Megatron's module of that name looks up in itself at every
-# call
+# Multi-token prediction: functions that Megatron's module of that name looks up in itself at every
+# call.
 _MTP = "megatron.core.transformer.multi_token_prediction"
 MTP_ROLL = Seam(_MTP, "roll_tensor", ("tensor", "shifts", "dims", "cp_group", "packed_seq_params"))
 MTP_ACCEPTANCE = Seam(  # from 0.19
@@ -70,32 +131,25 @@ MTP_ACCEPTANCE = Seam(  # from 0.19
     "_compute_mtp_acceptance_counts",
     ("mtp_logits", "mtp_labels", "loss_mask", "output_layer", "runtime_gather_output", "tp_group"),
 )
-MODEL_SEAMS = (EMBEDDING, LOSS, MTP_ROLL)  # in every supported version
-# for --tst-fused-linear-loss alone
+MODEL_SEAMS = (EMBEDDING, LOSS, MTP_ROLL)
+# For --tst-fused-linear-loss alone.
 _FORWARD = ("self", "input_ids", "position_ids", "attention_mask", "decoder_input", "labels")
 GPT_FORWARD = Seam("megatron.core.models.gpt.gpt_model", "GPTModel.forward", _FORWARD)
 HYBRID_FORWARD = Seam("megatron.core.models.hybrid.hybrid_model", "HybridModel.forward", _FORWARD)
 
 # Functions of the training loop, each looked up as a module global at every call (0.18 and 0.19).
+_LOOP = "megatron.training.training"
 TRAINING_LOG = Seam(
-    "megatron.training.training",
-    "training_log",
-    ("loss_dict", "total_loss_dict", "learning_rate", "iteration"),
+    _LOOP, "training_log", ("loss_dict", "total_loss_dict", "learning_rate", "iteration")
 )
 DECIDE_EXIT = Seam(
-    "megatron.training.training",
-    "checkpoint_and_decide_exit",
-    ("model", "optimizer", "opt_param_scheduler", "iteration"),
+    _LOOP, "checkpoint_and_decide_exit", ("model", "optimizer", "opt_param_scheduler", "iteration")
 )
-EVALUATE = Seam(
-    "megatron.training.training", "evaluate", ("forward_step_func", "data_iterator", "model")
-)
+EVALUATE = Seam(_LOOP, "evaluate", ("forward_step_func", "data_iterator", "model"))
 SAVE = Seam(
-    "megatron.training.training",
-    "save_checkpoint_and_time",
-    ("iteration", "model", "optimizer", "opt_param_scheduler"),
+    _LOOP, "save_checkpoint_and_time", ("iteration", "model", "optimizer", "opt_param_scheduler")
 )
-SKIPPED_BATCH = Seam("megatron.training.training", "get_batch_on_this_tp_rank", ("batch",))
+SKIPPED_BATCH = Seam(_LOOP, "get_batch_on_this_tp_rank", ("batch",))
 CHECK_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
@@ -107,3 +161,12 @@ VALIDATE_ARGUMENTS = Seam("megatron.training.arguments", "validate_args", ("args
 PRETRAIN = Seam(
     "megatron.training", "pretrain", ("cfg_container", "train_valid_test_dataset_provider")
 )
+
+
+def batches_of(script: dict) -> ScriptSeam:
+    """The function with which a script brings a micro-batch to its tensor-parallel ranks.
+
+    Args:
+        script: the globals of the module of its forward_step.
+    """
+    return ScriptSeam(script, SKIPPED_BATCH.attribute, SKIPPED_BATCH.parameters)

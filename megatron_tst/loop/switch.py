@@ -9,6 +9,8 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_tst.config import TSTConfig
@@ -30,7 +32,7 @@ class LossTrend:
         self.iterations, self.least = iterations, config.switch_slope
         self.restart()
 
-    def restart(self, state: list[float] = (0.0, 0.0, 0.0)) -> None:
+    def restart(self, state: Sequence[float] = (0.0, 0.0, 0.0)) -> None:
         """Forget the loss (a new phase), or go on from a checkpoint's `state`: the two averages and
         how many losses are in them.
         """
@@ -41,10 +43,8 @@ class LossTrend:
         """Take in an iteration's loss, a scalar tensor, without waiting for its device. An infinite
         or undefined one is left out.
         """
-        self._state, self._rates = (
-            self._state.to(loss.device),
-            self._rates.to(loss.device),
-        )  # a copy the first time alone
+        # a copy the first time alone
+        self._state, self._rates = self._state.to(loss.device), self._rates.to(loss.device)
         averages = self._state[:2] + self._rates * (loss.double().reshape(()) - self._state[:2])
         new = torch.cat([averages, self._state[2:] + 1])
         self._state = torch.where(new.isfinite().all(), new, self._state)
@@ -77,7 +77,18 @@ def first_end(
 ) -> int:
     """Samples of the phase at which it can end soonest without leaving text out.
 
+    Example: batches of 8 samples, a phase of bags of 4 in long samples of 8, which begins at sample
+    80: 2 pieces, blocks of 16 samples. 104 samples of the run are behind, and 8 more are fetched:
+    80 + 32 = 112. That is a whole number of blocks, so the phase can end there, after 32 samples.
+
+    >>> plan = Schedule((8, 4, 2, 1), (80, 160, 160, 400), seq_length=4, global_batch_size=8)
+    >>> first_end(plan, plan.phases[1], consumed=104, samples_ahead=8, not_after=set())
+    32
+    >>> first_end(plan, plan.phases[1], consumed=104, samples_ahead=9, not_after=set())
+    48
+
     Args:
+        schedule, phase: the run's phases, and the one that is to end.
         consumed: samples of the run that have been trained on.
         samples_ahead: how many more must stay as they are, since they may have been fetched.
         not_after: iterations after which it is not to end.

@@ -52,9 +52,8 @@ class _PoolBags(torch.autograd.Function):
             owned_SN = (local_SN >= 0) & (local_SN < weight_VH.shape[0])
             local_SN = local_SN.masked_fill(~owned_SN, 0)
 
-        sum_NH = torch.zeros(
-            local_SN.shape[1], weight_VH.shape[1], dtype=torch.float32, device=weight_VH.device
-        )
+        shape = local_SN.shape[1], weight_VH.shape[1]
+        sum_NH = torch.zeros(shape, dtype=torch.float32, device=weight_VH.device)
         for place in range(bag_size):  # never [S*L, H] at once
             rows = weight_VH.index_select(0, local_SN[place])
             sum_NH += rows if owned_SN is None else rows * owned_SN[place].unsqueeze(-1)
@@ -82,18 +81,11 @@ class _PoolBags(torch.autograd.Function):
         grad_NH = grad.reshape(-1, weight_VH.shape[1]).float() / len(local_SN)
         # fp32: in bf16 a frequent token's thousands of small contributions are lost
         buffer = main_grad.buffer_of(weight_VH)
-        sum_VH = (
-            torch.zeros(weight_VH.shape, dtype=torch.float32, device=grad.device)
-            if buffer is None
-            else buffer
-        )
+        sum_VH = buffer
+        if buffer is None:
+            sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=grad.device)
         for place in range(len(local_SN)):
             rows = grad_NH if owned_SN is None else grad_NH * owned_SN[place].unsqueeze(-1)
             sum_VH.index_add_(0, local_SN[place], rows)
-        return (
-            sum_VH.to(weight_VH.dtype) if buffer is None else main_grad.added(weight_VH),
-            None,
-            None,
-            None,
-            None,
-        )
+        grad_VH = sum_VH.to(weight_VH.dtype) if buffer is None else main_grad.added(weight_VH)
+        return grad_VH, *[None] * 4

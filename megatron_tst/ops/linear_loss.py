@@ -12,6 +12,7 @@ N rows, H width, V this rank's columns of the vocabulary (padded vocabulary / tp
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,11 @@ from megatron_tst.ops.loss import KERNELS, of_all_ranks
 class DeferredLogits:
     """What the output layer returns in place of logits between its call and the loss: all that the
     loss needs to compute them.
+
+    Args:
+        layer: the output layer.
+        hidden: [L, b, H], or this rank's [L/tp, b, H] under sequence parallelism.
+        weight: [V, H], this rank's rows of the table.
     """
 
     layer: ColumnParallelLinear
@@ -35,7 +41,7 @@ class DeferredLogits:
 
 
 @contextlib.contextmanager
-def deferred_logits(layer: torch.nn.Module):
+def deferred_logits(layer: torch.nn.Module) -> Iterator[None]:
     """Let this output layer return DeferredLogits.
 
     Raises:
@@ -44,8 +50,7 @@ def deferred_logits(layer: torch.nn.Module):
     if not isinstance(layer, ColumnParallelLinear) or layer.bias is not None or layer.gather_output:
         raise ValueError(
             "--tst-fused-linear-loss: expected an output layer that is a ColumnParallelLinear "
-            "without bias that does not gather, got "
-            f"{type(layer).__name__}. Drop the flag."
+            f"without bias that does not gather, got {type(layer).__name__}. Drop the flag."
         )
 
     def forward(input_, weight=None, runtime_gather_output=None):
@@ -125,9 +130,8 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         loss_N, saved_3N = run("loss")(of_all_ranks(local_4N, group), labels_NS, weights_S, alt)
         ctx.save_for_backward(hidden_NH, labels_NS, weights_S, saved_3N)
         ctx.rest = vocab_start, alt, run, fuse_accumulation
-        ctx.weight = (
-            weight_VH  # the parameter itself: a saved tensor does not bring its main_grad back
-        )
+        # the parameter itself: a saved tensor does not bring its main_grad back
+        ctx.weight = weight_VH
         return loss_N
 
     @staticmethod
@@ -136,20 +140,15 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
         hidden_NH, labels_NS, weights_S, saved_3N = ctx.saved_tensors
         vocab_start, alt, run, fuse_accumulation = ctx.rest
         weight_VH = ctx.weight
-        accumulate, finish = (None, lambda: None)
+        accumulate, finish = None, lambda: None
         if ctx.needs_input_grad[1]:
             accumulate, finish = _weight_gradient(weight_VH, fuse_accumulation)
         grad_NH, grad_N = torch.empty_like(hidden_NH), grad_N.contiguous()
         for rows in _chunks(hidden_NH, weight_VH):
             logits = hidden_NH[rows] @ weight_VH.t()
+            saved_3n = saved_3N[:, rows].contiguous()
             run("gradient_")(
-                logits,
-                labels_NS[rows],
-                weights_S,
-                saved_3N[:, rows].contiguous(),
-                grad_N[rows],
-                vocab_start,
-                alt,
+                logits, labels_NS[rows], weights_S, saved_3n, grad_N[rows], vocab_start, alt
             )
             torch.mm(logits, weight_VH, out=grad_NH[rows])
             if accumulate:
@@ -158,7 +157,7 @@ class _LinearMultiHotCrossEntropy(torch.autograd.Function):
 
 
 def _weight_gradient(weight_VH, fuse_accumulation):
-    """-> accumulate(gradient of logits [n, V], hidden [n, H]), finish() -> what autograd gets."""
+    """-> accumulate(gradient of logits [n, V], hidden [n, H]), and finish() -> the gradient."""
     buffer = main_grad.buffer_of(weight_VH)
     if buffer is None:
         sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)

@@ -3,9 +3,11 @@
 For a position with logits z and labels y_1..y_S of weights w_k (renormalised over the valid labels,
 so that they sum to 1):
 
-    mce      lse(z) - sum_k w_k z[y_k]            (paper, section 3: the mean of S single-label cross entropies)
-    mce-alt  lse(z) - lse_{v in bag}(z[v])        (paper, appendix: the bag as a set; here with log-weights inside)
-    bce, hinge   ablations without a softmax, worse than no TST in the paper: ops/ablations.py
+    mce         lse(z) - sum_k w_k z[y_k]
+                paper, section 3: the mean of S single-label cross entropies
+    mce-alt     lse(z) - lse_{v in bag}(z[v])
+                paper, appendix: the bag as a set; here with log-weights inside
+    bce, hinge  ablations without a softmax, worse than no TST in the paper: ops/ablations.py
 
 The softmax statistics do not depend on the labels: one pass over the logits whatever S is. The
 kernels are in csrc/ (C++, CUDA) and torch_kernel.py (torch).
@@ -41,14 +43,22 @@ assert tuple(_PLACE_WEIGHT) == TARGET_WEIGHTINGS
 def target_weights(
     weighting: str, bag_size: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Weights of the places in a bag, fp32 [bag_size], for a name in TARGET_WEIGHTINGS. One tensor
-    for all callers: read it only.
+    """Weights of the places in a bag, from its first token (paper, section 5).
+
+    Args:
+        weighting: a name in TARGET_WEIGHTINGS.
+        bag_size: S.
+        device: where they are to lie.
+
+    Returns:
+        fp32 [S], > 0 but for first-token's zeros; only their ratios matter. One tensor for all
+        callers: read it only.
+
+    Raises:
+        KeyError: another name.
     """
-    return (
-        _PLACE_WEIGHT[weighting](torch.arange(1, bag_size + 1, dtype=torch.float64))
-        .float()
-        .to(device)
-    )
+    places = torch.arange(1, bag_size + 1, dtype=torch.float64)
+    return _PLACE_WEIGHT[weighting](places).float().to(device)
 
 
 def multi_hot_cross_entropy(
@@ -98,10 +108,8 @@ def multi_hot_cross_entropy(
     if rows_NV.stride(-1) != 1 or rows_NV.stride(0) < columns:
         rows_NV = rows_NV.contiguous()
     labels_NS = labels.reshape(-1, labels.shape[-1]).contiguous()
-    if weights is None:
-        weights = torch.ones(
-            labels.shape[-1], device=logits.device
-        )  # not copied there: that would wait for the GPU
+    if weights is None:  # made there, not copied: that would wait for the GPU
+        weights = torch.ones(labels.shape[-1], device=logits.device)
     weights = weights.to(device=logits.device, dtype=torch.float32).contiguous()
     where = tp_group if ranks > 1 else None, rank * columns, ranks * columns
     if loss in ABLATIONS:
@@ -119,7 +127,7 @@ def _kernel_for(loss, kernel):
     if kernel == "extension":
         raise ValueError(
             f"multi_hot_cross_entropy: expected kernel 'auto' or 'torch' with loss {loss!r}, got "
-            f"'extension'. It is an ablation, in torch alone."
+            "'extension'. It is an ablation, in torch alone."
         )
     return "torch"
 
@@ -128,27 +136,20 @@ def _check(logits, labels, weights, loss):
     name = "multi_hot_cross_entropy"
     if loss not in LOSSES + ABLATIONS:
         raise ValueError(f"{name}: expected loss to be one of {LOSSES + ABLATIONS}, got {loss!r}.")
-    if (
-        logits.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        or logits.dim() < 1
-        or not logits.shape[-1]
-    ):
+    floats = torch.float32, torch.bfloat16, torch.float16
+    if logits.dtype not in floats or logits.dim() < 1 or not logits.shape[-1]:
         raise ValueError(
             f"{name}: expected logits [..., V/tp >= 1] in fp32, bf16 or fp16, got {logits.dtype} "
             f"{tuple(logits.shape)}."
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64 labels, got {labels.dtype}.")
-    if (
-        labels.dim() != logits.dim()
-        or labels.shape[:-1] != logits.shape[:-1]
-        or labels.shape[-1] < 1
-    ):
+    alike = labels.dim() == logits.dim() and labels.shape[:-1] == logits.shape[:-1]
+    if not alike or labels.shape[-1] < 1:
         raise ValueError(
             f"{name}: expected labels [..., S] with the leading sizes of logits [..., V/tp], S >= "
-            f"1; "
-            f"got labels {tuple(labels.shape)} and logits {tuple(logits.shape)}. One label a "
-            f"position is labels.unsqueeze(-1)."
+            f"1; got labels {tuple(labels.shape)} and logits {tuple(logits.shape)}. One label a "
+            "position is labels.unsqueeze(-1)."
         )
     if labels.device != logits.device:
         raise ValueError(
@@ -162,9 +163,8 @@ def _check(logits, labels, weights, loss):
             f"{name}: expected weights [{labels.shape[-1]}], one for each place in the bag, got "
             f"{tuple(weights.shape)}."
         )
-    if weights.device.type == "cpu" and not (
-        bool((weights >= 0).all()) and bool((weights > 0).any())
-    ):
+    on_host = weights.device.type == "cpu"  # else looking at them would wait for the GPU
+    if on_host and not (bool((weights >= 0).all()) and bool((weights > 0).any())):
         raise ValueError(
             f"{name}: expected weights >= 0, one of them positive, got {weights.tolist()}."
         )
@@ -187,13 +187,8 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         local_4N = run("statistics")(rows_NV, labels_NS, weights_S, vocab_start, vocab_size, alt)
         loss_N, saved_3N = run("loss")(of_all_ranks(local_4N, group), labels_NS, weights_S, alt)
         ctx.save_for_backward(rows_NV, labels_NS, weights_S, saved_3N)
-        ctx.vocab_start, ctx.alt, ctx.inplace, ctx.run, ctx.overwritten = (
-            vocab_start,
-            alt,
-            inplace,
-            run,
-            False,
-        )
+        ctx.vocab_start, ctx.alt, ctx.run = vocab_start, alt, run
+        ctx.inplace, ctx.overwritten = inplace, False
         return loss_N
 
     @staticmethod
@@ -216,14 +211,16 @@ class _MultiHotCrossEntropy(torch.autograd.Function):
         return grad_NV, *[None] * 8
 
 
-def of_all_ranks(local_4N, group):
-    """Before: this rank's [4, N]. After: every rank's [R, 4, N], the same on all of them."""
+def of_all_ranks(local_4N: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The op's one collective.
+
+    Before: this rank's statistics, fp32 [4, N]. After: every rank's, fp32 [R, 4, N], the same on
+    all of them.
+    """
     if group is None:
         return local_4N.unsqueeze(0)
-    gathered = torch.empty(
-        group.size() * 4, local_4N.shape[1], dtype=torch.float32, device=local_4N.device
-    )
-    dist.all_gather_into_tensor(
-        gathered, local_4N, group=group
-    )  # gloo takes ranks concatenated, not stacked
+    # gloo takes ranks concatenated, not stacked
+    shape = group.size() * 4, local_4N.shape[1]
+    gathered = torch.empty(shape, dtype=torch.float32, device=local_4N.device)
+    dist.all_gather_into_tensor(gathered, local_4N, group=group)
     return gathered.view(group.size(), 4, -1)

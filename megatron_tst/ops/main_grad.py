@@ -8,8 +8,9 @@ import torch
 
 
 def buffer_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """The fp32 `main_grad` that DistributedDataParallel has given this weight, or None where
-    autograd must carry the gradient.
+    """The fp32 `main_grad`, of the weight's shape, that DistributedDataParallel has given it
+    (megatron/core/distributed/distributed_data_parallel.py). None where autograd must carry the
+    gradient.
     """
     buffer = getattr(weight, "main_grad", None)
     if buffer is None or buffer.dtype != torch.float32 or hasattr(weight, "__fsdp_param__"):
@@ -18,12 +19,14 @@ def buffer_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
 
 
 def added(weight: torch.nn.Parameter) -> torch.Tensor:
-    """Tell DistributedDataParallel's hook that the gradient is in the buffer. -> what autograd gets
-    in its place.
+    """Tell DistributedDataParallel's hook that the gradient is in the buffer.
 
-    The hook wants a gradient and does not add it, but where `zero_out_wgrad` says that the weight
-    is tied to another layer, whose own gradient comes along: then it is zeros
+    The hook wants a gradient and does not add it. Where `zero_out_wgrad` says that the weight is
+    tied to another layer, whose own gradient comes along, it must be zeros
     (megatron/core/tensor_parallel/layers.py does the same).
+
+    Returns:
+        what autograd gets in the gradient's place, of the weight's shape and dtype.
     """
     weight.grad_added_to_main_grad = True
     make = torch.zeros if getattr(weight, "zero_out_wgrad", False) else torch.empty

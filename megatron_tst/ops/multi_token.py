@@ -9,16 +9,27 @@ megatron/core/transformer/multi_token_prediction.py take 3-D tensors along the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
 
 
-def roll_bags(roll_tensor, bags: torch.Tensor, shifts: int, cp_group, packed_seq_params):
+def roll_bags(
+    roll_tensor: Callable,
+    bags: torch.Tensor,
+    shifts: int,
+    cp_group: dist.ProcessGroup | None,
+    packed_seq_params: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Megatron's roll_tensor for tokens or labels [b, L/cp, S]: by whole bags, over the borders of
     context-parallel ranks.
 
     Args:
         roll_tensor: Megatron's function.
-        bags: int64; rank r of `cp_group` holds chunks r and 2*cp-1-r of the sequence.
+        bags: int64 [b, L/cp, S]; rank r of `cp_group` holds chunks r and 2*cp-1-r of the sequence.
+        shifts: bags to shift by, -1 for the next one.
+        packed_seq_params: None, since packed sequences are refused with TST.
 
     Returns:
         the rolled bags, zeros after the last one (Megatron rolls the loss mask alike, so they count
@@ -33,8 +44,8 @@ def accepted_in_bags(
     labels: torch.Tensor,
     loss_mask: torch.Tensor,
     whole_logits: bool,
-    tp_group,
-):
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How many guesses of a head are right, a guess being the most likely token and right if it is
     in the bag.
 
@@ -42,6 +53,7 @@ def accepted_in_bags(
         logits: [L, b, V/tp] of this rank's columns, or [L, b, V] with `whole_logits`.
         labels: int64 [b, L, S], -100 ignored.
         loss_mask: [b, L], 0 where nothing counts.
+        tp_group: the ranks that share the vocabulary; all of them call.
 
     Returns:
         right guesses and positions that count, fp32 scalars.

@@ -11,11 +11,13 @@ import math
 
 import torch
 
-IGNORE = -100
+from megatron_tst.ops.names import IGNORE
 
 
 def target_weights(weighting: str, bag_size: int) -> torch.Tensor:
-    """g(i), i = 1..S counted from the bag's first token; a constant factor has no effect. fp64 [S]."""
+    """g(i), i = 1..S counted from the bag's first token (paper, section 5). A constant factor has
+    no effect. fp64 [S].
+    """
     g = {
         "uniform": lambda i: 1.0,
         "power-law": lambda i: 1.0 / i,

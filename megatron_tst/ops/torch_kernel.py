@@ -7,15 +7,18 @@ either:
     statistics(logits [N, V], labels [N, S], weights [S], vocab_start, vocab_size, alt)
         -> fp32 [4, N] of this rank
     loss(statistics [R, 4, N], labels, weights, alt)
-        -> fp32 [N], and [3, N] for backward
+        -> fp32 [N], and fp32 [3, N] for backward
     gradient(logits, labels, weights, saved [3, N], upstream [N], vocab_start, alt)
         -> [N, V] in the logits' dtype
 
-N rows (positions), V local vocabulary (padded vocabulary / tp), S labels a row, R ranks. All
-arithmetic is fp32.
+N rows (positions), V local vocabulary (padded vocabulary / tp), S labels a row, R ranks. Rank r
+holds columns vocab_start = r*V to (r+1)*V of the vocabulary, and all labels as global ids. `alt`
+says mce-alt. All arithmetic is fp32, in nats.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -25,9 +28,28 @@ from megatron_tst.ops.names import IGNORE
 _LOWEST = torch.finfo(torch.float32).min
 
 
-def statistics(logits, labels, weights, vocab_start, vocab_size, alt):
+def statistics(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    alt: bool,
+) -> torch.Tensor:
     """Of each row: maximum, sum of exponentials, target, and the weight of the labels that this
     rank holds.
+
+    Args:
+        logits: [N, V] of this rank's columns, fp32, bf16 or fp16.
+        labels: int64 [N, S], global ids, -100 ignored.
+        weights: fp32 [S].
+        vocab_size: of all ranks together.
+
+    Returns:
+        fp32 [4, N], of this rank's columns alone.
+
+    Raises:
+        ValueError: a label outside the vocabulary (on CUDA a device-side assertion).
     """
     check_label_range(labels, vocab_size)
     index_NS, owned_NS = own_labels(labels, vocab_start, logits.shape[1])
@@ -47,16 +69,24 @@ def statistics(logits, labels, weights, vocab_start, vocab_size, alt):
         held_N = torch.zeros_like(peak_N)
     else:
         weight_NS = _normalised_weight(labels, weights) * owned_NS
-        target_N = torch.where(weight_NS > 0, weight_NS * picked_NS, 0.0).sum(
-            -1
-        )  # a weight of 0 must not meet a picked -inf
+        # a weight of 0 must not meet a picked -inf
+        target_N = torch.where(weight_NS > 0, weight_NS * picked_NS, 0.0).sum(-1)
         held_N = weight_NS.sum(-1)
     return torch.stack([peak_N, sum_exp_N, target_N, held_N])
 
 
-def loss(statistics, labels, weights, alt):
-    """The ranks' statistics -> each row's loss, and its maximum, sum of exponentials and target
-    over the whole vocabulary.
+def loss(
+    statistics: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, alt: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ranks' statistics -> each row's loss.
+
+    Args:
+        statistics: fp32 [R, 4, N] of all ranks, the same on each of them.
+        labels, weights: as in `statistics`.
+
+    Returns:
+        the loss, fp32 [N], and for backward fp32 [3, N]: maximum, sum of exponentials and target
+        over the whole vocabulary.
     """
     peak_RN, sum_RN, target_RN, held_RN = statistics.unbind(1)
     peak_N = peak_RN.amax(0)
@@ -70,47 +100,83 @@ def loss(statistics, labels, weights, alt):
     return loss_N, torch.stack([peak_N, sum_exp_N, target_N])
 
 
-def gradient(logits, labels, weights, saved, upstream, vocab_start, alt):
-    """(softmax - what the bag takes off it) * upstream, scaled in fp32 and rounded once."""
+def gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    saved: torch.Tensor,
+    upstream: torch.Tensor,
+    vocab_start: int,
+    alt: bool,
+) -> torch.Tensor:
+    """(softmax - what the bag takes off it) * upstream, scaled in fp32 and rounded once.
+
+    Args:
+        logits, labels, weights: as in `statistics`.
+        saved: fp32 [3, N], from `loss`.
+        upstream: fp32 [N], the gradient of each row's loss.
+
+    Returns:
+        [N, V] of this rank's columns, in the logits' dtype.
+    """
     return _write_gradient(
         torch.empty_like(logits), logits, labels, weights, saved, upstream, vocab_start, alt
     )
 
 
-def gradient_(logits, labels, weights, saved, upstream, vocab_start, alt):
+def gradient_(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    saved: torch.Tensor,
+    upstream: torch.Tensor,
+    vocab_start: int,
+    alt: bool,
+) -> None:
     """The same over the logits' memory."""
     _write_gradient(logits, logits, labels, weights, saved, upstream, vocab_start, alt)
 
 
 def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_start, alt):
+    """Write the gradient into `out_NV`, which may be the logits themselves.
+
+    Example, mce: 4 columns, logits log(1, 2, 3, 4), so that the softmax is 0.1, 0.2, 0.3, 0.4. The
+    bag names column 3 twice and column 1 once, with equal weights of 1/3 each. So it takes 2/3 off
+    column 3 and 1/3 off column 1, and the gradient is
+
+        0.1    0.2 - 1/3    0.3    0.4 - 2/3
+
+    Both places that name column 3 write the same 0.4 - 2/3: whichever comes last, it is right.
+
+    mce-alt takes the bag as a set: off the columns it names, the softmax among them alone, 0.2/0.6
+    and 0.4/0.6. The gradient is 0.1, 0.2 - 1/3, 0.3, 0.4 - 2/3, here the same.
+    """
     peak_N, sum_exp_N, target_N = saved
     index_NS, owned_NS = own_labels(labels, vocab_start, logits.shape[1])
     # Columns are written, not accumulated, so every place that names a column must hold all that
-    # the bag takes off it: no order of additions, hence deterministic. A place without an owned
-    # label points at column 0 and holds column 0's.
+    # the bag takes off it. There is no order of additions, so the result is deterministic. A place
+    # without an owned label points at column 0 and holds column 0's.
     shared_NSS = index_NS.unsqueeze(-1) == index_NS.unsqueeze(-2)
     if alt:
-        log_weight_NS = torch.where(
-            owned_NS, _log_weight_of_token(index_NS, owned_NS, labels, weights), -torch.inf
-        )
+        log_weight_NS = _log_weight_of_token(index_NS, owned_NS, labels, weights)
+        log_weight_NS = torch.where(owned_NS, log_weight_NS, -torch.inf)
         log_weight_NS = torch.where(shared_NSS, log_weight_NS.unsqueeze(-2), -torch.inf).amax(-1)
         target_N = target_N.clamp_min(_LOWEST)  # no label: nothing is taken off
     else:
         weight_NS = _normalised_weight(labels, weights) * owned_NS
         off_NS = torch.where(shared_NSS, weight_NS.unsqueeze(-2), 0.0).sum(-1)
     scale_N = torch.where(carries_loss(labels, weights), upstream, 0.0)
-    may_overwrite_z = (
-        out_NV is logits or logits.dtype != torch.float32
-    )  # else .float() below is the caller's memory
+    # else .float() below is the caller's memory
+    may_overwrite_z = out_NV is logits or logits.dtype != torch.float32
     for chunk in row_chunks(logits):
         z = logits[chunk].float()
         p = torch.sub(z, peak_N[chunk].unsqueeze(-1), out=z if may_overwrite_z else None)
         index = index_NS[chunk]
-        off = (
-            (p.gather(-1, index) + log_weight_NS[chunk] - target_N[chunk].unsqueeze(-1)).exp()
-            if alt
-            else off_NS[chunk]
-        )
+        if alt:
+            log_p = p.gather(-1, index) + log_weight_NS[chunk]
+            off = (log_p - target_N[chunk].unsqueeze(-1)).exp()
+        else:
+            off = off_NS[chunk]
         p.exp_().div_(sum_exp_N[chunk].unsqueeze(-1))
         p.scatter_(-1, index, p.gather(-1, index) - off)
         p.mul_(scale_N[chunk].unsqueeze(-1))
@@ -119,9 +185,15 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
     return out_NV
 
 
-def check_label_range(labels, vocab_size):
-    """Refuse labels outside the vocabulary: an exception on CPU, an assertion of the device on
-    CUDA.
+def check_label_range(labels: torch.Tensor, vocab_size: int) -> None:
+    """Refuse labels outside the vocabulary.
+
+    Args:
+        labels: int64 [N, S], -100 ignored.
+        vocab_size: of all ranks together.
+
+    Raises:
+        ValueError: on CPU. On CUDA it is a device-side assertion, without waiting for the GPU.
     """
     wrong = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
     if labels.device.type != "cpu":
@@ -129,20 +201,27 @@ def check_label_range(labels, vocab_size):
     elif wrong.any():
         raise ValueError(
             f"multi_hot_cross_entropy: expected labels in 0..{vocab_size - 1} or {IGNORE}, got "
-            f"{int(labels[wrong][0])}. "
-            "Check that the data were tokenised with this vocabulary."
+            f"{int(labels[wrong][0])}. Check that the data were tokenised with this vocabulary."
         )
 
 
-def row_chunks(rows_NV: torch.Tensor):
+def row_chunks(rows_NV: torch.Tensor) -> Iterator[slice]:
+    """Rows of [N, V] logits, a few at a time: their fp32 copy stays small."""
     size = rows_of(TORCH_KERNEL, rows_NV.device.type, 4 * rows_NV.shape[1])
     return (slice(i, i + size) for i in range(0, rows_NV.shape[0], size))
 
 
-def own_labels(labels, vocab_start, vocab_size):
-    """-> index [N, S] into the local columns (0 where not owned), owned [N, S]."""
+def own_labels(
+    labels: torch.Tensor, vocab_start: int, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The labels as this rank sees them, which holds columns vocab_start to vocab_start + columns.
+
+    Returns:
+        index int64 [N, S] into its columns, 0 where it does not own the label, and owned bool
+        [N, S].
+    """
     local = labels - vocab_start
-    owned = (local >= 0) & (local < vocab_size) & (labels != IGNORE)
+    owned = (local >= 0) & (local < columns) & (labels != IGNORE)
     return local.masked_fill_(~owned, 0), owned
 
 
@@ -151,12 +230,13 @@ def _same(index, owned):
     return (index.unsqueeze(-1) == index.unsqueeze(-2)) & owned.unsqueeze(-1) & owned.unsqueeze(-2)
 
 
-def carries_loss(labels, weights):
+def carries_loss(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Whether a row has a valid label of positive weight. bool [N]"""
     return ((labels != IGNORE) & (weights > 0)).any(-1)
 
 
 def _normalised_weight(labels, weights):
-    """mce: weights of the valid labels, summing to 1 (all 0 where there is none). [N, S]"""
+    """mce: weights of the valid labels, which sum to 1 (all 0 where there is none). [N, S]"""
     weight = weights * (labels != IGNORE)
     return weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -169,7 +249,7 @@ def _log_weight_of_token(index, owned, labels, weights):
     return torch.where(_same(index, owned), relative.unsqueeze(-2), -torch.inf).amax(-1)
 
 
-def weight_of_token(labels, weights):
-    """Each place's weight over the largest in its bag, 0 where the label is ignored. [N, S]"""
+def weight_of_token(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each place's weight over the largest in its bag, 0 where the label is ignored. fp32 [N, S]"""
     weight = weights * (labels != IGNORE)
     return weight / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

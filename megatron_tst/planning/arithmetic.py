@@ -343,6 +343,7 @@ def _evidence(args, config, superposed, parameters) -> dict:
 
 
 def describe(grid: paper.Grid, cell: paper.Cell) -> dict:
+    """A loss of the paper's with all that says which one it is, ready for JSON."""
     return {
         "model": grid.model,
         "steps": grid.steps,

@@ -64,6 +64,7 @@ class Grid:
 
     @property
     def baseline(self) -> float:
+        """The loss without superposition."""
         return self.losses[0.0, 1]
 
     def best(self) -> tuple[float, int]:
@@ -103,6 +104,7 @@ class Run:
 
     @property
     def r(self) -> float:
+        """Share of its steps that are superposed."""
         return self.tst_steps / self.steps
 
     @property
@@ -113,6 +115,8 @@ class Run:
 
 @functools.cache
 def grids() -> tuple[Grid, ...]:
+    """The paper's sweeps over r and s, tables 4 to 7."""
+
     def losses(name):
         return {(float(row["r"]), int(row["s"])): float(row["loss"]) for row in _rows(name)}
 
@@ -121,6 +125,7 @@ def grids() -> tuple[Grid, ...]:
 
 @functools.cache
 def runs() -> tuple[Run, ...]:
+    """The runs of the paper's table 1."""
     kinds = {
         name: {"str": str, "int": int, "float": float}[kind]
         for name, kind in Run.__annotations__.items()

@@ -371,7 +371,7 @@ def test_nothing_is_unpickled_that_could_run(copied, capsys, tmp_path):
     (copied / ".metadata").write_bytes(pickle.dumps(Attack()))
     assert "has no place in a checkpoint's metadata" in refused(capsys, "inspect", copied)
     torch.save({"args": Attack(), "iteration": 1}, tmp_path / "common.pt")
-    from megatron_tst.checkpoint.format import load_trusted
+    from megatron_tst.checkpoint.trusted import load_trusted
 
     with pytest.raises(TSTError, match="posix.system"):
         load_trusted(tmp_path / "common.pt")

@@ -334,7 +334,7 @@ def test_the_card_says_how_it_was_made(runs, tmp_path):
     validation = Checkpoint(folder).args.tst_validation
     for row in (
         "| architecture | `Qwen3MoeForCausalLM`: 2 layers x 32, 4 heads (2 of keys and values) of "
-        "12, 4 experts of which 2 are active, ",
+        "12, 4 experts, 2 of them active, ",
         "| superposition | bags of 4: 6 iterations, 3,072 raw tokens |",
         "| recovery | next token: 4 iterations, 512 raw tokens |",
         "| raw tokens in all | 3,584 |",

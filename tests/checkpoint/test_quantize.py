@@ -12,7 +12,7 @@ import sys
 import pytest
 from support.runs import TINY, TST, data
 
-from megatron_tst import cli
+from megatron_tst import cli, cpu
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
 from megatron_tst.export.quantize import quantize
@@ -28,11 +28,9 @@ def trained(fork_server, corpus, tmp_path_factory):
 
 
 def test_other_recipes_and_a_patched_torch_are_refused(trained, corpus, tmp_path):
-    import torch
-
     with pytest.raises(TSTError, match="--recipe: expected fp8 or nvfp4, got int3"):
         quantize(Checkpoint(trained), tmp_path / "out", recipe="int3", data=corpus)
-    if getattr(torch, "_megatron_tst_cpu", False):
+    if cpu.enabled():
         with pytest.raises(
             TSTError, match="a process without MEGATRON_TST_CPU's shims, got one with them"
         ):

@@ -6,18 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT, SCRIPT, TINY, TST, Run, data, from_checkout
+from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT, TINY, TST, Run, data, from_checkout
 
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The example without its two lines: an ordinary script on megatron.training."""
+    """The package's script without its two lines: an ordinary script on megatron.training."""
     path = tmp_path_factory.mktemp("script") / "pretrain_plain.py"
-    path.write_text(
-        "".join(line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""'))
-    )
+    lines = open(ROOT / "megatron_tst/pretrain_gpt.py")
+    path.write_text("".join(line for line in lines if "(TST)" not in line))
     assert "megatron_tst" not in path.read_text().split('"""')[2]
     return path
 
@@ -27,6 +26,22 @@ def test_plain_script_trains_both_phases_as_our_own_does(fork_server, corpus, pl
     got = fork_server.launch(plain, *TINY, *TST, *data(corpus))
     assert got.ok and len(got.losses) == 10, got.log[-3000:]
     assert got.losses == want.losses and got.validation == want.validation
+
+
+def test_remove_puts_the_scripts_own_function_back(fork_server, corpus, plain, tmp_path):
+    script = tmp_path / "removes.py"
+    after = """
+    import megatron_tst
+    from megatron.core import utils
+
+    ours = get_batch_on_this_tp_rank
+    megatron_tst.remove()
+    print("replaced", ours is not utils.get_batch_on_this_tp_rank)
+    print("restored", get_batch_on_this_tp_rank is utils.get_batch_on_this_tp_rank)
+"""
+    script.write_text(plain.read_text() + after)
+    run = fork_server.launch(script, *TINY, *TST, *data(corpus))
+    assert run.ok and "replaced True" in run.log and "restored True" in run.log, run.log[-3000:]
 
 
 def test_without_flags_the_script_is_stock(fork_server, corpus, plain):
@@ -52,11 +67,7 @@ def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parall
     script.write_text(
         plain.read_text()
         .replace("get_batch_on_this_tp_rank", "another_name")
-        .replace(
-            "import get_attr_wrapped_model, get_batch_on_this_cp_rank, another_name",
-            "import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank "
-            "as another_name",
-        )
+        .replace("    another_name,\n", "    get_batch_on_this_tp_rank as another_name,\n")
     )
     run = fork_server.launch(script, *TINY, *TST, *data(corpus), *TP2, nproc=2)
     assert (

@@ -586,11 +586,11 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
     from megatron.core.optimizer import distrib_optimizer
 
     from megatron_tst import cpu
-    from megatron_tst.loop import entry
+    from megatron_tst.loop.resume import check_restorable
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     args = arguments(load=str(tmp_path), use_distributed_optimizer=True, ckpt_step=None)
-    entry._check_resumed_optimizer(FINE, args)  # cpu.py
+    check_restorable(args)  # cpu.py
     monkeypatch.setattr(cpu, "asked_for", lambda: False)
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", False)
     with pytest.raises(
@@ -598,13 +598,13 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
         match="--load with --use-distributed-optimizer: expected the Adam of Transformer Engine "
         "or Apex, got torch's",
     ):
-        entry._check_resumed_optimizer(FINE, args)
+        check_restorable(args)
     for changes in (
         dict(no_load_optim=True),
         dict(finetune=True),
         dict(load=str(tmp_path / "new")),
         dict(use_distributed_optimizer=False),
     ):
-        entry._check_resumed_optimizer(FINE, argparse.Namespace(**vars(args) | changes))
+        check_restorable(argparse.Namespace(**vars(args) | changes))
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
-    entry._check_resumed_optimizer(FINE, args)
+    check_restorable(args)

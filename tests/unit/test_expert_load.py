@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_tst.loop.boundary_log import ExpertLoad
+from megatron_tst.loop.expert_load import ExpertLoad
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ trace.
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -97,6 +98,48 @@ def test_remove_does_not_drop_somebody_elses_patch(monkeypatch):
         patch.remove()
     assert len(patch.status().seams) == len(SEAMS)
     LanguageModule.compute_language_model_loss = ours
+
+
+@pytest.fixture
+def script():
+    """A user's module, which has imported Megatron's function by name."""
+    from megatron.core.utils import get_batch_on_this_tp_rank
+
+    module = types.ModuleType("users_script")
+    module.get_batch_on_this_tp_rank = get_batch_on_this_tp_rank
+    return module
+
+
+def test_a_users_script_is_put_back_as_it_was(script):
+    stock = script.get_batch_on_this_tp_rank
+    patch.install({seams.batches_of(vars(script)): lambda stock: lambda batch, **named: batch})
+    ours = script.get_batch_on_this_tp_rank
+    assert ours is not stock and ours("the batch") == "the batch"
+    assert patch.status().in_scripts == ("users_script.get_batch_on_this_tp_rank",)
+    assert patch.status().seams == ()
+    patch.install({seams.batches_of(vars(script)): lambda stock: None})
+    assert script.get_batch_on_this_tp_rank is ours
+    assert patch.remove() == patch.Status() and script.get_batch_on_this_tp_rank is stock
+
+
+def test_a_users_script_is_never_left_half_patched(script):
+    stock, seam = script.get_batch_on_this_tp_rank, seams.batches_of(vars(script))
+    both = {seams.EMBEDDING: patch._embedding, seam: lambda stock: lambda batch: batch}
+    script.get_batch_on_this_tp_rank = lambda data_iterator: None  # of another Megatron
+    with pytest.raises(patch.PatchError, match=r"users_script.* got \('data_iterator',\)"):
+        patch.install(both)
+    del script.get_batch_on_this_tp_rank
+    with pytest.raises(patch.PatchError, match="users_script.*expected to exist"):
+        patch.install(both)
+    assert patch.status() == patch.Status()
+    script.get_batch_on_this_tp_rank = stock
+    patch.install(both)
+    ours = script.get_batch_on_this_tp_rank
+    script.get_batch_on_this_tp_rank = lambda batch: ours(batch)
+    with pytest.raises(patch.PatchError, match="users_script.* was patched again"):
+        patch.remove()
+    assert len(patch.status().seams) == 1  # nothing was put back
+    script.get_batch_on_this_tp_rank = ours
 
 
 def test_models_built_before_apply_are_reached_and_released():

@@ -1,9 +1,12 @@
 """The slope that --tst-switch auto looks at."""
 
+import argparse
+
 import pytest
 import torch
 
 from megatron_tst.config import TSTConfig
+from megatron_tst.loop import run
 from megatron_tst.loop.switch import SETTLED, LossTrend, first_end
 from megatron_tst.schedule import Schedule
 
@@ -64,3 +67,16 @@ def test_the_end_comes_after_what_is_fetched_and_on_a_whole_block():
     assert first_end(plan, one, 40, 24, {8}) == 72  # not after iteration 8: Megatron skips it
     assert first_end(plan, two, 80 + 24, 8, set()) == 32
     assert first_end(plan, three, 240 + 33, 0, set()) == 64
+
+
+def test_the_earliest_end_of_the_docstrings_example(monkeypatch):
+    """Run._earliest_end: four prefetch workers, one micro-batch an iteration, 12 iterations behind."""
+    monkeypatch.setattr(run, "_micro_batches", lambda: 1)
+    args = argparse.Namespace(
+        num_workers=4, global_batch_size=4, iterations_to_skip=None, consumed_train_samples=48
+    )
+    plan = Schedule.of(4, 50, 400, 32, 4)
+    one = run.Run(args, TSTConfig(4, iters=50, switch="auto"), plan)
+    assert one._earliest_end(plan.phases[0]) == 80
+    args.num_workers = 1  # two micro-batches ahead: the five iterations of the log's block count
+    assert one._earliest_end(plan.phases[0]) == 48 + 5 * 4
