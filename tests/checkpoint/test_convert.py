@@ -15,6 +15,7 @@ from pathlib import Path
 import convert_checkpoint
 import pytest
 import torch
+from support.paths import environment
 from support.runs import TINY, TST, all_over, data, in_a_fork
 
 from megatron_tst.checkpoint.format import Checkpoint
@@ -429,12 +430,11 @@ def test_killed_at_any_moment(dense, tmp_path):
 
 MEASURED = """
 import resource, sys
-sys.path.insert(0, sys.argv[1])
 import convert_checkpoint, torch
 from megatron_tst.checkpoint.format import Checkpoint
-Checkpoint(sys.argv[2]).args  # what imports Megatron's argument types
+Checkpoint(sys.argv[1]).args  # what imports Megatron's argument types
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert convert_checkpoint.main(["boundary", *sys.argv[2:]]) == 0
+assert convert_checkpoint.main(["boundary", *sys.argv[1:]]) == 0
 print("MiB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -473,11 +473,10 @@ def test_memory_is_a_few_blocks_and_not_the_model(copied, tmp_path):
         sys.executable,
         "-c",
         MEASURED,
-        str(Path(convert_checkpoint.__file__).parent),
         str(copied),
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(code, capture_output=True, text=True)
+    done = subprocess.run(code, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     used = int(done.stdout.split("MiB")[1])
     shutil.rmtree(tmp_path)  # 6 GB

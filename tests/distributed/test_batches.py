@@ -4,8 +4,8 @@ process gets.
 
 import pytest
 import torch
-from harness import ALONE
-from layouts import ITERATIONS, SEQ_LENGTH, SUPERPOSED, Case, Layout
+from support.harness import ALONE
+from support.layouts import ITERATIONS, SEQ_LENGTH, SUPERPOSED, Case, Layout
 
 TOKENS, LABELS = {"tokens", "position_ids"}, {"labels", "loss_mask"}
 

@@ -5,8 +5,8 @@ weights, through both phases.
 from dataclasses import astuple, replace
 
 import pytest
-from harness import TOLERANCE, Difference, difference
-from layouts import BAGS_OF_ONE, CASES, SUPERPOSED, Layout
+from support.harness import TOLERANCE, Difference, difference
+from support.layouts import BAGS_OF_ONE, CASES, SUPERPOSED, Layout
 
 from megatron_tst.loop.run import EXCESS_KEY
 

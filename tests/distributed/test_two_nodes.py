@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SCRIPT, SUPERPOSED
-from layouts import ITERATIONS, Case, Layout
-from two_nodes import start, two_nodes
+from support.harness import SCRIPT, SUPERPOSED
+from support.layouts import ITERATIONS, Case, Layout
+from support.two_nodes import start, two_nodes
 
 
 @pytest.fixture

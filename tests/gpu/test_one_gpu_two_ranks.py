@@ -60,4 +60,4 @@ def rank_sweep(device="cuda"):
 
 
 def test_halves_of_the_vocabulary_equal_the_reference(fork_server):
-    fork_server.call("test_one_gpu_two_ranks:rank_sweep", nproc=2)
+    fork_server.call(rank_sweep, nproc=2)

@@ -27,8 +27,6 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
-
 import export_checkpoint
 import numpy as np
 import torch

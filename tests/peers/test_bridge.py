@@ -1,7 +1,6 @@
 """Megatron-Bridge (make test-bridge) on NeMo exports: loads, resumes and exports them."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ if (
     )
 
 import export_checkpoint
-from support.runs import ROOT
+from support.paths import PACKAGE, environment
 from support.trained import RUNS, VOCAB, Trained, corpus_below
 
 from megatron_tst.checkpoint.format import Checkpoint
@@ -64,9 +63,7 @@ def folders(fork_server, corpus, tmp_path_factory):
         str(Path(__file__).parent / "ask_bridge.py"),
         *map(str, made.values()),
     ]
-    asked = subprocess.run(
-        ask, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    asked = subprocess.run(ask, env=environment(PACKAGE), capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr[-3000:]
     return made
 

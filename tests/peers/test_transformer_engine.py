@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.runs import ROOT
+from support.paths import ROOT, environment
 
 PARTS, TESTED = (
     ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch"),
@@ -144,8 +144,8 @@ def asked(megatron, tmp_path_factory):
         "models": {name: str(folder) for name, folder in folders.items()},
     }
     (here / "jobs.json").write_text(json.dumps(jobs))
-    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_TST_CPU"}
-    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    variables = environment(CUDA_VISIBLE_DEVICES="")
+    variables.pop("MEGATRON_TST_CPU", None)
     ask = [
         sys.executable,
         "-W",
@@ -153,7 +153,7 @@ def asked(megatron, tmp_path_factory):
         str(Path(__file__).parent / "ask_transformer_engine.py"),
         str(here),
     ]
-    done = subprocess.run(ask, env=environment, capture_output=True, text=True)
+    done = subprocess.run(ask, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     for folder in folders.values():
         assert (

@@ -14,7 +14,6 @@ import pytest
 from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 
 EXAMPLES = ROOT / "examples"
-sys.path[:0] = [str(EXAMPLES), str(ROOT / "benchmarks")]
 import dry_run
 
 # The paper's tables: steps, superposed steps, bag size, positions a step, learning rate; raw tokens

@@ -190,4 +190,4 @@ def rank_compares_with_the_whole(loss):
 
 
 def test_vocabulary_split_over_ranks(fork_server, loss):
-    fork_server.call("test_bag_ablations:rank_compares_with_the_whole", loss, nproc=2)
+    fork_server.call(rank_compares_with_the_whole, loss, nproc=2)

@@ -175,4 +175,4 @@ def rank_compares_with_the_whole(scatter):
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
 def test_table_split_over_ranks_equals_the_whole(fork_server, size, scatter):
-    fork_server.call("test_embedding:rank_compares_with_the_whole", scatter, nproc=size)
+    fork_server.call(rank_compares_with_the_whole, scatter, nproc=size)

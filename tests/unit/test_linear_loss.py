@@ -188,6 +188,4 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
 
 @pytest.mark.parametrize("size, sequence_parallel", [(2, False), (2, True), (4, True)])
 def test_tensor_and_sequence_parallel(fork_server, size, sequence_parallel):
-    fork_server.call(
-        "test_linear_loss:rank_compares_with_the_separate_layer", sequence_parallel, nproc=size
-    )
+    fork_server.call(rank_compares_with_the_separate_layer, sequence_parallel, nproc=size)

@@ -503,4 +503,4 @@ def rank_sweep(size, kernel):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_split_over_ranks_equals_the_whole(fork_server, size, kernel):
-    fork_server.call("test_loss:rank_sweep", size, kernel, nproc=size)
+    fork_server.call(rank_sweep, size, kernel, nproc=size)

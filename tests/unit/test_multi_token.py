@@ -79,7 +79,7 @@ def rank_rolls():
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_over_the_borders_of_context_parallel_ranks(fork_server, ranks):
-    fork_server.call("test_multi_token:rank_rolls", nproc=ranks)
+    fork_server.call(rank_rolls, nproc=ranks)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -174,4 +174,4 @@ def rank_counts_guesses():
 
 @counts_guesses
 def test_guesses_over_a_split_vocabulary(fork_server):
-    fork_server.call("test_multi_token:rank_counts_guesses", nproc=2)
+    fork_server.call(rank_counts_guesses, nproc=2)

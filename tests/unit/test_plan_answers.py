@@ -14,6 +14,7 @@ import plan_screen
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import environment
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
 from megatron_tst.checks import layout
@@ -563,12 +564,16 @@ def test_the_keys():
 
 def test_no_torch_and_the_json_of_the_script():
     code = (
-        "import sys; sys.argv[0] = 'plan'; sys.path.insert(0, 'tools'); import plan; "
+        "import sys; sys.argv[0] = 'plan'; import plan; "
         "plan.main(['--preset', '3b', '--json']); sys.exit('torch' in sys.modules or 'megatron' in "
         "sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
     )
     assert json.loads(done.stdout)["run"]["steps"] == 20000 and not done.stderr
     script = subprocess.run(

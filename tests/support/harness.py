@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from layouts import BASE, ITERATIONS, MODELS, SUPERPOSED, VOCAB, Case, Layout
+
+from support.layouts import BASE, ITERATIONS, MODELS, SUPERPOSED, VOCAB, Case, Layout
 
 SCRIPT = str(Path(__file__).parent / "train.py")
 ALONE = Layout("dp1")
