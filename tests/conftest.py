@@ -23,14 +23,10 @@ cpu.enable_if_asked()
 compat.hide_broken_transformer_engine()
 
 import pytest
-from hypothesis import settings
 from support.runs import ForkServer
 
 pytest_plugins = ["support.processes"]
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# the same examples in every run, on every machine
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
-settings.load_profile("fixed")
 
 
 def pytest_addoption(parser):

@@ -463,6 +463,7 @@ def enlarge(folder, tensors, elements):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.slow
 def test_memory_is_a_few_blocks_and_not_the_model(copied, tmp_path):
     """A checkpoint of 3 GB (six tensors of half a GB) is converted in less than 100 MiB beyond the
     imports.

@@ -9,6 +9,7 @@ import convert_checkpoint
 import pytest
 import torch
 from support.runs import SCRIPT, TINY, TST, data
+from support.tiers import tiers
 
 from megatron_tst import TSTConfig
 from megatron_tst.checkpoint.format import Checkpoint
@@ -17,6 +18,8 @@ from megatron_tst.data import stock_index
 from megatron_tst.data.dataset import PhasedDataset
 from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
+
+pytestmark = pytest.mark.numeric
 
 MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 "
@@ -67,7 +70,7 @@ def boundary_alone(folder, here):
     return here
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", tiers(LAYOUTS, {"tp2", "ep2, moe"}))
 def test_three_ways_over_the_boundary(fork_server, corpus, stock_script, tmp_path, name):
     nproc, layout = LAYOUTS[name]
     flags = [*TINY, *data(corpus), *layout]

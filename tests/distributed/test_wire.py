@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+pytestmark = pytest.mark.numeric
+
 B, L, H, V = 2, 8, 32, 96
 
 

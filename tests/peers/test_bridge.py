@@ -17,6 +17,7 @@ if (
     )
 
 import export_checkpoint
+from support.close import close
 from support.paths import PACKAGE, environment
 from support.trained import RUNS, VOCAB, Trained, corpus_below
 
@@ -73,7 +74,7 @@ def test_bridge_loads_the_model(folders, name):
     got, want = (
         torch.load(folders[name] / file, weights_only=True) for file in ("bridge.pt", "answers.pt")
     )
-    assert (got["logits"][..., :VOCAB] - want["logits"]).abs().max() <= 2e-6
+    close(got["logits"][..., :VOCAB], want["logits"], 2e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != MIXED])

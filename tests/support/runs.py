@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.close import close
 from support.paths import EVERYTHING, ROOT, environment
 
 SCRIPT = str(ROOT / "examples" / "pretrain_gpt_tst.py")
@@ -151,6 +152,12 @@ class Run:
         return found[0]
 
 
+def losses_close(got: Run, want: Run, iterations) -> None:
+    """The losses that two runs print with seven digits, where sums are cut differently."""
+    one, other = ([float(run.losses[i]) for i in iterations] for run in (got, want))
+    close(one, other, 2e-6)
+
+
 class ForkServer:
     """Context manager around tests/support/fork_server.py.
 
@@ -212,7 +219,8 @@ class ForkServer:
         share = job["nproc"] if alone else job["nproc"] // self.nodes
         job.update(
             log=str(log),
-            env=env or {},
+            # close.py names it
+            env={"PYTEST_CURRENT_TEST": os.environ.get("PYTEST_CURRENT_TEST", ""), **(env or {})},
             seconds=seconds,
             ranks=[0 if alone else self.node * share, share],
             master="localhost" if alone else self.master,

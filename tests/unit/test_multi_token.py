@@ -4,11 +4,14 @@ guesses are looked up in the bag.
 
 import pytest
 import torch
+from support.close import close
 from support.models import batch
 
 from megatron_tst.loop import seams
 from megatron_tst.ops import reference
 from megatron_tst.ops.multi_token import accepted_in_bags
+
+pytestmark = pytest.mark.numeric
 
 V, L, S, B = 96, 8, 3, 2
 
@@ -119,7 +122,8 @@ def test_heads_are_trained_on_the_bags_after_the_next(patched, monkeypatch, dept
             torch.arange(L) < L - k
         )
         factor = 0.3 / depth / (B * (L - k))
-        assert (loss - want * factor).abs().max() < 1e-6 and loss.abs().sum() > 0
+        assert loss.abs().sum() > 0
+        close(loss, want * factor, 1e-6)
 
 
 def test_every_weight_of_the_heads_learns(patched):

@@ -299,7 +299,7 @@ def test_a_missing_value(capsys):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.dictionaries(
         st.sampled_from(
