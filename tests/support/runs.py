@@ -19,7 +19,7 @@ from pathlib import Path
 from support.close import close
 from support.paths import EVERYTHING, ROOT, environment
 
-SCRIPT = str(ROOT / "examples" / "pretrain_gpt_tst.py")
+SCRIPT = str(ROOT / "megatron_tst" / "pretrain_gpt.py")
 
 # The smallest run that shows everything: 2 layers, 10 iterations of 4 samples of 32 positions.
 TINY = (

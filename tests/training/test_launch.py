@@ -10,7 +10,6 @@ from support.runs import (
     CHECKOUTS,
     NO_CHECKOUT,
     ROOT,
-    SCRIPT,
     TINY,
     TST,
     Run,
@@ -24,11 +23,10 @@ TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "6
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """The example without its two lines: an ordinary script on megatron.training."""
+    """The package's script without its two lines: an ordinary script on megatron.training."""
     path = tmp_path_factory.mktemp("script") / "pretrain_plain.py"
-    path.write_text(
-        "".join(line for line in open(SCRIPT) if "(TST)" not in line or line.startswith('"""'))
-    )
+    lines = open(ROOT / "megatron_tst/pretrain_gpt.py")
+    path.write_text("".join(line for line in lines if "(TST)" not in line))
     assert "megatron_tst" not in path.read_text().split('"""')[2]
     return path
 
@@ -62,11 +60,7 @@ def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parall
     script.write_text(
         plain.read_text()
         .replace("get_batch_on_this_tp_rank", "another_name")
-        .replace(
-            "import get_attr_wrapped_model, get_batch_on_this_cp_rank, another_name",
-            "import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank "
-            "as another_name",
-        )
+        .replace("    another_name,\n", "    get_batch_on_this_tp_rank as another_name,\n")
     )
     run = fork_server.launch(script, *TINY, *TST, *data(corpus), *TP2, nproc=2)
     assert (
