@@ -1,6 +1,8 @@
 # make demo   set up, then train a small GPT with and without TST on CPU and draw both
-# make test   set up, then run the tests
-# make test-wheel  build the wheel, install it without extras into a new environment, and run every verb in an empty folder
+# make test   set up, then run the tests that are not slow: at most 12 minutes on two idle cores
+# make test-slow      set up, then run the slow ones
+# make test-wheel     build the wheel, install it without extras into a new environment, run every verb in an empty folder
+# make test-processors  set up, then run the numeric tests as other processors would compute them
 # make test-modelopt  set up .venv-modelopt, then compare the export with ModelOpt's and test `quantize`
 # make bench  set up, then measure the superposition step against the ordinary one
 # make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
@@ -17,7 +19,7 @@ ARCH ?= gpt
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-wheel test-bridge test-modelopt test-te bench matrix style clean
+.PHONY: setup demo test test-slow test-wheel test-processors test-bridge test-modelopt test-te bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -32,8 +34,16 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py tools/find_python.sh $(w
 demo: setup
 	$(RUN) -m megatron_tst demo --out $(OUT) --seed $(SEED) --architecture $(if $(filter 1,$(MOE)),gpt-moe,$(ARCH))
 
+PYTEST = $(RUN) -m pytest -n 2 --dist worksteal --durations=25
+
 test: setup
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: setup
+	$(PYTEST) -m slow
+
+test-processors: setup
+	$(RUN) tests/support/processors.py
 
 test-wheel:
 	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" tools/test_wheel.py

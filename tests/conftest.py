@@ -4,19 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    str(ROOT / name)
-    for name in (
-        "tests",
-        "tests/unit",
-        "tests/distributed",
-        "tools",
-        "examples",
-        "examples/experiments",
-        "benchmarks",
-    )
-]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from support.paths import EVERYTHING, PACKAGE, environment
+
+sys.path[:1] = EVERYTHING  # support's parent is one of them
+os.environ.update(environment(PACKAGE))  # processes take the package from this checkout too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -33,7 +25,8 @@ compat.hide_broken_transformer_engine()
 import pytest
 from support.runs import ForkServer
 
-torch.set_num_threads(1)
+pytest_plugins = ["support.processes"]
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_addoption(parser):
@@ -60,30 +53,6 @@ NEEDS_GPU = (
     "CUDA graphs, tensor parallelism on a GPU, NCCL, "
     "compute-sanitizer, Transformer Engine's layers, FP8 training, speed on a GPU"
 )
-
-
-# Files that take minutes: they start first, so that no process is left with one of them at the end
-# (make test hands out whole files).
-LONG = (
-    "test_layouts",
-    "test_killed",
-    "test_export_hf",
-    "test_gpu_check",
-    "test_tools",
-    "test_two_nodes",
-    "test_experiments",
-    "test_resume",
-    "test_stock",
-    "test_batches",
-    "test_raw_tokens",
-    "test_loss_scale",
-    "test_topic_language",
-    "test_stops",
-)
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -139,15 +108,13 @@ def corpus(tmp_path_factory):
     """
     import sysconfig
 
-    import prepare_corpus
+    from megatron_tst import cli
 
     prefix = tmp_path_factory.mktemp("corpus") / "text"
     folders = [
         str(Path(sysconfig.get_path("stdlib")) / name)
         for name in ("json", "email", "http", "asyncio")
     ]
-    assert (
-        prepare_corpus.main(["--output", str(prefix), "--vocab-size", "512", "--input", *folders])
-        == 0
-    )
+    flags = ["--output", str(prefix), "--vocab-size", "512", "--input", *folders]
+    assert cli.main(["corpus", *flags]) == 0
     return prefix

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paths import environment
 from support.runs import TINY, TST, all_over, data, in_a_fork
 
 from megatron_tst import cli
@@ -478,6 +479,7 @@ def enlarge(folder, tensors, elements):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+@pytest.mark.slow
 def test_memory_is_a_few_blocks_and_not_the_model(copied, tmp_path):
     """A checkpoint of 3 GB (six tensors of half a GB) is converted in less than 100 MiB beyond the
     imports.
@@ -491,7 +493,7 @@ def test_memory_is_a_few_blocks_and_not_the_model(copied, tmp_path):
         str(copied),
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(code, capture_output=True, text=True)
+    done = subprocess.run(code, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     used = int(done.stdout.split("MiB")[1])
     shutil.rmtree(tmp_path)  # 6 GB

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from support.runs import ROOT, TINY, TST, data
+from support.tiers import tiers
 
 from megatron_tst import TSTConfig, cli
 from megatron_tst.checkpoint.format import Checkpoint
@@ -16,6 +17,8 @@ from megatron_tst.data import stock_index
 from megatron_tst.data.dataset import PhasedDataset
 from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
+
+pytestmark = pytest.mark.numeric
 
 MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 "
@@ -66,7 +69,7 @@ def boundary_alone(folder, here):
     return here
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", tiers(LAYOUTS, {"tp2", "ep2, moe"}))
 def test_three_ways_over_the_boundary(fork_server, corpus, stock_script, tmp_path, name):
     nproc, layout = LAYOUTS[name]
     flags = [*TINY, *data(corpus), *layout]

@@ -56,6 +56,7 @@ def train(seed, s):
     return torch.stack(losses).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_superposition_gains_where_order_does_not_matter(patched):
     pairs = [(train(seed, 1), train(seed, S)) for seed in (0, 1, 2)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import Trainer
-from layouts import NOT_VERIFIED, REFUSED
+from support.harness import Trainer
+from support.layouts import NOT_VERIFIED, REFUSED
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ process gets.
 
 import pytest
 import torch
-from harness import ALONE
-from layouts import ITERATIONS, SEQ_LENGTH, SUPERPOSED, Case, Layout
+from support.harness import ALONE
+from support.layouts import ITERATIONS, SEQ_LENGTH, SUPERPOSED, Case, Layout
+from support.tiers import tiers
 
 TOKENS, LABELS = {"tokens", "position_ids"}, {"labels", "loss_mask"}
 
@@ -25,22 +26,22 @@ def own_positions(rank, ranks):
     return chunks[[rank, 2 * ranks - 1 - rank]].flatten()
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("tp2"),
-        Case("tp2 sp cp2"),
-        Case("cp4", s=4),
-        Case("tp2 pp2"),
-        Case("pp4", "deep"),
-        Case("cp2 dp2"),
-        Case("tp2 pp2", "mtp"),
-        Case("tp2", options="--tst-superpose input"),
-        Case("cp2", options="--tst-superpose output"),
-        Case("tp2 cp2", options="--eod-mask-loss"),
-    ],
-    ids=lambda case: case.id,
-)
+CASES = [
+    Case("tp2"),
+    Case("tp2 sp cp2"),
+    Case("cp4", s=4),
+    Case("tp2 pp2"),
+    Case("pp4", "deep"),
+    Case("cp2 dp2"),
+    Case("tp2 pp2", "mtp"),
+    Case("tp2", options="--tst-superpose input"),
+    Case("cp2", options="--tst-superpose output"),
+    Case("tp2 cp2", options="--eod-mask-loss"),
+]
+FAST = {"cp2 dp2, dense, s3, fp32", "tp2 pp2, mtp, s3, fp32"}
+
+
+@pytest.mark.parametrize("case", tiers(CASES, FAST, lambda case: case.id))
 def test_every_rank_gets_its_part(trainer, case):
     layout = Layout(case.layout)
     whole = trainer.train(case, ALONE, KEEP_BATCHES="1").batches[0]

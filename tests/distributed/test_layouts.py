@@ -2,21 +2,30 @@
 weights, through both phases.
 """
 
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 
 import pytest
-from harness import TOLERANCE, Difference, difference
-from layouts import BAGS_OF_ONE, CASES, SUPERPOSED, Layout
+from support.close import check
+from support.harness import TOLERANCE, Difference, difference
+from support.layouts import BAGS_OF_ONE, CASES, FAST, FAST_BAGS_OF_ONE, SUPERPOSED, Layout
+from support.tiers import tiers
 
 from megatron_tst.loop.run import EXCESS_KEY
 
+pytestmark = pytest.mark.numeric
 
-def ids(cases):
-    return [case.id for case in cases]
+
+def name(case):
+    return case.id
 
 
 def within(found: Difference, allowed: Difference) -> bool:
     return all(a <= b for a, b in zip(astuple(found), astuple(allowed)))
+
+
+def check_all(found: Difference, allowed: Difference) -> None:
+    for name, figure in asdict(found).items():
+        check(figure, getattr(allowed, name), name)
 
 
 def needs(layout, trainer):
@@ -34,7 +43,7 @@ def needs(layout, trainer):
             )
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids(CASES))
+@pytest.mark.parametrize("case", tiers(CASES, FAST, name))
 def test_equals_one_process(trainer, report, case):
     layout = Layout(case.layout)
     needs(layout, trainer)
@@ -42,7 +51,7 @@ def test_equals_one_process(trainer, report, case):
     found = difference(got, want)
     passed = within(found, TOLERANCE[case.precision])
     report("test_equals_one_process", case, found, "passed" if passed else "failed")
-    assert passed, (found, TOLERANCE[case.precision])
+    check_all(found, TOLERANCE[case.precision])
     assert bool(got.weights) == (
         "fsdp" not in case.layout
     )  # there the validation loss after the last step stands for them
@@ -52,7 +61,7 @@ def test_equals_one_process(trainer, report, case):
     assert case.s == 1 or got.losses[0] != got.losses[3]
 
 
-@pytest.mark.parametrize("case", BAGS_OF_ONE, ids=ids(BAGS_OF_ONE))
+@pytest.mark.parametrize("case", tiers(BAGS_OF_ONE, FAST_BAGS_OF_ONE, name))
 def test_bag_of_one_is_stock_megatron(trainer, report, case):
     """Bag size 1 through the superposed code, against a run without TST in the same layout: bit for
     bit.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import parallel_matrix
 import pytest
-from layouts import BAGS_OF_ONE, CASES, NOT_VERIFIED, REFUSED
+from support.layouts import BAGS_OF_ONE, CASES, NOT_VERIFIED, REFUSED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

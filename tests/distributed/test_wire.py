@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+pytestmark = pytest.mark.numeric
+
 B, L, H, V = 2, 8, 32, 96
 
 
@@ -139,15 +141,15 @@ def rank_counts_model(sequence_parallel):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_embedding(fork_server, ranks, dtype, scatter):
-    fork_server.call("test_wire:rank_counts_embedding", dtype, scatter, nproc=ranks)
+    fork_server.call(rank_counts_embedding, dtype, scatter, nproc=ranks)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_loss(fork_server, ranks, dtype):
-    fork_server.call("test_wire:rank_counts_loss", dtype, nproc=ranks)
+    fork_server.call(rank_counts_loss, dtype, nproc=ranks)
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_whole_step(fork_server, sequence_parallel):
-    fork_server.call("test_wire:rank_counts_model", sequence_parallel, nproc=2)
+    fork_server.call(rank_counts_model, sequence_parallel, nproc=2)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import te_models
 import torch
 import transformer_engine
 import transformer_engine.pytorch
@@ -23,11 +24,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformer_engine.common import recipe as te_recipe
 from transformer_engine.pytorch import quantization
 from transformer_engine.pytorch.utils import assert_dim_for_all_gather, assert_dim_for_fp8_exec
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / name) for name in ("tests", "examples")]
-
-import te_models
 
 from megatron_tst import TSTConfig, cli, cpu
 from megatron_tst.checks import dry_run

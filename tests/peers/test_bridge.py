@@ -1,7 +1,6 @@
 """Megatron-Bridge (make test-bridge) on NeMo exports: loads, resumes and exports them."""
 
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,8 @@ if (
         "NOT RUN: Megatron-Bridge on NeMo exports; make test-bridge", allow_module_level=True
     )
 
-from support.runs import ROOT
+from support.close import close
+from support.paths import PACKAGE, environment
 from support.trained import RUNS, VOCAB, Trained, corpus_below
 
 from megatron_tst import cli
@@ -62,9 +62,7 @@ def folders(fork_server, corpus, tmp_path_factory):
         str(Path(__file__).parent / "ask_bridge.py"),
         *map(str, made.values()),
     ]
-    asked = subprocess.run(
-        ask, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    asked = subprocess.run(ask, env=environment(PACKAGE), capture_output=True, text=True)
     assert asked.returncode == 0, asked.stderr[-3000:]
     return made
 
@@ -74,7 +72,7 @@ def test_bridge_loads_the_model(folders, name):
     got, want = (
         torch.load(folders[name] / file, weights_only=True) for file in ("bridge.pt", "answers.pt")
     )
-    assert (got["logits"][..., :VOCAB] - want["logits"]).abs().max() <= 2e-6
+    close(got["logits"][..., :VOCAB], want["logits"], 2e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != MIXED])

@@ -5,7 +5,6 @@ our export is quantised by it.
 import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.paths import environment
 from support.runs import TINY, TST
 from support.trained import GQA, MOE, NORM, TP2, VOCAB, corpus_below, known
 
@@ -126,7 +126,8 @@ def tokenizer(tmp_path_factory):
 def asked(folder, jobs):
     """What quantize_jobs.py answers."""
     (folder / "jobs.json").write_text(json.dumps(jobs, default=str))
-    environment = {name: value for name, value in os.environ.items() if name != "MEGATRON_TST_CPU"}
+    variables = environment()
+    variables.pop("MEGATRON_TST_CPU", None)
     done = subprocess.run(
         [
             sys.executable,
@@ -136,7 +137,7 @@ def asked(folder, jobs):
             str(folder / "jobs.json"),
             str(folder / "answers.json"),
         ],
-        env=environment,
+        env=variables,
         capture_output=True,
         text=True,
     )

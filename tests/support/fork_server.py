@@ -5,12 +5,14 @@ A job: {"nproc": 2, "ranks": [first, number], "master": HOST, "port": 1234, "log
 {...}, "seconds": 300, "after": TEXT} and one of
     "script": [PATH, ARGS...]   run as __main__, as torchrun would
     "module": [NAME, ARGS...]   python -m NAME ARGS
-    "call":   ["module:function", ARGS...]   called in each rank with a gloo process group
+    "call":   [MODULE, FUNCTION, ARGS...]    called in each rank with a gloo process group
 The answer: {"codes": [exit code of each rank here]}. Ranks that outlive a failed one by 5 s, or the
 job's seconds, are killed (-9); with "after", the seconds count from when the log shows that text.
+Each rank leads a process group of its own. What is left of that when the rank has ended is killed:
+a rank ends by os._exit, which leaves the daemons of multiprocessing alive (asynchronous saves).
 
 A process that has touched CUDA cannot be forked, so on a GPU each rank is a fresh process:
-fork_server.py JOB RANK.
+python -m support.fork_server JOB RANK.
 """
 
 import importlib
@@ -22,8 +24,11 @@ import sys
 import time
 import traceback
 
+from support.processes import die_with_parent
+
 
 def serve() -> None:
+    die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepare()
@@ -53,8 +58,11 @@ def run(job: dict) -> list[int]:
     for rank in range(first, first + number):
         pid = os.fork()
         if pid == 0:
+            os.setpgid(0, 0)
+            die_with_parent()
             if os.environ.get("MEGATRON_TST_CPU") != "1":
-                os.execv(sys.executable, [sys.executable, __file__, json.dumps(job), str(rank)])
+                module = [sys.executable, "-P", "-m", "support.fork_server"]
+                os.execv(sys.executable, [*module, json.dumps(job), str(rank)])
             child(job, rank)
         alive[pid] = rank
     awaited = job.get("after")
@@ -70,6 +78,7 @@ def run(job: dict) -> list[int]:
         if pid:
             code = os.waitstatus_to_exitcode(status)
             codes[alive.pop(pid)] = code
+            end_group(pid)
             if code:
                 deadline = min(deadline, time.time() + 5)
         elif time.time() > deadline:
@@ -79,6 +88,14 @@ def run(job: dict) -> list[int]:
         else:
             time.sleep(0.02)
     return [codes[rank] for rank in range(first, first + number)]
+
+
+def end_group(leader: int) -> None:
+    """Kill what is left of the process group of a rank that has ended."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # nothing is left
 
 
 def child(job: dict, rank: int) -> None:
@@ -122,8 +139,8 @@ def start(job: dict, rank: int) -> None:
         import torch
 
         torch.distributed.init_process_group("gloo", rank=rank, world_size=job["nproc"])
-        module, function = job["call"][0].split(":")
-        getattr(importlib.import_module(module), function)(*job["call"][1:])
+        module, function, *arguments = job["call"]
+        getattr(importlib.import_module(module), function)(*arguments)
         torch.distributed.barrier()
         return
     if "module" in job:
@@ -131,7 +148,6 @@ def start(job: dict, rank: int) -> None:
         runpy.run_module(job["module"][0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = job["script"]
-        sys.path.insert(0, os.path.dirname(job["script"][0]))
         runpy.run_path(job["script"][0], run_name="__main__")
 
 

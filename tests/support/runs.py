@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -11,11 +12,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-SCRIPT = str(ROOT / "examples" / "pretrain_gpt_tst.py")
+from support.close import close
+from support.paths import EVERYTHING, ROOT, environment
+
+SCRIPT = str(ROOT / "megatron_tst" / "pretrain_gpt.py")
 
 # The smallest run that shows everything: 2 layers, 10 iterations of 4 samples of 32 positions.
 TINY = (
@@ -148,6 +152,12 @@ class Run:
         return found[0]
 
 
+def losses_close(got: Run, want: Run, iterations) -> None:
+    """The losses that two runs print with seven digits, where sums are cut differently."""
+    one, other = ([float(run.losses[i]) for i in iterations] for run in (got, want))
+    close(one, other, 2e-6)
+
+
 class ForkServer:
     """Context manager around tests/support/fork_server.py.
 
@@ -158,27 +168,21 @@ class ForkServer:
     """
 
     def __init__(self, folder: Path, nodes: int = 1, node: int = 0, master: str = "localhost"):
-        self.folder, self.count, self.spread = (
-            folder,
-            0,
-            0,
-        )  # runs, and those of them over all nodes
+        self.folder = folder
         self.nodes, self.node, self.master = nodes, node, master
+        self.runs = 0
+        self.spread = 0  # runs over all nodes
 
     def __enter__(self) -> ForkServer:
-        path = os.pathsep.join(
-            str(ROOT / name)
-            for name in ("tests", "tests/unit", "tests/distributed", "tests/gpu", "")
-        )
-        environment = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1")
         self.errors = open(self.folder / "fork_server.log", "w")
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/support/fork_server.py")],
+            # -P: not from the current folder, which can be another checkout
+            [sys.executable, "-P", "-m", "support.fork_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=environment,
+            env=environment(),
         )
         return self
 
@@ -197,21 +201,26 @@ class ForkServer:
             nproc=nproc, module=["megatron_tst.launch", str(script), *map(str, arguments)], **job
         )
 
-    def call(self, function: str, *arguments, nproc: int) -> Run:
-        """Call "module:function" in `nproc` ranks of a gloo group; arguments go through JSON."""
-        run = self._run(nproc=nproc, call=[function, *arguments])
+    def call(self, function: Callable, *arguments, nproc: int) -> Run:
+        """Call a function of a test's module in `nproc` ranks of a gloo group; arguments go through
+        JSON.
+        """
+        file = Path(inspect.getfile(function)).relative_to(ROOT / "tests")
+        module = ".".join(file.with_suffix("").parts)
+        run = self._run(nproc=nproc, call=[module, function.__name__, *arguments])
         assert run.ok, run.log[-3000:]
         return run
 
     def _run(self, seconds: float = 300, env: dict | None = None, **job) -> Run:
-        self.count += 1
-        log = self.folder / f"job{self.count}.log"
+        self.runs += 1
+        log = self.folder / f"job{self.runs}.log"
         alone = self.nodes == 1 or job["nproc"] == 1
         self.spread += not alone
         share = job["nproc"] if alone else job["nproc"] // self.nodes
         job.update(
             log=str(log),
-            env=env or {},
+            # close.py names it
+            env={"PYTEST_CURRENT_TEST": os.environ.get("PYTEST_CURRENT_TEST", ""), **(env or {})},
             seconds=seconds,
             ranks=[0 if alone else self.node * share, share],
             master="localhost" if alone else self.master,
@@ -237,21 +246,22 @@ def from_checkout(script: Path, *flags, stock: bool = False) -> Run:
     """One of Megatron-LM's own scripts in a fresh process that takes Megatron from the script's
     checkout; `stock`: without megatron_tst.
     """
-    how = [str(ROOT / "tests/support/stock_launch.py")] if stock else ["-m", "megatron_tst.launch"]
-    environment = dict(
-        os.environ,
+    how = ["-m", "support.stock_launch"] if stock else ["-m", "megatron_tst.launch"]
+    # a checkout's Megatron comes before an installed one
+    first = [str(script.parent)] if stock else []
+    variables = environment(
+        [*first, *EVERYTHING],
         RANK="0",
         LOCAL_RANK="0",
         WORLD_SIZE="1",
         MASTER_ADDR="localhost",
         MASTER_PORT=str(_free_port()),
-        PYTHONPATH=str(ROOT / "tests"),
     )
     done = subprocess.run(
         [sys.executable, *how, *map(str, (script, *flags))],
         capture_output=True,
         text=True,
-        env=environment,
+        env=variables,
     )
     return Run([done.returncode], done.stdout + done.stderr)
 

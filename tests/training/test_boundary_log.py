@@ -5,7 +5,11 @@ process, over a restart, in layouts.
 import re
 
 import pytest
+from support.close import close
 from support.runs import TINY, TST, data
+from support.tiers import tiers
+
+pytestmark = pytest.mark.numeric
 
 RUN = [*TINY, *TST, "--train-iters", "12"]
 MOE = (
@@ -159,7 +163,7 @@ def test_expert_load(experts):
     assert all(0.8 < float(x) <= 1 for x in undecided.groups())  # nearly untrained routers
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiers(LAYOUTS, {"pp2", "ep2"}))
 def test_expert_load_is_the_same_in_layouts(fork_server, corpus, experts, layout):
     """Layers on other stages, tokens on other ranks, activations computed twice."""
     run, folder = experts
@@ -177,4 +181,4 @@ def test_expert_load_is_the_same_in_layouts(fork_server, corpus, experts, layout
         [float(x) for x in re.findall(r"\d\.\d+E[+-]\d+", each["losses since"])]
         for each in (want, rows)
     )
-    assert others == pytest.approx(losses, rel=1e-6)
+    close(others, losses, 2e-6)

@@ -87,6 +87,7 @@ def ran(corpus, tmp_path_factory):
     return folder, before, rows(folder), done.stdout
 
 
+@pytest.mark.slow
 def test_a_finished_row_is_kept_and_the_missing_ones_are_made(ran):
     _, before, after, said = ran
     assert [row["arm"] for row in before] == ["baseline"] and after[0] == before[0]
@@ -96,6 +97,7 @@ def test_a_finished_row_is_kept_and_the_missing_ones_are_made(ran):
     )
 
 
+@pytest.mark.slow
 def test_rows_say_what_was_run(ran):
     folder, _, after, _ = ran
     table = {row["arm"]: row for row in after}
@@ -130,6 +132,7 @@ def test_rows_say_what_was_run(ran):
     )
 
 
+@pytest.mark.slow
 def test_arms_start_from_the_same_weights_and_a_failure_is_named(ran, corpus):
     """With a learning rate that changes nothing the last validation loss is the initial model's on
     the validation text: the seed's, whatever the arm.
@@ -173,6 +176,7 @@ def test_arms_start_from_the_same_weights_and_a_failure_is_named(ran, corpus):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_another_question_has_made_is_not_made_again(ran, corpus):
     folder, _, before, _ = ran
     (folder / "other.toml").write_text(
@@ -184,6 +188,7 @@ def test_a_run_that_another_question_has_made_is_not_made_again(ran, corpus):
     assert new["TST"]["validation_loss"] == before[1]["validation_loss"] and len(new) == 3
 
 
+@pytest.mark.slow
 def test_a_config_that_is_not_there(ran, corpus):
     done = drive(ran[0], corpus, "absent.toml")
     assert (

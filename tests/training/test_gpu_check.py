@@ -43,6 +43,7 @@ def gpu_check(*arguments):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_kernels_compile_for_hopper_and_blackwell_and_none_spills(tmp_path):
     done = gpu_check("--part", "build", tmp_path / "out")
     assert done.returncode == 0, done.stdout
@@ -66,6 +67,7 @@ def test_kernels_compile_for_hopper_and_blackwell_and_none_spills(tmp_path):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_found(tmp_path):
     source = tmp_path / "spill.cu"
     source.write_text(
@@ -264,6 +266,7 @@ def test_a_recipe_that_failed_is_no_yes(tmp_path):
 # ---- FP8 against bf16
 
 
+@pytest.mark.slow
 def test_fp8_comparison_trains_both_phases_and_compares_them(tmp_path, corpus):
     given = ["--iterations", "4", "--seq-length", "32", "--corpus", corpus]
     done = run(

@@ -6,7 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT, TINY, TST, Run, data, from_checkout
+from support.runs import (
+    CHECKOUTS,
+    NO_CHECKOUT,
+    ROOT,
+    TINY,
+    TST,
+    Run,
+    data,
+    from_checkout,
+    losses_close,
+)
 
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 
@@ -56,8 +66,7 @@ def test_tensor_parallel_ranks_get_their_batches(fork_server, corpus, plain, tmp
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
     two = fork_server.launch(plain, *flags, "--load", tmp_path, *TP2, nproc=2)
     assert two.ok, two.log[-3000:]
-    for i in range(5, 11):
-        assert float(two.losses[i]) == pytest.approx(float(one.losses[i]), rel=1e-6)
+    losses_close(two, one, range(5, 11))
 
 
 def test_a_script_whose_batches_cannot_be_reached_is_refused_under_tensor_parallelism(

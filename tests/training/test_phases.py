@@ -6,7 +6,11 @@ import re
 import shutil
 
 import pytest
-from support.runs import TINY, data
+from support.close import close
+from support.runs import TINY, data, losses_close
+from support.tiers import tiers
+
+pytestmark = pytest.mark.numeric
 
 LAYOUTS = {
     "tp2 sp": (
@@ -80,7 +84,7 @@ def test_a_schedule_of_bag_sizes(several):
     )
 
 
-@pytest.mark.parametrize("iteration", [2, 3, 4, 6, 7])
+@pytest.mark.parametrize("iteration", tiers([2, 3, 4, 6, 7], {3, 4}))
 def test_a_schedule_resumes_to_the_last_digit(fork_server, corpus, several, tmp_path, iteration):
     run, folder = several
     again = resume(fork_server, corpus, folder, iteration, tmp_path, *TINY, *SEVERAL)
@@ -88,17 +92,16 @@ def test_a_schedule_resumes_to_the_last_digit(fork_server, corpus, several, tmp_
     assert again.phases == {i: run.phases[i] for i in range(iteration + 1, 11)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiers(LAYOUTS, {"tp2 pp2, fused linear"}))
 def test_a_schedule_in_layouts(fork_server, corpus, several, tmp_path, layout):
     run, folder = several
     nproc, flags = LAYOUTS[layout]
     again = resume(fork_server, corpus, folder, 2, tmp_path, *TINY, *SEVERAL, *flags, nproc=nproc)
     assert again.phases == {i: run.phases[i] for i in range(3, 11)}
-    for i in range(3, 11):
-        assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=1e-6), i
+    losses_close(again, run, range(3, 11))
 
 
-@pytest.mark.parametrize("superpose", ["input", "output"])
+@pytest.mark.parametrize("superpose", tiers(["input", "output"], {"input"}))
 def test_a_schedule_half_superposed(fork_server, corpus, superpose):
     run = fork_server.train(*TINY, *SEVERAL, *data(corpus), "--tst-superpose", superpose)
     assert run.ok and len(run.losses) == 10, run.log[-3000:]
@@ -158,9 +161,7 @@ def test_the_loss_decides_when(auto):
         "17",
         "13",
     )  # as soon as the averages have settled, and five iterations to watch
-    assert float(fall) == pytest.approx(
-        fall_of([float(run.losses[i]) for i in range(1, 13)], 3, 30), rel=2e-3
-    )
+    close(float(fall), fall_of([float(run.losses[i]) for i in range(1, 13)], 3, 30), 2e-3)
     assert [bag for _, bag, _ in run.phases.values()] == [4] * 17 + [1] * 13
     assert run.phases[30][2] == 128 * (17 * 4 + 13)
     assert (
@@ -169,7 +170,7 @@ def test_the_loss_decides_when(auto):
     )
 
 
-@pytest.mark.parametrize("iteration", [8, 12, 14, 17, 20])
+@pytest.mark.parametrize("iteration", tiers([8, 12, 14, 17, 20], {8, 14}))
 def test_the_decision_survives_a_restart(fork_server, corpus, auto, tmp_path, iteration):
     """Before it (with half of the losses that it looks at), at it, before the boundary that it has
     set, at that and after it.
@@ -181,7 +182,7 @@ def test_the_decision_survives_a_restart(fork_server, corpus, auto, tmp_path, it
     assert DECIDED.findall(again.log) == (DECIDED.findall(run.log) if iteration < 12 else [])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", tiers(LAYOUTS, {"pp2", "dp2, prefetch workers"}))
 def test_the_loss_decides_in_layouts(fork_server, corpus, auto, tmp_path, layout):
     """The last stage has the loss, rank 0 decides, every rank's batches follow; workers have
     fetched ahead by then.
@@ -190,8 +191,7 @@ def test_the_loss_decides_in_layouts(fork_server, corpus, auto, tmp_path, layout
     nproc, flags = LAYOUTS[layout]
     again = resume(fork_server, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags, nproc=nproc)
     assert again.phases == {i: run.phases[i] for i in range(9, 31)}
-    for i in range(9, 31):
-        assert float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6), i
+    losses_close(again, run, range(9, 31))
 
 
 def test_more_workers_than_the_boundary_waits_for(fork_server, corpus, auto, tmp_path):
@@ -202,10 +202,7 @@ def test_more_workers_than_the_boundary_waits_for(fork_server, corpus, auto, tmp
     flags = ["--num-workers", "4", "--micro-batch-size", "4"]
     again = resume(fork_server, corpus, folder, 8, tmp_path, *LONG, *AUTO, *flags)
     assert [bag for _, bag, _ in again.phases.values()] == [4] * 12 + [1] * 10  # 12 + 8
-    assert all(
-        float(again.losses[i]) == pytest.approx(float(run.losses[i]), rel=2e-6)
-        for i in range(9, 18)
-    )
+    losses_close(again, run, range(9, 18))
 
 
 def test_a_loss_that_falls_goes_on(fork_server, corpus):

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 from support.runs import ROOT, TINY
+from support.tiers import tiers
 
 WATCHED_SCRIPT = str(ROOT / "tests/support/watched.py")
 TOKENS, L, BATCH = 6000, 32, 4
@@ -92,14 +93,16 @@ def without(flags, *names):
     return [flag for i, flag in enumerate(flags) if i not in drop]
 
 
-@pytest.mark.parametrize("length", ["iterations", "samples"])
-@pytest.mark.parametrize(
-    "tst", ["--tst-bag-size 4 --tst-iters 6", "--tst-bag-size 4,2 --tst-iters 3,2"]
-)
-def test_every_raw_token_once(fork_server, texts, tmp_path, tst, length):
+ONE, SEVERAL = "--tst-bag-size 4 --tst-iters 6", "--tst-bag-size 4,2 --tst-iters 3,2"
+LENGTHS = [(tst, length) for tst in (ONE, SEVERAL) for length in ("iterations", "samples")]
+
+
+@pytest.mark.parametrize("case", tiers(LENGTHS, {(SEVERAL, "samples")}))
+def test_every_raw_token_once(fork_server, texts, tmp_path, case):
     """A blend; one process against three starts on 2, 4 and 1 data-parallel ranks, with and without
     prefetch workers.
     """
+    tst, length = case
     more = SAMPLES if length == "samples" else []
     whole = Reader(fork_server, texts, tmp_path / "whole", *tst.split(), *more)
     parts = Reader(fork_server, texts, tmp_path / "parts", *tst.split(), *more)

@@ -6,15 +6,12 @@ import re
 
 import pytest
 from support.runs import ROOT, TINY, TST, data
+from support.tiers import tiers
 
 WATCHED_SCRIPT = str(ROOT / "tests/support/watched.py")
 PP2 = ["--pipeline-model-parallel-size", "2"]
-AROUND = (
-    4,
-    6,
-    7,
-    # the boundary is after 6; an hour that passes before the validation after 5 ends that, as in stock
-)
+# the boundary is after 6; an hour that passes before the validation after 5 ends that, as in stock
+AROUND = 4, 6, 7
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +49,13 @@ def whole_pp2(fork_server, corpus):
     return run
 
 
-@pytest.mark.parametrize(
-    "how, when, nproc",
-    [
-        *(("term", when, 1) for when in AROUND),
-        ("hour", 6, 1),
-        ("hour", 7, 1),
-        ("term", 6, 2),
-        ("hour", 6, 2),
-    ],
-)
-def test_signal_and_duration(fork_server, corpus, whole, whole_pp2, tmp_path, how, when, nproc):
+SIGNALS = [*(("term", when, 1) for when in AROUND), ("hour", 6, 1), ("hour", 7, 1)]
+SIGNALS += [("term", 6, 2), ("hour", 6, 2)]
+
+
+@pytest.mark.parametrize("signal", tiers(SIGNALS, {("term", 6, 2), ("hour", 7, 1)}))
+def test_signal_and_duration(fork_server, corpus, whole, whole_pp2, tmp_path, signal):
+    how, when, nproc = signal
     layout = PP2 if nproc == 2 else []
     flags = ["--exit-signal-handler"] if how == "term" else ["--exit-duration-in-mins", "30"]
     said = "after receiving SIGTERM" if how == "term" else "exiting program after"
@@ -96,14 +89,14 @@ def test_signal_at_the_boundary_that_exits_anyway(fork_server, corpus, whole, tm
     goes_on(fork_server, corpus, tmp_path, whole, 6, "--tst-exit-at-boundary")
 
 
-@pytest.mark.parametrize("interval", [5, 6, 7])
+@pytest.mark.parametrize("interval", tiers([5, 6, 7], {6}))
 def test_exit_interval(fork_server, corpus, whole, tmp_path, interval):
     run = train(fork_server, corpus, tmp_path, "--exit-interval", str(interval))
     assert run.ok and sorted(run.losses) == list(range(1, interval + 1)), run.log[-3000:]
     goes_on(fork_server, corpus, tmp_path, whole, interval)
 
 
-@pytest.mark.parametrize("skipped", [(6,), (5, 6, 7)], ids=str)
+@pytest.mark.parametrize("skipped", tiers([(6,), (5, 6, 7)], {(5, 6, 7)}))
 def test_skipped_iterations(fork_server, corpus, whole, tmp_path, skipped):
     """The skipped batches are read and dropped: phases and raw tokens stay, and a restart in
     between changes nothing.
@@ -138,7 +131,7 @@ def test_rerunning_every_iteration(fork_server, corpus, whole, tmp_path):
     assert excess[0] == excess[1] and len(excess[0]) == 6
 
 
-@pytest.mark.parametrize("when", [6, 7])
+@pytest.mark.parametrize("when", tiers([6, 7], {6}))
 def test_an_undefined_loss_that_goes_away(fork_server, corpus, whole, tmp_path, when):
     """Megatron runs the iteration again, finds another result and ends the job; the next start goes
     on from the last checkpoint.
@@ -148,7 +141,7 @@ def test_an_undefined_loss_that_goes_away(fork_server, corpus, whole, tmp_path, 
     goes_on(fork_server, corpus, tmp_path, whole, (when - 1) // 2 * 2)
 
 
-@pytest.mark.parametrize("when", [6, 7])
+@pytest.mark.parametrize("when", tiers([6, 7], {7}))
 def test_an_undefined_loss_that_stays(fork_server, corpus, whole, tmp_path, when):
     """Megatron saves before the iteration, its micro-batches included, and asks for another
     machine: there it computes the same batch.

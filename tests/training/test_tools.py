@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from support.runs import ROOT
+from support.tiers import tiers
 
 from megatron_tst.planning import curves
 
@@ -25,7 +26,7 @@ def run(*command, **environment):
     )
 
 
-@pytest.mark.parametrize("architecture", ["gpt", "llama", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("architecture", tiers(["gpt", "llama", "qwen3", "qwen3-moe"], {"llama"}))
 def test_demo(corpus, tmp_path, architecture):
     for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")
@@ -84,7 +85,7 @@ def test_plot_refuses_what_is_no_log(tmp_path):
         )
 
 
-@pytest.mark.parametrize("superpose", ["both", "input", "output"])
+@pytest.mark.parametrize("superpose", tiers(["both", "input", "output"], {"both"}))
 def test_step_benchmark_prints_its_ratios(superpose):
     done = run(
         sys.executable,
@@ -119,6 +120,7 @@ def test_a_machine_without_a_suitable_python_is_told_what_to_install(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_step_benchmark_takes_a_recipes_model():
     small = "--num-layers 1 --seq-length 16 --max-position-embeddings 16 --vocab-size 500".split()
     flags = (

@@ -16,6 +16,8 @@ import megatron_tst
 from megatron_tst import extension
 from megatron_tst.ops.loss import multi_hot_cross_entropy, target_weights
 
+pytestmark = pytest.mark.numeric
+
 FOUND = extension.load()
 needs_extension = pytest.mark.skipif(
     not FOUND.loaded, reason=f"the extension is {FOUND.description}"

@@ -4,11 +4,14 @@ guesses are looked up in the bag.
 
 import pytest
 import torch
+from support.close import close
 from support.models import batch
 
 from megatron_tst.loop import seams
 from megatron_tst.ops import reference
 from megatron_tst.ops.multi_token import accepted_in_bags
+
+pytestmark = pytest.mark.numeric
 
 V, L, S, B = 96, 8, 3, 2
 
@@ -79,7 +82,7 @@ def rank_rolls():
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_over_the_borders_of_context_parallel_ranks(fork_server, ranks):
-    fork_server.call("test_multi_token:rank_rolls", nproc=ranks)
+    fork_server.call(rank_rolls, nproc=ranks)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -119,7 +122,8 @@ def test_heads_are_trained_on_the_bags_after_the_next(patched, monkeypatch, dept
             torch.arange(L) < L - k
         )
         factor = 0.3 / depth / (B * (L - k))
-        assert (loss - want * factor).abs().max() < 1e-6 and loss.abs().sum() > 0
+        assert loss.abs().sum() > 0
+        close(loss, want * factor, 1e-6)
 
 
 def test_every_weight_of_the_heads_learns(patched):
@@ -174,4 +178,4 @@ def rank_counts_guesses():
 
 @counts_guesses
 def test_guesses_over_a_split_vocabulary(fork_server):
-    fork_server.call("test_multi_token:rank_counts_guesses", nproc=2)
+    fork_server.call(rank_counts_guesses, nproc=2)

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from support.models import batch, gpt
+from support.paths import PACKAGE, environment
 
 from megatron_tst import TSTConfig
 from megatron_tst.loop import patch, seams
@@ -195,18 +196,15 @@ def test_half_installed_transformer_engine_is_survived(tmp_path):
         "assert False, 'Could not find shared object file for Transformer Engine torch lib.'"
     )
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sys\n"
         "from megatron_tst import compat\n"
-        "if len(sys.argv) > 2: compat.hide_broken_transformer_engine()\n"
+        "if len(sys.argv) > 1: compat.hide_broken_transformer_engine()\n"
         "import megatron.core.utils; print('imported')"
     )
-    without = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
-    )
+    command = dict(capture_output=True, text=True, env=environment([str(tmp_path), *PACKAGE]))
+    without = subprocess.run([sys.executable, "-c", code], **command)
     assert without.returncode and "AssertionError" in without.stderr  # the trap is still there
-    with_ = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "hide"], capture_output=True, text=True
-    )
+    with_ = subprocess.run([sys.executable, "-c", code, "hide"], **command)
     assert (
         with_.stdout.strip() == "imported" and "cannot be imported (AssertionError" in with_.stderr
     )

@@ -132,7 +132,7 @@ def test_what_is_not_the_papers_run_is_not_called_measured():
 # ---- arithmetic
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     s=st.integers(2, 40),
     steps=st.integers(2, 5000),

@@ -10,6 +10,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.paths import environment
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
 from megatron_tst.checks import dry_run, layout
@@ -296,7 +297,7 @@ def test_a_missing_value(capsys):
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.dictionaries(
         st.sampled_from(
@@ -566,7 +567,9 @@ def test_no_torch_and_the_json_of_the_verb():
     )
     asked = [["--preset", "3b", "--json"], ["--preset", "3b", "--print", "STEPS=100"]]
     plan_, printed = (
-        subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+        subprocess.run(
+            [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment()
+        )
         for argv in asked
     )
     assert plan_.returncode == printed.returncode == 0 and not plan_.stderr + printed.stderr

@@ -101,7 +101,7 @@ def check_once(tokens, plan, consumed):
         )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plans(), st.data())
 def test_every_raw_token_is_read_exactly_once(run, data):
     """Any number of stops, each with a data-parallel size and a micro-batch size of its own."""
@@ -121,7 +121,7 @@ def test_every_raw_token_is_read_exactly_once(run, data):
     check_once(torch.cat(tokens), plan, consumed)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plans())
 def test_every_label_is_what_follows_in_the_corpus(run):
     plan, superpose = run
@@ -145,7 +145,7 @@ def test_every_label_is_what_follows_in_the_corpus(run):
             ).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(plans(), st.data())
 def test_moved_boundaries_keep_the_accounting(run, data):
     """Phases ended early while the run goes on (--tst-switch auto), by ranks whose workers have
@@ -184,7 +184,7 @@ def test_moved_boundaries_keep_the_accounting(run, data):
     check_once(torch.cat(tokens), plan, plan.train_samples)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(plans(), st.data())
 def test_reads_as_is_what_is_read(run, data):
     """The short answer against reading both, in runs that differ in the length or the bag size of
@@ -236,7 +236,7 @@ def dataset_of(plan):
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plans())
 def test_raw_tokens_add_up_sample_by_sample(run):
     plan, superpose = run

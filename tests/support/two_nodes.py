@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 
+from support.paths import environment
+
 ADDRESSES = "10.213.77.1", "10.213.77.2"
 INTERFACE = "tst0"  # its name inside either namespace
 
@@ -83,18 +85,12 @@ def start(node: int, namespace: str, command: list[str], log, env: dict) -> subp
     # Two agents can count their restarts differently, and the store that they share is divided by
     # that count: a worker would find the addresses of dead ones. With a store of its own for every
     # start there is nothing left to find.
-    environment = (
-        dict(
-            os.environ,
-            GLOO_SOCKET_IFNAME=INTERFACE,
-            OMP_NUM_THREADS="1",
-            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-        )
-        | env
+    variables = environment(
+        GLOO_SOCKET_IFNAME=INTERFACE, OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"
     )
     return subprocess.Popen(
         ["ip", "netns", "exec", namespace, *torchrun, *command],
         stdout=log,
         stderr=log,
-        env=environment,
+        env=variables | env,
     )

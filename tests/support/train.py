@@ -1,5 +1,5 @@
-"""One training run of examples/pretrain_gpt_tst.py, every figure of which is kept: python train.py
-FOLDER FLAGS
+"""One training run of megatron_tst.pretrain_gpt that keeps every figure: python train.py FOLDER
+FLAGS
 
 Rank r writes FOLDER/rank<r>.pt: per iteration the reported losses, the gradient norm (None where
 the optimizer did not step) and the state of the gradient scaler after it; the validation losses; at
@@ -13,20 +13,16 @@ import functools
 import os
 import signal
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 import torch
 
 from megatron_tst import pretrain_gpt as script
+from support import cp_attention
 
 
 def main(folder, *flags):
     import megatron.training.training as loop
     from megatron.core.models.gpt import GPTModel
-    from support import cp_attention
 
     cp_attention.install()
     kept = {

@@ -257,6 +257,25 @@ BAGS_OF_ONE = [
     Case("pp2", "hybrid", s=1),
 ]
 
+# ids of those that are not slow: each kind of parallelism once. Broken on purpose in 103 places,
+# these caught what all of CASES did.
+FAST = {
+    "tp2 sp cp2, dense, s4, fp32",
+    "tp4 sp, dense, tst-kernel torch, s3, fp32",
+    "tp2 sp pp2, tied, s3, fp32",
+    "pp2 vpp2, deep, micro-batch-size 1, s3, fp32",
+    "cp2 dp2, dense, eod-mask-loss calculate-per-token-loss, s3, fp32",
+    "dp2 zero overlap, dense, s3, bf16",
+    "tp2 sp ep2 etp1, mtp moe, s3, fp32",
+    "dp2 fsdp, dense, s3, fp32",
+    "tp2 sp, dense, tst-fused-linear-loss, s3, fp32",
+    "tp2 sp, dense, tst-superpose output, s3, fp32",
+    "pp2, dense, tst-superpose input, s3, fp32",
+    "ep2 ep-overlap, moe, s3, bf16",
+    "cp2, hybrid, s3, fp32",
+}
+FAST_BAGS_OF_ONE = {"cp2, mtp, s1, fp32"}
+
 # (layout, precision, the test that shows the refusal)
 REFUSED = [
     (
