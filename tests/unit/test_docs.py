@@ -14,13 +14,15 @@ from support.runs import ROOT
 
 from megatron_tst.config import add_tst_arguments
 
-PAGES = [
-    ROOT / "README.md",
-    *sorted(ROOT.glob("docs/*.md")),
-    *sorted(ROOT.glob("[!.]*/README.md")),
-    *sorted(ROOT.glob("examples/*/README.md")),
-]
-USER_PAGES = [page for page in PAGES if page.name != "LOG.md"]
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/*.md", "{}/**/*.md")
+    for folder in ("benchmarks", "examples", "megatron_tst", "tests", "tools")
+    for page in set(ROOT.glob(pattern.format(folder)))
+)
+PAGES = list(dict.fromkeys(PAGES))
+HISTORY = ("LOG.md", "CHANGELOG.md")  # what was there once
+USER_PAGES = [page for page in PAGES if page.name not in HISTORY]
 NONE_OF_OURS = {  # torchrun, pip, pytest, sbatch
     "--nproc-per-node",
     "--nnodes",
