@@ -68,12 +68,14 @@ def table(report: dict) -> str:
     rows = [_row(case, letters) for case in report["cases"]]
     settings = [f"{letter}: {_settings(options)}" for options, letter in letters.items()]
     lines = [
-        f"{len(report['cases'])} cases on {about['device']} over {about['backend']}, {nodes}, "
-        f"{about['date']}, torch {about['torch']},",
-        f"megatron-core {about['megatron-core']}. Letters in the column `+` are settings beside "
-        "the layout, listed below the table.",
+        *textwrap.wrap(
+            f"{len(report['cases'])} cases on {about['device']} over {about['backend']}, {nodes}, "
+            f"{about['date']}, torch {about['torch']}, megatron-core {about['megatron-core']}. "
+            "Letters in the column `+` are settings beside the layout, listed below the table.",
+            100,
+        ),
         "",
-        "| layout | model | + | s | type | superposition | recovery | norm | weights | |",
+        "| layout | model | + | s | type | superposition | recovery | norm | weights | same as |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",
@@ -91,7 +93,7 @@ def table(report: dict) -> str:
 def _row(case: dict, letters: dict[str, str]) -> str:
     found, options = case["difference"], case["options"].strip()
     letter = letters.setdefault(options, _letter(len(letters))) if options else ""
-    same = "= stock, bit for bit" if "bag_of_one" in case["test"] else "= one process"
+    same = "stock, bit for bit" if "bag_of_one" in case["test"] else "one process"
     cells = [
         case["layout"],
         case["model"],
