@@ -87,10 +87,13 @@ def known():
         | set(tst_flags())
         | NONE_OF_OURS
     )
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".sh", ".sbatch") and path.name != "test_docs.py":
-                options |= set(FLAG.findall(path.read_text()))
+    programs = [
+        "tests/**/conftest.py",
+        *(f"{folder}/**/*" for folder in FOLDERS if folder != "tests"),
+    ]
+    for path in (path for pattern in programs for path in ROOT.glob(pattern)):
+        if path.suffix in (".py", ".sh", ".sbatch"):
+            options |= set(FLAG.findall(path.read_text()))
     return options
 
 
