@@ -3,8 +3,8 @@ layouts with one process.
 
     pytest tests/distributed --parallel-report report.json
     python tools/parallel_matrix.py report.json                       a table
-    python tools/parallel_matrix.py report.json --json                one object a line: layout, phase, precision, status, difference
-    python tools/parallel_matrix.py report.json --write docs/parallelism.md    put it between the page's two marks
+    python tools/parallel_matrix.py report.json --json                one object a line
+    python tools/parallel_matrix.py report.json --write docs/parallelism.md    between its two marks
 
 `make matrix` does the first and the last, and keeps the report as docs/parallelism.json.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 BEGIN, END = "<!-- matrix: begin (tools/parallel_matrix.py writes this) -->", "<!-- matrix: end -->"
@@ -58,48 +59,70 @@ def rows(report: dict) -> list[dict]:
 
 
 def table(report: dict) -> str:
-    """Markdown: one line a case, the largest differences in its cells."""
+    """Markdown: one line a case, the largest differences in its cells. Settings other than the
+    layout are letters, and a list below says what each stands for: no line is over 100 columns.
+    """
     about = report["about"]
     nodes = "one node" if about["nodes"] == 1 else f"{about['nodes']} nodes"
+    letters = {}
+    rows = [_row(case, letters) for case in report["cases"]]
+    settings = [f"{letter}: {_settings(options)}" for options, letter in letters.items()]
     lines = [
-        f"{len(report['cases'])} cases on {about['device']} over {about['backend']}, {nodes}, "
-        f"{about['date']}, torch {about['torch']}, "
-        f"megatron-core {about['megatron-core']}.",
+        *textwrap.wrap(
+            f"{len(report['cases'])} cases on {about['device']} over {about['backend']}, {nodes}, "
+            f"{about['date']}, torch {about['torch']}, megatron-core {about['megatron-core']}. "
+            "Letters in the column `+` are settings beside the layout, listed below the table.",
+            100,
+        ),
         "",
-        "| layout | model | other settings | s | precision | superposition | recovery | gradient "
-        "norm | weights | |",
+        "| layout | model | + | s | type | superposition | recovery | norm | weights | same as |",
         "|---|---|---|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        *(line for setting in settings for line in _item(setting)),
     ]
-    for case in report["cases"]:
-        found = case["difference"]
-        exact = "bag_of_one" in case["test"]
-        options = " ".join(
-            f"`{option}`"
-            for option in ["--" + text.strip() for text in case["options"].split("--")[1:]]
-        )
-        weights = "-" if "fsdp" in case["layout"] else _figure(found["weights"])
-        cells = [
-            case["layout"],
-            case["model"],
-            options,
-            str(case["s"]),
-            case["precision"],
-            _figure(found["superposition"]),
-            _figure(found["recovery"]),
-            _figure(found["norms"]),
-            weights,
-            ("= stock, bit for bit" if exact else "= one process")
-            if case["status"] == "passed"
-            else "**differs**",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    for status, header in (("refused", "shown by"), ("not verified", "why")):
-        lines += ["", f"| {status} | precision | {header} |", "|---|---|---|"]
-        lines += [
-            f"| {layout} | {precision} | {f'`{text}`' if status == 'refused' else text} |"
-            for layout, precision, text in report[status]
-        ]
+    for status, why in (("refused", "Shown by"), ("not verified", "Why")):
+        lines += ["", f"**{status.capitalize()}**", ""]
+        for layout, precision, text in report[status]:
+            what = layout if precision == "any" else f"{layout}, in {precision}"
+            said = f"`{text}`" if status == "refused" else text
+            lines += _item(f"{what}. {why}: {said}")
     return "\n".join(lines)
+
+
+def _row(case: dict, letters: dict[str, str]) -> str:
+    found, options = case["difference"], case["options"].strip()
+    letter = letters.setdefault(options, _letter(len(letters))) if options else ""
+    same = "stock, bit for bit" if "bag_of_one" in case["test"] else "one process"
+    cells = [
+        case["layout"],
+        case["model"],
+        letter,
+        str(case["s"]),
+        case["precision"],
+        _figure(found["superposition"]),
+        _figure(found["recovery"]),
+        _figure(found["norms"]),
+        "-" if "fsdp" in case["layout"] else _figure(found["weights"]),
+        same if case["status"] == "passed" else "**differs**",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _letter(number: int) -> str:
+    """0 -> a, 25 -> z, 26 -> aa"""
+    return ("" if number < 26 else _letter(number // 26 - 1)) + chr(ord("a") + number % 26)
+
+
+def _settings(options: str) -> str:
+    return " ".join(f"`--{text.strip()}`" for text in options.split("--")[1:])
+
+
+def _item(text: str) -> list[str]:
+    """An entry of a Markdown list, in lines of 100 columns."""
+    return textwrap.wrap(
+        text, 100, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def _figure(value: float) -> str:
