@@ -1,6 +1,6 @@
-"""The training script of the package, for launch lines that name a file: megatron_tst/pretrain_gpt.py.
+"""A door to megatron_tst/pretrain_gpt.py, for launch lines that name a file.
 
-Copy that one for a script of your own: it is a plain Megatron script but for two lines, marked (TST).
+Copy that one for a script of your own: a plain Megatron script and two lines more, marked (TST).
 """
 
 from megatron_tst.pretrain_gpt import main

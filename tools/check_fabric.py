@@ -1,8 +1,10 @@
 """Bandwidth of the collectives of a training step over all ranks, at the sizes that a model gives
 them: run before a long job.
 
-    torchrun --nproc-per-node 8 tools/check_fabric.py                                      one node
-    srun torchrun --nnodes N --nproc-per-node 8 --rdzv-... tools/check_fabric.py           several (examples/slurm/nccl_tests.sbatch)
+    torchrun --nproc-per-node 8 tools/check_fabric.py
+    srun torchrun --nnodes N --nproc-per-node 8 --rdzv-... tools/check_fabric.py
+
+The second is for several nodes (examples/slurm/nccl_tests.sbatch).
 
 Prints a table on rank 0 and ends with exit code 1 if a collective stays under --at-least GB/s. Bus
 bandwidth is what a link carries whatever the number of ranks: for an all-reduce of P bytes over R

@@ -1,10 +1,14 @@
 """What tools/gpu_check.sh asks of Python: which wheels are needed, what ptxas said of the kernels,
 and OUT/report.md.
 
-python tools/gpu_report.py versions
-python tools/gpu_report.py wheels DIR SITE                            install into SITE what DIR has and the machine lacks
-python tools/gpu_report.py resources COMPILE_LOG JSON sm_90 sm_100    registers and spills of each kernel; exit code 1: one spills, or is missing
-python tools/gpu_report.py report OUT                                 from the files of all parts that have run, on whatever machine
+    python tools/gpu_report.py versions
+    python tools/gpu_report.py wheels DIR SITE
+    python tools/gpu_report.py resources COMPILE_LOG JSON sm_90 sm_100
+    python tools/gpu_report.py report OUT
+
+`wheels` installs into SITE what DIR has and the machine lacks. `resources` notes registers and
+spills of each kernel; exit code 1: one spills, or is missing. `report` reads the files of all parts
+that have run, on whatever machine.
 """
 
 from __future__ import annotations
@@ -78,7 +82,6 @@ def wheels(folder: str, site: str) -> int:
 
 
 # --- what ptxas -v says
-# -------------------------------------------------------------------------------------------------------
 
 _ENTRY = re.compile(
     r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
@@ -155,7 +158,6 @@ def resources(log: str, output: str, *architectures: str) -> int:
 
 
 # --- the report
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def report(folder: str) -> int:

@@ -1,4 +1,4 @@
-"""Unpickling that runs nothing: a checkpoint comes from anywhere, and a pickle can call anything."""
+"""Unpickling that runs nothing: checkpoints come from anywhere, pickles call anything."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def _check_batches(args) -> None:
         )
 
 
-def report(args, gpu: str) -> str:
+def report(args: argparse.Namespace, gpu: str) -> str:
     """What was accepted, and what could not be looked at."""
     from megatron.core import __version__
 

@@ -16,6 +16,7 @@ from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     it.add_argument("target", type=Path, metavar="TARGET", help="a new folder, for --load")
@@ -53,6 +54,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst boundary") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -18,6 +18,7 @@ from megatron_tst.cli.screen import Parser, progress_bar, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("--output", required=True, type=Path, metavar="PREFIX")
     it.add_argument(
@@ -44,6 +45,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst corpus") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -26,6 +26,7 @@ from megatron_tst.errors import TSTError, optional, refuse
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("--out", type=Path, default=Path("demo_out"), help="default: demo_out")
     it.add_argument(
@@ -44,6 +45,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst demo") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -1,11 +1,11 @@
 """What is installed, what TST will use, and what to do about each fault. Needs nothing but Python.
 
-    megatron-tst doctor            one screen
-    megatron-tst doctor --json     the same as one JSON object
+    megatron-tst doctor
+    megatron-tst doctor --json
 
-Exit code 0: training would start. 1: there is a FAULT. Packages are judged as for a GPU run: a
-broken Transformer Engine or apex is a fault where MEGATRON_TST_CPU=1 would hide it, and a broken
-extension is one although the torch kernels stand in.
+The second prints the same as one JSON object. Exit code 0: training would start. 1: there is a
+FAULT. Packages are judged as for a GPU run: a broken Transformer Engine or apex is a fault where
+MEGATRON_TST_CPU=1 would hide it, and a broken extension is one although the torch kernels stand in.
 """
 
 from __future__ import annotations

@@ -10,12 +10,14 @@ absent, also after a kill.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     add_export(it)
     it.add_argument(
@@ -46,13 +48,14 @@ def add_export(it: Parser) -> None:
     it.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def given(options) -> dict:
+def given(options: argparse.Namespace) -> dict:
     """Of add_export's flags, what the export functions take under the same names."""
     names = ("tokenizer", "vocab_size", "allow_superposition", "force")
     return {name: getattr(options, name) for name in names}
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst export-hf") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -14,6 +14,7 @@ from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     add_export(it)
     it.add_argument(
@@ -26,6 +27,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst export-nemo") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

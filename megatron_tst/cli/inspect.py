@@ -15,6 +15,7 @@ from megatron_tst.cli.screen import Parser, answer, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     it.add_argument("--json", action="store_true", help="print one JSON object")
@@ -22,6 +23,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst inspect") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -17,6 +17,7 @@ from megatron_tst.cli.screen import Parser, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("script", metavar="SCRIPT", help="calls megatron.training.pretrain")
     it.add_argument(
@@ -29,6 +30,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst launch") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -24,10 +24,12 @@ def tokens(count: float) -> str:
 
 
 def gb(size: float) -> str:
+    """12.34 GB"""
     return f"{size / 1e9:.2f} GB"
 
 
 def show(plan: dict) -> None:
+    """Print a plan, or the faults of a run that is impossible (planning/plan.py, examine)."""
     if "faults" in plan:
         _print(_checks(plan["checks"]))
         _lines(

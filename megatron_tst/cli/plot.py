@@ -20,9 +20,11 @@ from pathlib import Path
 
 from megatron_tst.cli.screen import Parser, answer, refusing
 from megatron_tst.errors import refuse
+from megatron_tst.planning.curves import SpeedUp
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument(
         "--output",
@@ -48,6 +50,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst plot") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 
@@ -92,7 +95,7 @@ def _run(options):
     return 0
 
 
-def said(speed_up) -> str:
+def said(speed_up: SpeedUp) -> str:
     """A line of a planning.curves.SpeedUp."""
     how = "one pair"
     if speed_up.standard_error is not None:

@@ -20,6 +20,7 @@ from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     add_export(it)
     it.add_argument("--recipe", required=True, metavar="fp8|nvfp4", help="nvfp4 needs a GPU")
@@ -40,6 +41,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst quantize") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

@@ -15,6 +15,7 @@ from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
 
 
 def parser(prog: str) -> Parser:
+    """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     it.add_argument("other", type=Path, metavar="CHECKPOINT")
@@ -24,6 +25,7 @@ def parser(prog: str) -> Parser:
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst verify") -> int:
+    """Run the verb. -> exit code"""
     return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
 
 

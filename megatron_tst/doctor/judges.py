@@ -35,6 +35,7 @@ class Row:
 
 
 def fault(name: str, expected: str, found: str, do: str) -> Row:
+    """A row that says what is wrong and what to do about it."""
     return Row(name, "FAULT", found, expected, do)
 
 
@@ -50,6 +51,7 @@ def fits(version: str, wanted: str) -> bool:
 
 
 def judge_python(version: tuple[int, ...], wanted: str) -> Row:
+    """Whether this Python is in the range that the package asks for."""
     text = ".".join(map(str, version[:3]))
     if not fits(text, wanted):
         return fault("Python", wanted, text, "Use a newer one.")
@@ -57,18 +59,21 @@ def judge_python(version: tuple[int, ...], wanted: str) -> Row:
 
 
 def judge_installed(packages: dict, name: str, do: str) -> Row:
+    """Whether a package that training needs is there; `do` says what to do if not."""
     if name not in packages:
         return fault(name, "it to be installed", "none", do)
     return Row(name, "ok", "{version}, {folder}".format(**packages[name]))
 
 
 def judge_optional(packages: dict, name: str) -> Row:
+    """A package that one does without: its version, or what is missing without it."""
     if name in packages:
         return Row(name, "ok", packages[name]["version"])
     return Row(name, "note", f"absent: {WITHOUT[name]}")
 
 
 def judge_torch(torch: dict, wanted: str) -> Row:
+    """Whether torch can be imported and is in the range that the package asks for."""
     do = f"`pip install 'torch{wanted}'`, built for a CUDA that the driver runs."
     if "error" in torch:
         return fault("torch", "`import torch` to work", torch["error"], do)
@@ -138,6 +143,7 @@ def how_it_runs(architectures: str, capability: list[int]) -> str:
 
 
 def judge_extension(extension: dict, gpus: list[dict]) -> Row:
+    """Whether the C++/CUDA extension loads, and runs on these GPUs."""
     name, again = "extension", f"Build it again: {INSTALL} (-e . where it is installed so)"
     if "error" in extension:
         return fault(name, "it to load", extension["error"], f"{again}.")
@@ -171,6 +177,7 @@ def judge_extension(extension: dict, gpus: list[dict]) -> Row:
 
 
 def judge_megatron(megatron: dict, wanted: str) -> Row:
+    """Whether megatron-core can be imported, and is a tested version."""
     name, version, do = (
         "megatron-core",
         megatron.get("version"),
@@ -192,6 +199,7 @@ def judge_megatron(megatron: dict, wanted: str) -> Row:
 
 
 def judge_seams(megatron: dict) -> Row:
+    """Whether the functions that TST replaces look as they were tested."""
     name, problems = "seams of Megatron", megatron.get("problems")
     if problems is None:
         return Row(name, "note", "not looked at: see megatron-core")
@@ -207,6 +215,7 @@ def judge_seams(megatron: dict) -> Row:
 
 
 def judge_transformer_engine(te: dict) -> Row:
+    """Whether Transformer Engine is whole, absent, or half installed."""
     name, versions = "Transformer Engine", te.get("versions", {})
     found = (
         ", ".join(f"{part} {version}" for part, version in versions.items()) or "unknown version"
@@ -233,6 +242,7 @@ def judge_transformer_engine(te: dict) -> Row:
 
 
 def judge_apex(apex: dict) -> Row:
+    """Whether apex is NVIDIA's with its extensions, absent, or something else of that name."""
     without = "train with --no-gradient-accumulation-fusion"
     do = (
         "`pip uninstall apex`, or take it off the path; NVIDIA's, with C++ and CUDA extensions, "

@@ -63,6 +63,7 @@ def ask(*names: str, hidden: tuple[str, ...] = ()) -> dict[str, dict]:
 
 
 def version_of(distribution: str) -> str:
+    """Of an installed distribution; "" if there is none."""
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
     return ""
@@ -83,6 +84,7 @@ def folder_of(module: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
+    """An error as its type and text, at most 300 characters."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 

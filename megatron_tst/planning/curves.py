@@ -1,15 +1,12 @@
 """What Megatron's logs and TensorBoard files say of a run: losses against steps, FLOPs, raw tokens
 and time; equal losses compared.
 
-FLOPs are 6 N D: D positions (--global-batch-size times --seq-length a step, bags or tokens alike),
-N the parameters that a position is multiplied with: all that Megatron counts, less the input
-embedding (unless the output layer shares it) and, with experts, less the share of their weights
-that a token is not sent to; multi-token prediction's heads use the output layer again. Attention's
-own products and the gathers of bags are left out.
+FLOPs are 6 N D (model_size.flops_6nd).
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import statistics
@@ -17,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_tst.errors import optional
+from megatron_tst.model_size import flops_6nd, padded_vocabulary
 
 _TRAIN = re.compile(
     r"iteration +(\d+)/ *(\d+) \|.*?\| lm loss: ([\d.E+-]+)(?:.*?mce minus bag entropy: "
@@ -66,10 +64,12 @@ class Run:
 
     @property
     def last(self) -> int:
+        """The last iteration with a training loss; 0 where there is none."""
         return max(self.train, default=0)
 
     @property
     def final_validation(self) -> float | None:
+        """The last validation loss, nats; None where there is none."""
         return self.validation[max(self.validation)] if self.validation else None
 
     @property
@@ -81,30 +81,29 @@ class Run:
     @property
     def flops(self) -> float | None:
         """Of a step; None where parameters or arguments are not known."""
-        if not self.parameters or not self.positions or "hidden_size" not in self.arguments:
-            return None
+        known = self.parameters and self.positions and "hidden_size" in self.arguments
+        return flops_6nd(self.parameters, self._model()) if known else None
+
+    def _model(self) -> argparse.Namespace:
+        """The arguments that the FLOPs follow from, as numbers."""
 
         def of(name, default=0):
             value = self.arguments.get(name, "None")
             return default if value == "None" else int(value)
 
-        used, hidden = self.parameters, of("hidden_size")
-        multiple = of("make_vocab_size_divisible_by", 1) * of("tensor_model_parallel_size", 1)
-        table = math.ceil(of("vocab_size") / multiple) * multiple * hidden
-        if self.arguments.get("untie_embeddings_and_output_weights") == "True":
-            used -= table
-        used += of("mtp_num_layers") * table  # each head forms logits of its own
-        if experts := of("num_experts"):
-            matrices = 3 if self.arguments.get("swiglu") == "True" else 2
-            weights = (
-                of("num_layers")
-                * experts
-                * matrices
-                * hidden
-                * of("moe_ffn_hidden_size", of("ffn_hidden_size"))
-            )
-            used -= round(weights * (1 - of("moe_router_topk", 1) / experts))
-        return 6.0 * used * self.positions
+        names = ("hidden_size", "num_layers", "num_experts", "mtp_num_layers")
+        on = ("swiglu", "untie_embeddings_and_output_weights")
+        return argparse.Namespace(
+            **{name: of(name) for name in (*names, "global_batch_size", "seq_length")},
+            **{name: self.arguments.get(name) == "True" for name in on},
+            moe_ffn_hidden_size=of("moe_ffn_hidden_size", of("ffn_hidden_size")),
+            moe_router_topk=of("moe_router_topk", 1),
+            padded_vocab_size=padded_vocabulary(
+                of("vocab_size"),
+                of("make_vocab_size_divisible_by", 1),
+                of("tensor_model_parallel_size", 1),
+            ),
+        )
 
     def curve(
         self, axis: str, losses: dict[int, float] | None = None

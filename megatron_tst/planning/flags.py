@@ -46,6 +46,11 @@ _SHAPE = (
 
 
 def whole(text: str) -> int:
+    """A whole number from 1 to LARGEST, 1_000 too.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     try:
         number = int(text.replace("_", ""))
     except ValueError:
@@ -58,7 +63,11 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A number above 0, with or without K, M, B, T."""
+    """A number above 0, with or without K, M, B, T.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
     unit = UNITS.get(text[-1:].upper(), 1)
     try:
         number = float(text if unit == 1 else text[:-1]) * unit

@@ -83,6 +83,13 @@ def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
         paths: as --data-path: a prefix, prefixes, or weights and prefixes. With weights `tokens` is
             what lasts until the first corpus is used up.
         length: tokens of a long sample; of longer documents so many are read.
+        seconds: how long to read for.
+
+    Returns:
+        tokens of the dataset, and how fast they were read.
+
+    Raises:
+        TSTError: weights of 0, data that are not on this machine, or files that are damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not installed here

@@ -70,7 +70,7 @@ def test_the_end_comes_after_what_is_fetched_and_on_a_whole_block():
 
 
 def test_the_earliest_end_of_the_docstrings_example(monkeypatch):
-    """Run._earliest_end: four prefetch workers, one micro-batch an iteration, 12 iterations behind."""
+    """Run._earliest_end: four prefetch workers, 12 iterations behind."""
     monkeypatch.setattr(run, "_micro_batches", lambda: 1)
     args = argparse.Namespace(
         num_workers=4, global_batch_size=4, iterations_to_skip=None, consumed_train_samples=48
