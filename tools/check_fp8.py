@@ -6,9 +6,9 @@ mixture-of-experts model, the same data, each recipe once.
     python tools/check_fp8.py OUT --reference fp32 --recipes bf16      without a GPU
 
 Each run is `python -m megatron_tst.pretrain_gpt` with bags of 4 for --iterations steps and plain
-training for as many. Compared is the mean loss of the last 10 steps of each phase. OUT gets the logs and
-fp8.json. Exit code 1: a run failed, or a loss is further from the reference's than --distance, in
-which case train in bf16 and look at the logs.
+training for as many. Compared is the mean loss of the last 10 steps of each phase. OUT gets the
+logs and fp8.json. Exit code 1: a run failed, or a loss is further from the reference's than
+--distance, in which case train in bf16 and look at the logs.
 """
 
 from __future__ import annotations

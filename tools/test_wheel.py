@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def build(here: Path) -> Path:
-    """The wheel, of a copy of the sources: setuptools leaves files in the folder where it builds."""
+    """The wheel, of a copy of the sources: setuptools leaves files where it builds."""
     here = here.resolve()
     for name in SOURCES:
         if (ROOT / name).is_dir():

@@ -217,7 +217,7 @@ class Checkpoint:
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of the iteration that `path` stands for: such a folder, or the parent of several."""
+    """The folder of the iteration that `path` stands for: that folder, or the parent of several."""
     if (path / "metadata.json").is_file():
         return path
     tracker = path / TRACKER

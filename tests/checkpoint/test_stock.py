@@ -36,8 +36,8 @@ LAYOUTS = {
 
 @pytest.fixture(scope="session")
 def stock_script(tmp_path_factory):
-    """The package's script without its two lines of TST. (Stock Megatron runs `make` in the wheel, which has
-    no Makefile.)
+    """The package's script without its two lines of TST. (Stock Megatron runs `make` in the wheel,
+    which has no Makefile.)
     """
     text = (ROOT / "megatron_tst" / "pretrain_gpt.py").read_text()
     for ours, stock in (

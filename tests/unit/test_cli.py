@@ -1,4 +1,4 @@
-"""The command: help, examples, exit codes, what a missing package is called, doors of the checkout."""
+"""The command: help, examples, exit codes, missing packages, the checkout's doors to it."""
 
 import argparse
 import ast
@@ -257,7 +257,7 @@ NOT_IN_THE_WHEEL = re.compile(r"\b(tools|examples|docs|benchmarks|tests)/\w|\w+_
 
 
 def texts(path):
-    """Strings of a module that a user may see: all but docstrings, of the verbs' modules these too."""
+    """Strings of a module that a user may see: all but docstrings; of the verbs' modules, all."""
     tree = ast.parse(path.read_text())
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     unseen = set()
