@@ -113,11 +113,11 @@ LOG = """\
   seq_length ...................................... 8
  > number of parameters on (tensor, gtp_remat, pipeline) model parallel rank (0, 0, 0): 600
  > number of parameters on (tensor, gtp_remat, pipeline) model parallel rank (0, 0, 1): 400
- [2026-01-01] iteration        1/      30 | consumed samples: 4 | elapsed time per iteration \
-(ms): 500.0 | lm loss: 5.0E+00 | mce minus bag entropy: 4.0E+00 | x
+ [2026-01-01] iteration        1/      30 | consumed samples: 4 | elapsed time \
+per iteration (ms): 500.0 | lm loss: 5.0E+00 | mce minus bag entropy: 4.0E+00 | x
  [tst] iteration        1 | phase: superposition | bag size: 2 | raw tokens: 64 |
- [2026-01-01] iteration       10/      30 | consumed samples: 40 | elapsed time per iteration \
-(ms): 100.0 | lm loss: 4.5E+00 | x
+ [2026-01-01] iteration       10/      30 | consumed samples: 40 | elapsed time \
+per iteration (ms): 100.0 | lm loss: 4.5E+00 | x
  [tst] iteration       10 | phase: recovery | bag size: 1 | raw tokens: 480 |
  [tst] boundary after iteration 5: superposition is done (320 raw tokens), recovery begins
  [tst]   expert load    busiest 1.2 before, 1.1 since
@@ -126,8 +126,8 @@ LOG = """\
 REST = """\
   global_batch_size ............................... 4
   seq_length ...................................... 8
- [2026-01-01] iteration       20/      30 | consumed samples: 80 | elapsed time per iteration \
-(ms): 200.0 | lm loss: 3.5E+00 | x
+ [2026-01-01] iteration       20/      30 | consumed samples: 80 | elapsed time \
+per iteration (ms): 200.0 | lm loss: 3.5E+00 | x
  validation loss at iteration 20 | lm loss value: 3.0E+00 | x
 """
 
