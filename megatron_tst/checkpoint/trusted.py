@@ -1,4 +1,4 @@
-"""Unpickling that runs nothing: a checkpoint comes from anywhere, and a pickle can call anything."""
+"""Unpickling that runs nothing: a checkpoint can come from anywhere, a pickle can run anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/own_loop.py: both phases in a loop on megatron-core alone, on one and on two processes."""
+"""examples/own_loop.py: both phases in a loop on megatron-core alone, on one and two processes."""
 
 import os
 import re
