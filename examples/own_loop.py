@@ -31,10 +31,11 @@ from megatron_tst import PhasedDataset, Schedule, TSTConfig
 
 LENGTH, BATCH, ITERATIONS = 32, 8, 40  # positions of a sample, samples of an iteration
 KEYS = "tokens", "labels", "loss_mask", "position_ids"
+MASKS = "reset_position_ids", "reset_attention_mask", "eod_mask_loss", "create_attention_mask"
 
 
-def start() -> None:
-    """One process group, shared by tensor parallelism alone."""
+def start() -> int:
+    """One process group, shared by tensor parallelism alone. -> this process' rank"""
     alone = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     os.environ.update({} if "RANK" in os.environ else alone)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -42,6 +43,7 @@ def start() -> None:
     parallel_state.initialize_model_parallel(torch.distributed.get_world_size())
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
+    return torch.distributed.get_rank()
 
 
 def samples_of(prefix: str, vocabulary: int, number: int, length: int) -> torch.utils.data.Dataset:
@@ -52,10 +54,7 @@ def samples_of(prefix: str, vocabulary: int, number: int, length: int) -> torch.
         blend=([prefix], None),
         split="1,0,0",
         tokenizer=NullTokenizer(vocabulary),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+        **dict.fromkeys(MASKS, False),
     )
     sizes = [number, None, None]
     return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
@@ -78,7 +77,7 @@ def gpt(vocabulary: int) -> GPTModel:
 
 def train(prefix: str, vocabulary: int) -> None:
     """Train through both phases, and say on rank 0 how it goes."""
-    start()
+    rank = start()
     # --- the essential lines
     tst = TSTConfig(bag_size=4, iters=20)
     plan = Schedule.of(4, 20, ITERATIONS * BATCH, LENGTH, BATCH)
@@ -95,15 +94,12 @@ def train(prefix: str, vocabulary: int) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if torch.distributed.get_rank() == 0:
+        if rank == 0:
             phase = plan.phase_at(i * BATCH)
             print(f"{i + 1} | {phase.name} | bag size {phase.bag_size} | loss {loss.item():.6f}")
-    status = megatron_tst.status()
-    rank = torch.distributed.get_rank()
-    print(
-        f"rank {rank}: {status.superposed_embeddings} embedding and {status.multi_hot_losses} loss "
-        "calls with bags"
-    )
+    done = megatron_tst.status()
+    calls = f"{done.superposed_embeddings} embedding and {done.multi_hot_losses} loss calls"
+    print(f"rank {rank}: {calls} with bags")
 
 
 if __name__ == "__main__":

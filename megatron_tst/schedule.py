@@ -62,7 +62,7 @@ class Phase:
         blocks, rest = divmod(self.samples, self.block)
         return blocks * self.stride + -(-rest // self.pieces)
 
-    def place[T: (int, np.ndarray)](self, j: T) -> tuple[T, T]:
+    def place(self, j: int | np.ndarray) -> tuple[int, int] | tuple[np.ndarray, np.ndarray]:
         """Where the phase's j-th sample lies.
 
         The first pieces of `stride` long samples come first, then their second pieces, and so on:

@@ -1,4 +1,4 @@
-"""Unpickling that runs nothing: checkpoints come from anywhere, pickles call anything."""
+"""Unpickling that runs nothing: a checkpoint can come from anywhere, a pickle can run anything."""
 
 from __future__ import annotations
 

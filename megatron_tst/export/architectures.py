@@ -127,7 +127,10 @@ def architecture_of(
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
     head_dim = args.kv_channels or hidden // heads
     tied = not args.untie_embeddings_and_output_weights
-    name, kind = _NAMES["experts" if experts else "qk_norm" if qk_norm else "neither"]
+    has = "qk_norm" if qk_norm else "neither"
+    if experts:
+        has = "experts"
+    name, kind = _NAMES[has]
     expert_layers = _expert_layers(args) if experts else frozenset()
     config = {
         "architectures": [name],
