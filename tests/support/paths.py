@@ -1,4 +1,4 @@
-"""Where tests and the processes that they start import from: this checkout, whatever is installed."""
+"""Where tests and their processes import from: this checkout, whatever is installed."""
 
 from __future__ import annotations
 
