@@ -444,7 +444,7 @@ def converted(source, target, *killed):
 
 
 def test_killed_at_any_moment(dense, tmp_path):
-    """The target is absent or whole, the source as it was. The next try cleans up and succeeds."""
+    """The target is absent or whole, the source as it was; the next try cleans up and succeeds."""
     source, target = at(dense, 6), tmp_path / "out"
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     whole = 0

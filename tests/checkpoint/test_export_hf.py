@@ -124,7 +124,7 @@ def test_shards_and_their_index(runs, tmp_path):
 
 
 def test_the_factor_that_megatron_took_is_exported(runs, tmp_path):
-    """--rope-scaling-factor 4 in the run, which Megatron trained with 8. The logits show it."""
+    """--rope-scaling-factor 4 in the run, which Megatron trained with 8; see the logits above."""
     with pytest.warns(
         UserWarning,
         match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their "

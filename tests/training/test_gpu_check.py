@@ -142,7 +142,7 @@ def test_wheels_that_the_machine_has_are_left_where_they_are(tmp_path):
     assert done.returncode == 1 and "expected wheels in" in done.stdout
 
 
-# --- the report ---
+# ---- the report
 
 
 def with_header_of(name, out, *rows):
@@ -261,7 +261,7 @@ def test_a_recipe_that_failed_is_no_yes(tmp_path):
     )
 
 
-# --- FP8 against bf16 ---
+# ---- FP8 against bf16
 
 
 @pytest.mark.slow

@@ -141,7 +141,7 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
 
 
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
-    """Sizes and sequence length of the two calls. The training loop tests what they return."""
+    """Sizes and sequence length of both calls; what they return is tested in the training loop."""
     args = types.SimpleNamespace(seq_length=32, create_attention_mask_in_dataloader=True)
     schedule = Schedule.of(4, 6, 40, 32, 4)
     asked = []
