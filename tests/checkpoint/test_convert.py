@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from support.paths import environment
 from support.runs import TINY, TST, all_over, data, in_a_fork
+from support.tiers import tiers
 
 from megatron_tst import cli
 from megatron_tst.checkpoint import boundary  # noqa: F401  before the fork that is killed at work
@@ -172,6 +174,39 @@ def test_new_embedding_and_head(dense, tmp_path):
                     new.std().item() == pytest.approx(source.args.init_method_std, rel=0.05)
                     and abs(new.mean()) < 1e-3
                 )
+
+
+FULLY = ["--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
+SAVED = {
+    "bf16": (1, ["--bf16"]),
+    "distributed optimizer": (2, FULLY),
+    "bf16, distributed optimizer": (2, ["--bf16", *FULLY]),
+}
+
+
+@pytest.mark.parametrize("name", tiers(SAVED, {"bf16, distributed optimizer"}))
+def test_new_values_reach_the_optimizers_copy(fork_server, corpus, tmp_path, name):
+    """Of weights in bf16 the optimizer keeps the fp32 values, rounded to the weights: a run that
+    goes on from the new values trains them.
+    """
+    nproc, flags = SAVED[name]
+    flags = [*TINY, *data(corpus), *flags]
+    save = ["--tst-exit-at-boundary", "--save", tmp_path / "ck", "--save-interval", "99"]
+    run = fork_server.train(*flags, *TST, *save, nproc=nproc)
+    assert run.ok, run.log[-3000:]
+    assert tool("boundary", tmp_path / "ck", tmp_path / "out", "--reinit", "embedding,head") == 0
+    before, after = Checkpoint(tmp_path / "ck"), Checkpoint(tmp_path / "out")
+    found = {item.name: after.tensor(item) for item in after.items if item.name in after.tensors}
+    for end in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        (copy,) = (n for n in found if n.endswith(end) and "exp_avg" not in n and n != end)
+        weight, fp32 = found[end], found[copy].reshape(found[end].shape)
+        assert weight.dtype == (torch.bfloat16 if "bf16" in name else torch.float32)
+        assert fp32.dtype == torch.float32 and torch.equal(fp32.to(weight.dtype), weight)
+        assert torch.equal(fp32, weight.float()) == ("bf16" not in name)
+        assert weight.std().item() == pytest.approx(before.args.init_method_std, rel=0.05)
+    go_on = fork_server.train(*flags, "--load", tmp_path / "out", nproc=nproc)
+    assert go_on.ok, go_on.log[-3000:]
+    assert 6.1 < float(go_on.stock_losses[7]) < 6.4  # log 512: nothing is known of the new values
 
 
 def test_one_end_has_new_values_as_the_run_drew_them(fork_server, corpus, tmp_path):
@@ -441,6 +476,63 @@ def test_killed_at_any_moment(dense, tmp_path):
         Checkpoint(source), Checkpoint(target)
     )
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_killed_over_an_existing_target(dense, tmp_path, monkeypatch):
+    """The target is the old or the new one, whole; between its two renames the old one lies beside,
+    and the next try begins with putting it back.
+    """
+    source, target = at(dense, 6), tmp_path / "out"
+
+    def replace():
+        return tool("boundary", source, target, "--force")
+
+    assert replace() == 0
+    new = contents(target)
+    assert tool("boundary", source, target, "--drop-optimizer", "--force") == 0
+    old, spare = contents(target), Path(shutil.copytree(target, tmp_path / "spare"))
+    assert old != new
+    touched, _ = in_a_fork(replace)
+    seen = set()
+    for before_the_end in (1, 2, 3, 4, 6, 8, 12, 16, touched // 2):
+        for path in tmp_path.iterdir():
+            if path != spare:
+                shutil.rmtree(path)
+        shutil.copytree(spare, target)
+        in_a_fork(replace, touched - before_the_end)
+        if target.exists():
+            seen.add("old" if contents(target) == old else "new")
+            assert contents(target) in (old, new)
+        else:
+            (aside,) = tmp_path.glob(".out.old-*")
+            assert contents(aside) == old
+    assert "old" in seen
+
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(spare, target, dirs_exist_ok=True)
+    rename, renamed = os.rename, []
+
+    def dies_in_between(*paths):
+        if len(renamed) == 1 and str(paths[1]) == str(target):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*paths)
+        renamed.append(paths)
+
+    monkeypatch.setattr(os, "rename", dies_in_between)
+    in_a_fork(replace, -1)
+    monkeypatch.undo()
+    (aside,) = tmp_path.glob(".out.old-*")
+    assert not target.exists() and contents(aside) == old
+    assert replace() == 0 and contents(target) == new
+    assert sorted(os.listdir(tmp_path)) == ["out", "spare"]
 
 
 MEASURED = """

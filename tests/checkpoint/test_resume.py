@@ -10,8 +10,6 @@ import pytest
 from support.runs import TINY, TST, data, losses_close
 from support.tiers import tiers
 
-pytestmark = pytest.mark.numeric
-
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 ZERO = ["--use-distributed-optimizer"]

@@ -18,8 +18,6 @@ from megatron_tst.data.dataset import PhasedDataset
 from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
 
-pytestmark = pytest.mark.numeric
-
 MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2"

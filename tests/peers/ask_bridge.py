@@ -3,10 +3,10 @@
 Each folder holds a `nemo` export, the `hf` export of the same checkpoint and Megatron's answers.pt.
 Written beside them:
 
-    bridge_auto     Bridge's own Hugging Face export, of run_config.yaml alone
-    bridge_folder   the same with the names of `hf`
-    bridge.pt       logits of the model that Bridge loads, and why Bridge could not export
-    bridge_again    the checkpoint, optimizer state included, resumed and saved by Bridge
+    bridge_auto      Bridge's own Hugging Face export: all that it says comes from run_config.yaml
+    bridge_folder    the same with the names of `hf`
+    bridge.pt        logits of the model that Bridge loads, and why Bridge could not export
+    bridge_again     the checkpoint, optimizer state included, resumed and saved by Bridge
 """
 
 import contextlib

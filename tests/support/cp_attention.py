@@ -28,9 +28,8 @@ def install():
             return attend(self, query, key, value, attention_mask, *rest, **named)
         length = len(query)
         chunks = [chunk for r in range(ranks) for chunk in (r, 2 * ranks - 1 - r)]
-        positions = torch.arange(ranks * length, device=query.device).view(
-            2 * ranks, -1
-        )  # of the chunks in sequence order
+        # of the chunks in sequence order
+        positions = torch.arange(ranks * length, device=query.device).view(2 * ranks, -1)
 
         def whole(tensor):
             # before: this rank's two chunks; after: all of them, in sequence order. Backward:

@@ -53,13 +53,8 @@ class Trainer:
         """The case in a layout, through both phases, from the model's start checkpoint."""
         flags = self.flags(case, layout)
         if case.load:
-            flags += [
-                "--load",
-                str(self.start(case.model)),
-                "--finetune",
-                "--no-load-optim",
-                "--no-load-rng",
-            ]
+            load = "--finetune --no-load-optim --no-load-rng".split()
+            flags += ["--load", str(self.start(case.model)), *load]
         return self._run(flags, layout, env | ({"BAG_OF_ONE": "1"} if case.s == 1 else {}))
 
     def flags(self, case: Case, layout: Layout) -> list[str]:
@@ -71,55 +66,25 @@ class Trainer:
         """A checkpoint of the model's weights, written by one process."""
         if model not in self.starts:
             self.starts[model] = self.folder / f"start{len(self.starts)}"
-            flags = [
-                *self._flags(Case("dp1", model)),
-                *ALONE.flags,
-                "--train-iters",
-                "1",
-                "--lr-decay-iters",
-                "1",
-            ]
-            self._run(
-                [
-                    *flags,
-                    "--save",
-                    str(self.starts[model]),
-                    "--save-interval",
-                    "1",
-                    "--no-save-optim",
-                    "--no-save-rng",
-                ],
-                ALONE,
-                {},
-            )
+            flags = [*self._flags(Case("dp1", model)), *ALONE.flags]
+            flags += "--train-iters 1 --lr-decay-iters 1 --no-save-optim --no-save-rng".split()
+            save = ["--save", str(self.starts[model]), "--save-interval", "1"]
+            self._run([*flags, *save], ALONE, {})
         return self.starts[model]
 
     def _flags(self, case):
         precision = {"fp32": [], "bf16": ["--bf16"]}[case.precision]
-        data = [
-            "--data-path",
-            str(self.data),
-            "--vocab-size",
-            str(VOCAB),
-            "--distributed-backend",
-            self.backend,
-        ]
-        return [
-            *BASE.split(),
-            *MODELS[case.model].split(),
-            *case.options.split(),
-            *precision,
-            *data,
-        ]
+        data = ["--data-path", str(self.data), "--vocab-size", str(VOCAB)]
+        model = [*BASE.split(), *MODELS[case.model].split(), *case.options.split()]
+        return [*model, *precision, *data, "--distributed-backend", self.backend]
 
     def _run(self, flags, layout, env):
         self.runs += 1
         folder = self.folder / f"run{self.runs}"
         folder.mkdir(exist_ok=True)
         if "fsdp" in layout.name:
-            env = env | {
-                "CUDA_DEVICE_MAX_CONNECTIONS": "8"
-            }  # Megatron demands it there, and 1 elsewhere
+            # Megatron demands it there, and 1 elsewhere
+            env = env | {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
         if layout.world > 1 or self.fork_server.node == 0:
             run = self.fork_server.train(
                 str(folder), *flags, script=SCRIPT, nproc=layout.world, env=env

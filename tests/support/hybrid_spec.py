@@ -21,9 +21,8 @@ from megatron.core.transformer.transformer_layer import (
 
 _gpt = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
 _norm = _gpt.input_layernorm
-_moe = get_gpt_layer_local_spec(
-    num_experts=2, normalization="RMSNorm"
-).submodules  # the number is the configuration's
+# the number is the configuration's
+_moe = get_gpt_layer_local_spec(num_experts=2, normalization="RMSNorm").submodules
 
 hybrid_stack_spec = ModuleSpec(
     module=HybridStack,

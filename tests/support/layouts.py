@@ -30,10 +30,8 @@ _UNTIED = "--untie-embeddings-and-output-weights"
 _LLAMA = "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear"
 _MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32"
 _AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3"
-_ALLTOALL, _ALLGATHER = (
-    "--moe-token-dispatcher-type alltoall",
-    "--moe-token-dispatcher-type allgather",
-)
+_ALLTOALL = "--moe-token-dispatcher-type alltoall"
+_ALLGATHER = "--moe-token-dispatcher-type allgather"
 _HYBRID = f"{_LLAMA} --spec support.hybrid_spec hybrid_stack_spec --hybrid-layer-pattern"
 
 MODELS = {
@@ -82,14 +80,8 @@ class Layout:
     name: str
 
     def size(self, what: str) -> int:
-        return max(
-            (
-                int(word[len(what) :])
-                for word in self.name.split()
-                if word.rstrip("0123456789") == what
-            ),
-            default=1,
-        )
+        words = [word for word in self.name.split() if word.rstrip("0123456789") == what]
+        return max((int(word[len(what) :]) for word in words), default=1)
 
     @property
     def world(self) -> int:
@@ -133,17 +125,9 @@ class Case:
 
     @property
     def id(self) -> str:
-        return ", ".join(
-            part
-            for part in (
-                self.layout,
-                self.model,
-                self.options.replace("--", ""),
-                f"s{self.s}",
-                self.precision,
-            )
-            if part
-        )
+        options = self.options.replace("--", "")
+        parts = self.layout, self.model, options, f"s{self.s}", self.precision
+        return ", ".join(filter(None, parts))
 
 
 PER_TOKEN = "--calculate-per-token-loss"

@@ -63,12 +63,8 @@ class Trained:
     """
 
     def __init__(self, fork_server, corpus: Path, new_folder):
-        self._fork_server, self._corpus, self._new_folder, self._made = (
-            fork_server,
-            corpus,
-            new_folder,
-            {},
-        )
+        self._fork_server, self._corpus, self._new_folder = fork_server, corpus, new_folder
+        self._made = {}
 
     def __call__(self, name: str) -> Path:
         if name not in self._made:

@@ -30,20 +30,8 @@ def two_nodes():
             _ip("netns", "add", name)
             made.append(name)
             _ip("-n", name, "link", "set", "lo", "up")
-        _ip(
-            "-n",
-            names[0],
-            "link",
-            "add",
-            INTERFACE,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            INTERFACE,
-            "netns",
-            names[1],
-        )
+        pair = f"link add {INTERFACE} type veth peer name {INTERFACE} netns".split()
+        _ip("-n", names[0], *pair, names[1])
         for name, address in zip(names, ADDRESSES):
             _ip("-n", name, "address", "add", f"{address}/24", "dev", INTERFACE)
             _ip("-n", name, "link", "set", INTERFACE, "up")
@@ -63,25 +51,10 @@ def start(node: int, namespace: str, command: list[str], log, env: dict) -> subp
     """Run torchrun of one node; node 0 hosts the rendezvous (it cannot tell from an address that no
     host name stands for).
     """
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-id",
-        "tst",
-        "--rdzv-endpoint",
-        f"{ADDRESSES[0]}:29500",
-        "--rdzv-conf",
-        f"is_host={int(node == 0)}",
-        "--local-addr",
-        ADDRESSES[node],
-        "--max-restarts",
-        "3",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-id", "tst", "--max-restarts", "3"]
+    torchrun += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29500", "--local-addr", ADDRESSES[node]]
+    torchrun += ["--rdzv-conf", f"is_host={int(node == 0)}"]
     # Two agents can count their restarts differently, and the store that they share is divided by
     # that count: a worker would find the addresses of dead ones. With a store of its own for every
     # start there is nothing left to find.

@@ -1,5 +1,5 @@
-"""megatron_tst.pretrain_gpt, watched: every raw token that it trains on, and things that happen
-to it at a chosen iteration.
+"""megatron_tst.pretrain_gpt, watched: every raw token that it trains on, and things that happen to
+it at a chosen iteration.
 
 TOKENS=FOLDER   each rank that fetches batches appends a line of JSON for each micro-batch:
                 [iteration, token ids]
@@ -7,8 +7,8 @@ AT=6:term       the last rank is sent SIGTERM while iteration 6 is computed
 AT=6:hour       an hour passes
 AT=6:nan        the loss is undefined, the first time that it is computed
 AT=6:nans       each time
-AT=6:twice      Megatron's rerun machine computes every iteration twice
-                (its mode has no working flag in 0.19)
+AT=6:twice      Megatron's rerun machine computes every iteration twice (its mode has no working
+                flag in 0.19)
 AT=6:elsewhere  the job runs on another machine
 """
 
@@ -66,9 +66,8 @@ def train(*positional, **named):
 if __name__ == "__main__":
     folder, (when, what) = os.environ.get("TOKENS"), os.environ.get("AT", "0:").split(":")
     when = int(when)
-    loop._TRAIN_START_TIME = (
-        time.time()
-    )  # not when the fork server imported Megatron, half an hour ago on a slow machine
+    # not when the fork server imported Megatron, half an hour ago on a slow machine
+    loop._TRAIN_START_TIME = time.time()
     stock_batch, script.get_batch = script.get_batch, get_batch
     stock_loss, script.loss_func = script.loss_func, loss_func
     stock_train, loop.train = loop.train, train

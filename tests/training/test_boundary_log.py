@@ -9,8 +9,6 @@ from support.close import close
 from support.runs import TINY, TST, data
 from support.tiers import tiers
 
-pytestmark = pytest.mark.numeric
-
 RUN = [*TINY, *TST, "--train-iters", "12"]
 MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type "

@@ -13,8 +13,6 @@ from support.tiers import tiers
 
 from megatron_tst import extension
 
-pytestmark = pytest.mark.numeric
-
 TP2 = ["--tensor-model-parallel-size", "2", "--make-vocab-size-divisible-by", "64"]
 
 

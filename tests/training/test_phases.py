@@ -194,6 +194,20 @@ def test_the_loss_decides_in_layouts(fork_server, corpus, auto, tmp_path, layout
     losses_close(again, run, range(9, 31))
 
 
+@pytest.mark.slow
+def test_the_loss_decides_with_virtual_pipeline_stages(fork_server, corpus, tmp_path):
+    """The last stage's last chunk has the loss; both chunks of a rank read the batches."""
+    flags = [*LONG, *AUTO, "--num-layers", "4", "--micro-batch-size", "1"]
+    save = ["--save", tmp_path / "one", "--save-interval", "8"]
+    run = fork_server.train(*flags, *data(corpus), *save)
+    assert run.ok, run.log[-3000:]
+    stages = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2".split()
+    again = resume(fork_server, corpus, tmp_path / "one", 8, tmp_path, *flags, *stages, nproc=2)
+    assert again.phases == {i: run.phases[i] for i in range(9, 31)}
+    assert DECIDED.findall(again.log) == DECIDED.findall(run.log) != []
+    losses_close(again, run, range(9, 31))
+
+
 def test_more_workers_than_the_boundary_waits_for(fork_server, corpus, auto, tmp_path):
     """With one micro-batch an iteration and four workers eight iterations may have been fetched:
     the boundary waits for them.

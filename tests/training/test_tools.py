@@ -26,7 +26,9 @@ def run(*command, **environment):
     )
 
 
-@pytest.mark.parametrize("architecture", tiers(["gpt", "llama", "qwen3", "qwen3-moe"], {"llama"}))
+@pytest.mark.parametrize(
+    "architecture", tiers(["gpt", "llama", "qwen3", "qwen3-moe"], {"gpt", "llama"})
+)
 def test_demo(corpus, tmp_path, architecture):
     for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")

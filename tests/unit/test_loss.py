@@ -13,9 +13,9 @@ from support.losses import IGNORE, draw, grad_of
 
 from megatron_tst import extension
 from megatron_tst.ops import loss as loss_module
-from megatron_tst.ops import reference
+from megatron_tst.ops import reference, torch_kernel
 from megatron_tst.ops.loss import target_weights
-from megatron_tst.ops.names import LOSSES, TARGET_WEIGHTINGS
+from megatron_tst.ops.names import ABLATIONS, LOSSES, TARGET_WEIGHTINGS
 
 pytestmark = pytest.mark.numeric
 
@@ -95,6 +95,54 @@ def test_any_shape(n, vocab, s, seed, weighting, loss, ignored, dtype, margin):
     want_grad = want_grad.nan_to_num()  # the reference's at rows without a label
     terms = upstream.abs().unsqueeze(-1)
     close(grad, want_grad, 3e-6, terms=terms, rounded=dtype)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_vocabulary_of_several_blocks(dtype, loss):
+    """The extension converts 2048 columns at a time: here two blocks and a part of one, with the
+    largest logit and labels in each.
+    """
+    vocab = 2 * 2048 + 37
+    logits, labels = draw((6,), vocab, 4, ignored=0)
+    for i, column in enumerate((0, 2047, 2048, 4095, 4096, vocab - 1)):
+        logits[i, column], labels[i, 0] = 20.0, column
+        labels[i, 1] = vocab - 1 - column
+    logits, upstream = logits.to(dtype), torch.randn(6)
+    got, grad = grad_of(lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits, upstream)
+    want, want_grad = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels, loss=loss), logits.double(), upstream
+    )
+    close(got, want, 3e-6, terms=largest(logits))
+    terms = upstream.abs().unsqueeze(-1)
+    close(grad, want_grad, 3e-6, terms=terms, rounded=dtype)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, *ABLATIONS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_chunks_of_rows(monkeypatch, dtype, loss):
+    """The torch kernel takes as many rows at once as fit into its memory; the last chunk is
+    shorter.
+    """
+    logits, labels = draw((4, 5), 50, 3, few=9)
+    logits, upstream = logits.to(dtype), torch.randn(4, 5)
+
+    def run():
+        return grad_of(
+            lambda z: multi_hot_cross_entropy(z, labels, loss=loss, kernel="torch"),
+            logits,
+            upstream,
+        )
+
+    whole = run()
+    monkeypatch.setitem(torch_kernel._CHUNK_BYTES, "cpu", 3 * 50 * 4)
+    assert len(list(torch_kernel.row_chunks(logits.view(20, 50)))) == 7
+    for some, other in zip(run(), whole):
+        close(some, other, 1e-6)
+    exact, _ = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z, labels, loss=loss), logits.double(), upstream
+    )
+    close(run()[0], exact, 1e-6)
 
 
 def test_gradcheck_of_the_reference():

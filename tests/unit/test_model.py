@@ -1,4 +1,4 @@
-"""TST through whole real models of megatron-core: the promises, seen from outside."""
+"""TST through whole real models of megatron-core: what the patches promise, seen from outside."""
 
 import math
 
@@ -174,9 +174,7 @@ def test_every_mode_learns(megatron, superpose, loss):
 
 @pytest.mark.parametrize("kernel", ["torch", "extension"])
 def test_kernel_in_the_recovery_phase(megatron, kernel):
-    """One label a position through the extension: Megatron's loss and gradients, in
-    training alone.
-    """
+    """One label a position through the extension, in training: Megatron's loss and gradients."""
     from megatron_tst import TSTConfig, extension
     from megatron_tst.loop import patch
 

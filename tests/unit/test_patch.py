@@ -159,9 +159,9 @@ os.environ["MEGATRON_TST_CPU"] = "1"
 from megatron_tst import cpu
 cpu.enable_if_asked()
 {order}
-loss = LanguageModule.compute_language_model_loss
-assert VocabParallelEmbedding.forward.__wrapped__ and loss.__wrapped__
-assert GPTModel.compute_language_model_loss is loss is HybridModel.compute_language_model_loss
+ours = LanguageModule.compute_language_model_loss
+assert VocabParallelEmbedding.forward.__wrapped__ and ours.__wrapped__
+assert GPTModel.compute_language_model_loss is ours is HybridModel.compute_language_model_loss
 print("reached")
 """
 MEGATRON_IMPORTS = """
