@@ -1,7 +1,8 @@
 """What TST cannot work with, and what to be warned of: looked at before training starts.
 
-A refusal names the flag, what was expected, what was got and what to do. (Settings out of their
-range: config.py. A resume: loop/resume.py.)
+A refusal names the flag, what was expected, what was got and what to do. Elsewhere are settings out
+of their range (config.py), flags of Megatron that TST cannot be combined with (conflicts.py), and
+a resume (loop/resume.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Callable
 
 from megatron_tst import cpu, extension
+from megatron_tst.checks.conflicts import check_conflicts, check_fused_linear_loss
 from megatron_tst.checks.precision import check_precision, recipe_of
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
@@ -72,18 +74,9 @@ def check_arguments(
         warn("no iteration is superposed: the run is stock Megatron")
         return
     check_sequence_length(config, args)
-    for what, bad, expected, got, do in _conflicts(args):
-        if bad:
-            refuse(f"{what} with TST", expected, got, do)
-    for name in _NOT_WITH_FUSED_LINEAR_LOSS if config.fused_linear_loss else ():
-        if getattr(args, name, None):
-            flag = f"--{name.replace('_', '-')}"
-            refuse(
-                f"{flag} with --tst-fused-linear-loss",
-                "unset",
-                "set",
-                "It needs the output layer's own forward. Drop one of the two.",
-            )
+    check_conflicts(args)
+    if config.fused_linear_loss:
+        check_fused_linear_loss(args)
     _check_ablation(config)
     _check_kernel(config)
     if recipe_of(args):
@@ -161,17 +154,13 @@ def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
     length = getattr(args, "seq_length", None)
     if not config.enabled or not length:
         return
-    cp, tp = (
-        getattr(args, "context_parallel_size", 1),
-        getattr(args, "tensor_model_parallel_size", 1),
-    )
-    tp = tp if getattr(args, "sequence_parallel", False) else 1
+    cp = getattr(args, "context_parallel_size", 1)
+    tp = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
     two = 2 * cp if cp > 1 else 1  # each context-parallel rank holds two chunks
     multiple = math.lcm(two, cp * tp)
     if length % multiple:
-        layout = [f"--context-parallel-size {cp}"] * (cp > 1) + [
-            f"--tensor-model-parallel-size {tp} --sequence-parallel"
-        ] * (tp > 1)
+        layout = [f"--context-parallel-size {cp}"] * (cp > 1)
+        layout += [f"--tensor-model-parallel-size {tp} --sequence-parallel"] * (tp > 1)
         refuse(
             f"--seq-length with {' and '.join(layout)}",
             f"a multiple of {multiple}",
@@ -179,19 +168,6 @@ def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
             "It counts positions (bags or tokens), which are spread evenly over the ranks. Change "
             "it or the layout.",
         )
-
-
-# MuP scales logits between the output layer and the loss, multi-token prediction counts right
-# guesses from them; the others take the output layer, its precision or its gradient elsewhere.
-_NOT_WITH_FUSED_LINEAR_LOSS = (
-    "use_mup",
-    "mtp_num_layers",
-    "defer_embedding_wgrad_compute",
-    "overlap_moe_expert_parallel_comm",
-    "use_megatron_fsdp",
-    "use_torch_fsdp2",
-    "fp8_output_proj",
-)
 
 
 def _warn_of_unequal_ranks(args):
@@ -202,14 +178,13 @@ def _warn_of_unequal_ranks(args):
     if getattr(args, "eod_mask_loss", False) and not per_token:
         warn(
             "--context-parallel-size with --eod-mask-loss: Megatron weighs a label by how many "
-            "its rank has. "
-            "Add --calculate-per-token-loss to weigh all alike"
+            "its rank has. Add --calculate-per-token-loss to weigh all alike"
         )
     if getattr(args, "mtp_num_layers", None):
         warn(
             "--context-parallel-size with --mtp-num-layers: Megatron averages the heads' losses "
-            "over each rank's own positions, so that "
-            "the result depends a little on the number of ranks, with and without TST"
+            "over each rank's own positions, so that the result depends a little on the number "
+            "of ranks, with and without TST"
         )
 
 
@@ -251,132 +226,3 @@ def _check_kernel(config):
         refuse(
             flag, f"the extension's {device} kernels", got, "Build the extension, or drop the flag."
         )
-
-
-def _conflicts(args):
-    """(what, whether it is asked for, expected, got, what to do) of everything in Megatron that TST
-    does not work with.
-    """
-
-    def of(name, default=None):
-        return getattr(args, name, default)
-
-    one_document = (
-        "Bags would mix documents that must not see each other. Drop the flag: TST "
-        "packs documents as plain pre-training does."
-    )
-    constant = (
-        "The boundary is a number of samples of one batch size. Use a constant --global-batch-size."
-    )
-    graph = (
-        of("cuda_graph_impl"),
-        [str(getattr(x, "name", x)) for x in of("cuda_graph_scope") or []],
-    )
-    fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
-    fused_linear = bool(of("fuse_linear_cross_entropy")) or fusion == "linear"
-    yield (
-        "--sft",
-        of("sft"),
-        "plain pre-training data",
-        "packed sequences",
-        "Use TST for pre-training alone.",
-    )
-    for name in ("reset_position_ids", "reset_attention_mask", "dataloader_inter_document_masking"):
-        yield f"--{name.replace('_', '-')}", of(name), "unset", "set", one_document
-    yield "--rampup-batch-size", of("rampup_batch_size"), "none", of("rampup_batch_size"), constant
-    yield (
-        "--step-batch-size-schedule",
-        of("step_batch_size_schedule"),
-        "none",
-        of("step_batch_size_schedule"),
-        constant,
-    )
-    yield (
-        "--decrease-batch-size-if-needed",
-        of("decrease_batch_size_if_needed"),
-        "unset",
-        "set",
-        constant,
-    )
-    yield (
-        "cross-entropy fusion",
-        fused_linear or fusion == "te",
-        "a loss that goes through compute_language_model_loss with ordinary logits (fusion off, "
-        "or 'native')",
-        "fuse_linear_cross_entropy" if fused_linear else f"--cross-entropy-fusion-impl {fusion}",
-        "It takes one label a position. Drop the fusion flag; the superposed loss has its own "
-        "kernel.",
-    )
-    yield (
-        "--cuda-graph-impl",
-        graph[0] == "full_iteration" or "full_iteration" in graph[1],
-        "none or a per-layer graph",
-        "full_iteration",
-        "The graph would be captured with the shapes of one phase. Use --cuda-graph-impl local or "
-        "transformer_engine.",
-    )
-    yield (
-        "--dataloader-type",
-        of("dataloader_type", "single") not in (None, "single"),
-        "single",
-        of("dataloader_type"),
-        "A sample's index says its phase, so samples must come in order. Use --dataloader-type "
-        "single.",
-    )
-    yield (
-        "label smoothing",
-        of("label_smoothing"),
-        "0",
-        of("label_smoothing"),
-        "It is defined for one label a position. Switch it off.",
-    )
-    yield (
-        "--hybrid-context-parallel",
-        of("hybrid_context_parallel"),
-        "unset",
-        "set",
-        "Use --context-parallel-size alone.",
-    )
-    yield (
-        "--fim-data",
-        of("fim_data"),
-        "unset",
-        "set",
-        "Fill-in-the-middle rearranges samples of ordinary length. Drop the flag.",
-    )
-    yield (
-        "--perform-rl-step",
-        of("perform_rl_step"),
-        "unset",
-        "set",
-        "Use TST for pre-training alone.",
-    )
-    yield (
-        "--logits-load-dir",
-        of("logits_load_dir"),
-        "none",
-        of("logits_load_dir"),
-        "Distillation needs one label a position.",
-    )
-    yield (
-        "ModelOpt",
-        of("modelopt_enabled"),
-        "off",
-        "on",
-        "Quantise or distil after recovery, without the --tst- flags.",
-    )
-    yield (
-        "--gtp-weight-remat-size",
-        of("gtp_weight_remat_size", 1) > 1,
-        "1",
-        of("gtp_weight_remat_size"),
-        "Not verified with bags.",
-    )
-    phases = of("phase_transition_iterations")
-    yield (
-        "--phase-transition-iterations",
-        phases,
-        "none",
-        phases,
-        "The run has two phases already. Use --tst-exit-at-boundary.",
-    )

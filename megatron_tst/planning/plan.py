@@ -15,7 +15,7 @@ from megatron_tst.checks import layout
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse
 from megatron_tst.hardware import ASSUMED_CUDA, GPUS
-from megatron_tst.planning import arithmetic, flags
+from megatron_tst.planning import arithmetic, evidence, flags
 from megatron_tst.schedule import RECOVERY
 
 
@@ -60,7 +60,7 @@ def examine(
     found = arithmetic.make(args, config)
     found["loader"]["measured"] = measured
     found["against"], found["warnings"], found["checks"] = (
-        arithmetic.against(found, config),
+        evidence.against(found, config),
         warned,
         rows,
     )
@@ -71,7 +71,7 @@ def examine(
         base,
     )
     if args.sweep:
-        found["sweep"] = arithmetic.sweep(args, config)
+        found["sweep"] = evidence.sweep(args, config)
     return found, args
 
 

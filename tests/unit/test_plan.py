@@ -13,7 +13,7 @@ from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 from megatron_tst import model_size
 from megatron_tst.cli import plan_screen
 from megatron_tst.ops import chunks
-from megatron_tst.planning import arithmetic, paper, recipes
+from megatron_tst.planning import arithmetic, evidence, paper, recipes
 from megatron_tst.planning import flags as plan_flags
 from megatron_tst.schedule import Schedule
 
@@ -424,8 +424,7 @@ def test_sweep(capsys):
     found = planned("--preset", "3b", "--tokens", "80B", "--sweep")
     cells = {(cell["s"], cell["r"]): cell for cell in found["sweep"]["cells"]}
     assert (
-        len(cells) == len(arithmetic.SWEEP_S) * len(arithmetic.SWEEP_R)
-        and found["sweep"]["table"] == 6
+        len(cells) == len(evidence.SWEEP_S) * len(evidence.SWEEP_R) and found["sweep"]["table"] == 6
     )
     assert (
         cells[6, 0.3]["raw_tokens"] == found["text"]["raw_tokens"]

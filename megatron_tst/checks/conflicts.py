@@ -1,0 +1,128 @@
+"""Flags of Megatron that TST cannot be combined with."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_tst.errors import refuse
+
+_ONE_DOCUMENT = (
+    "Bags would mix documents that must not see each other. Drop the flag: TST packs documents as "
+    "plain pre-training does."
+)
+_CONSTANT = (
+    "The boundary is a number of samples of one batch size. Use a constant --global-batch-size."
+)
+_PRE_TRAINING = "Use TST for pre-training alone."
+# Refused where it has a value: (what is expected, what to do). "unset" is of a flag without value.
+_NOT_WITH_TST = {
+    "reset_position_ids": ("unset", _ONE_DOCUMENT),
+    "reset_attention_mask": ("unset", _ONE_DOCUMENT),
+    "dataloader_inter_document_masking": ("unset", _ONE_DOCUMENT),
+    "rampup_batch_size": ("none", _CONSTANT),
+    "step_batch_size_schedule": ("none", _CONSTANT),
+    "decrease_batch_size_if_needed": ("unset", _CONSTANT),
+    "hybrid_context_parallel": ("unset", "Use --context-parallel-size alone."),
+    "fim_data": (
+        "unset",
+        "Fill-in-the-middle rearranges samples of ordinary length. Drop the flag.",
+    ),
+    "perform_rl_step": ("unset", _PRE_TRAINING),
+    "logits_load_dir": ("none", "Distillation needs one label a position."),
+    "phase_transition_iterations": (
+        "none",
+        "The run has two phases already. Use --tst-exit-at-boundary.",
+    ),
+}
+# MuP scales logits between the output layer and the loss, and multi-token prediction counts right
+# guesses from them. The others take the output layer, its precision or its gradient elsewhere.
+_NOT_WITH_FUSED_LINEAR_LOSS = (
+    "use_mup",
+    "mtp_num_layers",
+    "defer_embedding_wgrad_compute",
+    "overlap_moe_expert_parallel_comm",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "fp8_output_proj",
+)
+
+
+def check_conflicts(args: argparse.Namespace) -> None:
+    """Refuse what TST does not work with.
+
+    Args:
+        args: Megatron's arguments; a flag that this version does not have is not asked.
+
+    Raises:
+        TSTError: with the first flag, what was expected, what was got, what to do.
+    """
+    for name, (expected, do) in _NOT_WITH_TST.items():
+        if value := getattr(args, name, None):
+            got = "set" if expected == "unset" else value
+            refuse(f"{_flag(name)} with TST", expected, got, do)
+    for what, wrong, expected, got, do in _others(args):
+        if wrong:
+            refuse(f"{what} with TST", expected, got, do)
+
+
+def check_fused_linear_loss(args: argparse.Namespace) -> None:
+    """Refuse what `--tst-fused-linear-loss` does not work with.
+
+    Raises:
+        TSTError: with the first flag, what was expected, what was got, what to do.
+    """
+    for name in _NOT_WITH_FUSED_LINEAR_LOSS:
+        if getattr(args, name, None):
+            do = "It needs the output layer's own forward. Drop one of the two."
+            refuse(f"{_flag(name)} with --tst-fused-linear-loss", "unset", "set", do)
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def _others(args):
+    """(what, whether it is wrong, expected, got, what to do) of all that takes more than a look at
+    one flag.
+    """
+
+    def of(name, default=None):
+        return getattr(args, name, default)
+
+    yield "--sft", of("sft"), "plain pre-training data", "packed sequences", _PRE_TRAINING
+    fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
+    linear = bool(of("fuse_linear_cross_entropy")) or fusion == "linear"
+    yield (
+        "cross-entropy fusion",
+        linear or fusion == "te",
+        "a loss that goes through compute_language_model_loss with ordinary logits (fusion off, "
+        "or 'native')",
+        "fuse_linear_cross_entropy" if linear else f"--cross-entropy-fusion-impl {fusion}",
+        "It takes one label a position. Drop the fusion flag; the superposed loss has its own "
+        "kernel.",
+    )
+    scopes = [str(getattr(scope, "name", scope)) for scope in of("cuda_graph_scope") or []]
+    yield (
+        "--cuda-graph-impl",
+        "full_iteration" in (of("cuda_graph_impl"), *scopes),
+        "none or a per-layer graph",
+        "full_iteration",
+        "The graph would be captured with the shapes of one phase. Use --cuda-graph-impl local or "
+        "transformer_engine.",
+    )
+    loader = of("dataloader_type")
+    yield (
+        "--dataloader-type",
+        loader not in (None, "single"),
+        "single",
+        loader,
+        "A sample's index says its phase, so samples must come in order. Use --dataloader-type "
+        "single.",
+    )
+    smoothing = of("label_smoothing")
+    one_label = "It is defined for one label a position. Switch it off."
+    yield "label smoothing", smoothing, "0", smoothing, one_label
+    quantised = "Quantise or distil after recovery, without the --tst- flags."
+    yield "ModelOpt", of("modelopt_enabled"), "off", "on", quantised
+    size = of("gtp_weight_remat_size", 1)
+    yield "--gtp-weight-remat-size", size > 1, "1", size, "Not verified with bags."
