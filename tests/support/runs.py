@@ -11,10 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from support.close import close
 from support.paths import EVERYTHING, ROOT, environment
@@ -81,6 +84,8 @@ def in_a_fork(call, killed_at: int | None = None, delay: float = 0) -> tuple[int
         code = 3
         try:
             os.close(reading)
+            # tqdm's own lock is shared by all forks: one that is killed with it would stop the rest
+            tqdm.set_lock(threading.RLock())
             sys.addaudithook(lambda event, _: event in _FILES and os.write(writing, b"."))
             code = call()
         finally:
