@@ -73,7 +73,7 @@ def test_transformers_says_what_megatron_says(answers, name):
     want, got = answers[name]
     assert got["class"] == RUNS[name][2] and not got["unloaded"]
     assert got["logits"].shape == want["logits"].shape == (5, 12, VOCAB)
-    close(got["logits"], want["logits"], 2e-6)
+    close(got["logits"], want["logits"], 2e-6)  # largest seen 2e-7
     assert torch.equal(got["generated"], want["generated"]) and len(want["generated"].unique()) > 3
 
 
@@ -477,7 +477,7 @@ def test_megatron_says_what_transformers_says(
         torch.load(folder / "answers.pt", weights_only=True) for folder in (tmp_path, models / name)
     )
     assert torch.equal(got["prompts"], want["prompts"])
-    close(got["logits"], want["logits"], 2e-6)
+    close(got["logits"], want["logits"], 2e-6)  # largest seen 3e-7
 
 
 def broken(models, tmp_path, name="llama", **config):

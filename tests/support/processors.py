@@ -30,7 +30,7 @@ ROOM = 3
 
 
 def main(arguments: list[str]) -> int:
-    failed, largest = [], collections.defaultdict(lambda: (-1.0, 0.0, ""))
+    failed, largest = [], collections.defaultdict(lambda: (-1.0, ""))
     for setting in SETTINGS:
         name = " ".join(f"{key}={value}" for key, value in setting.items()) or "as it is"
         print(f"== {name}", flush=True)
@@ -42,11 +42,12 @@ def main(arguments: list[str]) -> int:
             done = subprocess.run(command, env=os.environ | setting | {"DIFFERENCES": str(file)})
             failed += [name] * (done.returncode != 0)
             for row in map(json.loads, file.read_text().splitlines()):
-                found = row["difference"], row["tolerance"], name
-                if not found[0] <= largest[row["where"]][0]:
-                    largest[row["where"]] = found
+                found = row["difference"], name
+                place = row["where"], row["tolerance"]
+                if not found[0] <= largest[place][0]:
+                    largest[place] = found
     tight = False
-    for where, (difference, tolerance, name) in sorted(largest.items()):
+    for (where, tolerance), (difference, name) in sorted(largest.items()):
         room = tolerance / difference if difference else float("inf")
         tight |= not room >= ROOM
         print(f"{where}: {difference:.1e} of {tolerance:.1e}, room {room:.1f} ({name})")

@@ -142,7 +142,7 @@ def test_bag_entropy(weighting):
     labels[0, 0] = IGNORE
     got = bag_entropy(labels, target_weights(weighting, 6))
     want = reference.bag_entropy(labels, reference.target_weights(weighting, 6))
-    close(got, want, 1e-6)
+    close(got, want, 1e-6)  # largest seen 7e-8
 
 
 def test_entropy_of_distinct_labels_is_log_s():

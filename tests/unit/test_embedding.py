@@ -43,8 +43,8 @@ def test_equals_the_reference(patched, megatron, s):
     want = reference.superposed_embedding(table, tokens)
     (want_grad,) = torch.autograd.grad((want * upstream).sum(), table)
     assert out.shape == (3, 5, 32)
-    close(out, want, 1e-6)
-    close(grad, want_grad, 1e-6)
+    close(out, want, 1e-6)  # largest seen 6e-8
+    close(grad, want_grad, 1e-6)  # largest seen 4e-8
     assert patched.status().superposed_embeddings == 1
 
 
@@ -71,7 +71,7 @@ def test_order_in_a_bag_and_share_of_each_member(patched, megatron):
     torch.manual_seed(0)
     module = build(megatron)
     bag = torch.tensor([[[5, 9, 5, 2]]])
-    close(module(bag), module(bag.flip(-1)), 1e-6)
+    close(module(bag), module(bag.flip(-1)), 1e-6)  # largest seen 6e-8
     (grad,) = torch.autograd.grad(module(bag).sum(), module.weight)
     assert (
         grad[5].tolist() == [0.5] * 32
@@ -104,8 +104,8 @@ def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
     (want,) = torch.autograd.grad(
         reference.superposed_embedding(table, tokens), table, upstream.double()
     )
-    close(grad, want, 2**-8)  # if each element is rounded once
-    close(grad[0], want[0], 2**-8)
+    close(grad, want, 6e-3)  # each element is rounded once, by 2**-9 in the mean; largest seen 2e-3
+    close(grad[0], want[0], 6e-3)  # largest seen 2e-3
     frequent = (grad.double() - want)[0].norm() / want[0].norm()
     # the guard is worth having: torch's own bf16 accumulation of the same gradient
     bf16 = torch.nn.functional.embedding(tokens, module.weight).float().mean(2)
@@ -133,7 +133,7 @@ def test_gradient_goes_into_main_grad(patched, megatron, tied):
     (exact,) = torch.autograd.grad(
         reference.superposed_embedding(table, tokens), table, upstream.double()
     )
-    close(added, exact, 1e-6, terms=terms)  # no rounding to bf16 on the way
+    close(added, exact, 1e-6, terms=terms)  # no rounding to bf16 on the way; largest seen 8e-8
 
 
 def rank_compares_with_the_whole(scatter):
@@ -166,8 +166,9 @@ def rank_compares_with_the_whole(scatter):
         if scatter:
             want, upstream = (t.transpose(0, 1).chunk(size)[rank] for t in (want, upstream))
         (grad,) = torch.autograd.grad(out, module.weight, upstream.contiguous())
-        close(out, want, 1e-6, terms=table.abs().max(), rounded=dtype)
+        close(out, want, 1e-6, terms=table.abs().max(), rounded=dtype)  # largest seen 2e-8
         terms = upstream.abs().max()
+        # largest seen 2e-8
         close(grad, want_grad.chunk(size)[rank], 1e-6, terms=terms, rounded=dtype)
 
 

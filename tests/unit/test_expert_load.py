@@ -51,7 +51,7 @@ def test_counts_training_tokens_alone(router):
         [router.gating(x).double().log_softmax(-1) for x in (torch_input, torch_input * -1)]
     ).detach()
     want = (-(log_p.exp() * log_p).sum(-1) / math.log(4)).mean()
-    close(load.entropy(3), [want], 1e-6)
+    close(load.entropy(3), [want], 1e-6)  # largest seen 2e-8
     load.detach()
     router.train()
     router(torch_input)

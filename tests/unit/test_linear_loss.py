@@ -55,9 +55,9 @@ def test_equals_the_separate_layer_and_loss(build, tied, s, loss, kernel):
     patch.apply(TSTConfig(**settings, fused_linear_loss=True))
     got, grads = loss_and_grads(model, arguments)
     assert patch.status().fused_linear_losses == 1
-    close(got, want, 1e-6)
+    close(got, want, 1e-6)  # largest seen 6e-8
     for name, grad in grads.items():
-        close(grad, want_grads[name], 2e-6)
+        close(grad, want_grads[name], 2e-6)  # largest seen 3e-7
 
 
 def test_logits_of_all_rows_never_exist(megatron):
@@ -111,7 +111,7 @@ def test_gradient_goes_into_main_grad():
     _, with_buffer = loss_and_grads(model, arguments)
     assert weight.grad_added_to_main_grad and (with_buffer["output_layer.weight"] == 0).all()
     added = weight.main_grad - before
-    close(added, grads["output_layer.weight"], 2**-7)
+    close(added, grads["output_layer.weight"], 2**-7)  # largest seen 2e-3
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4), "bias"])
@@ -179,7 +179,7 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
         (loss * upstream).sum().backward()
         results.append((loss.detach(), mine.grad, layer.weight.grad.clone()))
     for want, got in zip(*results):
-        close(got, want, 2e-6)
+        close(got, want, 2e-6)  # largest seen 5e-7
 
 
 @pytest.mark.parametrize("size, sequence_parallel", [(2, False), (2, True), (4, True)])

@@ -62,8 +62,8 @@ def test_equals_the_reference(loss, weighting, s):
         upstream,
     )
     assert got.dtype == torch.float32
-    close(got, want, 1e-6)
-    close(grad, want_grad.nan_to_num(), 1e-6)
+    close(got, want, 1e-6)  # largest seen 1e-7
+    close(grad, want_grad.nan_to_num(), 1e-6)  # largest seen 2e-7
 
 
 @settings(max_examples=150)
@@ -91,10 +91,10 @@ def test_any_shape(n, vocab, s, seed, weighting, loss, ignored, dtype, margin):
         logits.double(),
         upstream,
     )
-    close(got, want, 3e-6, terms=largest(logits))
+    close(got, want, 3e-6, terms=largest(logits))  # largest seen 2e-7
     want_grad = want_grad.nan_to_num()  # the reference's at rows without a label
     terms = upstream.abs().unsqueeze(-1)
-    close(grad, want_grad, 3e-6, terms=terms, rounded=dtype)
+    close(grad, want_grad, 3e-6, terms=terms, rounded=dtype)  # largest seen 2e-7
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -113,9 +113,9 @@ def test_a_vocabulary_of_several_blocks(dtype, loss):
     want, want_grad = grad_of(
         lambda z: reference.multi_hot_cross_entropy(z, labels, loss=loss), logits.double(), upstream
     )
-    close(got, want, 3e-6, terms=largest(logits))
+    close(got, want, 3e-6, terms=largest(logits))  # largest seen 7e-8
     terms = upstream.abs().unsqueeze(-1)
-    close(grad, want_grad, 3e-6, terms=terms, rounded=dtype)
+    close(grad, want_grad, 3e-6, terms=terms, rounded=dtype)  # largest seen 7e-7
 
 
 @pytest.mark.parametrize("loss", [*LOSSES, *ABLATIONS])
@@ -138,11 +138,11 @@ def test_several_chunks_of_rows(monkeypatch, dtype, loss):
     monkeypatch.setitem(torch_kernel._CHUNK_BYTES, "cpu", 3 * 50 * 4)
     assert len(list(torch_kernel.row_chunks(logits.view(20, 50)))) == 7
     for some, other in zip(run(), whole):
-        close(some, other, 1e-6)
+        close(some, other, 1e-6)  # largest seen 2e-9
     exact, _ = grad_of(
         lambda z: reference.multi_hot_cross_entropy(z, labels, loss=loss), logits.double(), upstream
     )
-    close(run()[0], exact, 1e-6)
+    close(run()[0], exact, 1e-6)  # largest seen 6e-8
 
 
 def test_gradcheck_of_the_reference():
@@ -212,8 +212,9 @@ def test_one_label_is_megatrons_cross_entropy(megatron, dtype):
     if _kernel == "torch":
         assert torch.equal(got, want) and torch.equal(grad, want_grad)
     else:
-        close(got, want, 1e-6)
+        close(got, want, 1e-6)  # largest seen 2e-8
         # either is rounded to the dtype, so that they can be an ulp apart
+        # largest seen 2e-7
         close(grad, want_grad, 1e-6, terms=upstream.abs().unsqueeze(-1), rounded=dtype, roundings=2)
 
 
@@ -320,14 +321,14 @@ def test_row_gradients_sum_to_zero_for_partly_ignored_bags():
         logits,
         torch.ones(200),
     )
-    close(grad.double().sum(-1), torch.zeros(200), 1e-6, terms=1)
+    close(grad.double().sum(-1), torch.zeros(200), 1e-6, terms=1)  # largest seen 3e-7
 
 
 def test_duplicates_count_with_multiplicity():
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     bag = torch.tensor([[2, 2, 0, 2]])
     _, grad = grad_of(lambda z: multi_hot_cross_entropy(z, bag), logits, torch.ones(1))
-    close(grad, logits.softmax(-1) - torch.tensor([[0.25, 0.0, 0.75]]), 1e-6)
+    close(grad, logits.softmax(-1) - torch.tensor([[0.25, 0.0, 0.75]]), 1e-6)  # largest seen 5e-8
     # as a set for mce-alt
     once = multi_hot_cross_entropy(logits, torch.tensor([[2, 0]]), loss="mce-alt")
     close(multi_hot_cross_entropy(logits, bag, loss="mce-alt"), once, 1e-6)
@@ -338,7 +339,7 @@ def test_order_in_a_bag_matters_only_with_weights():
     flipped = labels.flip(-1)
     for loss in LOSSES:
         a, b = (multi_hot_cross_entropy(logits, y, loss=loss) for y in (labels, flipped))
-        close(a, b, 1e-6)
+        close(a, b, 1e-6)  # largest seen 5e-8
     a, b = (
         multi_hot_cross_entropy(logits, y, target_weights("power-law", 4))
         for y in (labels, flipped)
@@ -372,7 +373,7 @@ def test_a_nan_row_stays_alone_and_padded_columns_get_zero():
 def test_large_logits_are_finite_and_shifts_do_not_matter():
     logits, labels = draw((20,), 30, 3)
     a = multi_hot_cross_entropy(logits, labels)
-    close(a, multi_hot_cross_entropy(logits + 100.0, labels), 1e-6, terms=100)
+    close(a, multi_hot_cross_entropy(logits + 100.0, labels), 1e-6, terms=100)  # largest seen 8e-8
     for loss in LOSSES:
         assert multi_hot_cross_entropy(1e4 * logits, labels, loss=loss).isfinite().all()
 
@@ -395,7 +396,7 @@ def test_mean_over_positions_is_the_papers_average_where_every_bag_is_full(weigh
     logits, labels = draw((4, 16), 100, 5, ignored=0)
     exact = reference.target_weights(weighting, 5)
     got = multi_hot_cross_entropy(logits, labels, target_weights(weighting, 5)).double().mean()
-    close(got, reference.paper_loss(logits, labels, exact), 1e-6)
+    close(got, reference.paper_loss(logits, labels, exact), 1e-6)  # largest seen 9e-8
 
 
 def test_difference_from_the_papers_average_with_one_extra_token():
@@ -409,6 +410,7 @@ def test_difference_from_the_papers_average_with_one_extra_token():
         reference.paper_loss(logits, labels),
     )
     assert 0 < abs(ours.mean() - theirs) < 0.1
+    # largest seen 4e-9
     close(ours[:, :-1].mean(), reference.paper_loss(logits[:, :-1], labels[:, :-1]), 1e-6)
 
 
@@ -518,9 +520,9 @@ def rank_compares_with_the_whole(vocab, s, loss, weighting, which, dtype_name):
         lambda z: multi_hot_cross_entropy(z, labels, weights, loss=loss), logits, upstream
     )
     want_grad = want_grad.chunk(size, -1)[rank]
-    close(got, want, 1e-6)
+    close(got, want, 1e-6)  # largest seen 1e-7
     terms = upstream.abs().unsqueeze(-1)
-    close(grad, want_grad, 1e-6, terms=terms, rounded=dtype, roundings=2)
+    close(grad, want_grad, 4e-6, terms=terms, rounded=dtype, roundings=2)  # largest seen 9e-7
     everywhere = [torch.empty_like(got) for _ in range(size)]
     dist.all_gather(everywhere, got)
     assert all(torch.equal(got, other) for other in everywhere)  # the same bits on every rank

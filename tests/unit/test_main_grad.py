@@ -106,7 +106,7 @@ def test_buffers_hold_what_stock_puts_there(dtype, tied, sums, fused):
                 grad.dtype == want[name].dtype == (dtype if sums == "16 bits" else torch.float32)
             ), name
             assert 0 < want[name].float().norm() < torch.inf, name
-            close(grad, want[name], 8 * torch.finfo(dtype).eps)
+            close(grad, want[name], 8 * torch.finfo(dtype).eps)  # largest seen 3e-3
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused linear"])

@@ -91,9 +91,9 @@ def test_whole_model_equals_the_reference_formulas(patched, superpose, tied, pos
     )
     (want * upstream).sum().backward()
     assert got.shape == (2, L)
-    close(got, want, 1e-6)
+    close(got, want, 1e-6)  # largest seen 5e-8
     for name, parameter in model.named_parameters():
-        close(grads[name], parameter.grad, 2e-6)
+        close(grads[name], parameter.grad, 2e-6)  # largest seen 4e-7
 
 
 @pytest.mark.parametrize("s", [None, 4, 16])
@@ -121,7 +121,7 @@ def test_causality(patched):
         before, after = model(**batch(raw, S)), model(**batch(changed, S))
     assert torch.equal(before[:, : k - 1], after[:, : k - 1])
     want = reference.multi_hot_cross_entropy(a[:, k - 1], bag_view(changed, L, S)[1][:, k - 1])
-    close(after[:, k - 1], want, 1e-6)
+    close(after[:, k - 1], want, 1e-6)  # largest seen 4e-8
     assert not torch.equal(before[:, k - 1], after[:, k - 1])
 
 
@@ -131,7 +131,7 @@ def test_order_inside_a_bag_is_lost(patched):
     bags = raw[:, :-1].view(2, L, S)
     shuffled = torch.cat([bags[:, :, torch.randperm(S)].reshape(2, -1), raw[:, -1:]], 1)
     with torch.no_grad():
-        close(model(**batch(raw, S)), model(**batch(shuffled, S)), 1e-6)
+        close(model(**batch(raw, S)), model(**batch(shuffled, S)), 1e-6)  # largest seen 4e-8
 
 
 def test_gpt_and_hybrid_models_give_the_same_digits(patched):
@@ -188,9 +188,9 @@ def test_kernel_in_the_recovery_phase(megatron, kernel):
     try:
         got, grads = loss_and_grads(model, arguments)
         assert patch.status().recovery_losses == (kernel == "extension")
-        close(got, want, 1e-6)
+        close(got, want, 1e-6)  # largest seen 3e-8
         for name, grad in grads.items():
-            close(grad, want_grads[name], 2e-6)
+            close(grad, want_grads[name], 2e-6)  # largest seen 3e-7
         model.eval()
         with torch.no_grad():
             model(**arguments)
