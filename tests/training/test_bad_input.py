@@ -95,7 +95,7 @@ def test_missing_dataset(fork_server, tmp_path, tst):
         fork_server.train(*TINY, *tst, *data(tmp_path / "no")),
         "--data-path: expected",
         "no.idx",
-        "tools/prepare_corpus.py",
+        "`megatron-tst corpus` makes such a pair",
     )
 
 

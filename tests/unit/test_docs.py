@@ -402,6 +402,8 @@ def run(command, folder):
     return done
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_quick_start_runs_from_its_first_command_to_its_last(tmp_path):
     """In one empty folder, without a checkout; the demo with 20 iterations in place of 1000."""
     made = ["demo_out/llama/loss.png", "demo_out/llama/hf/config.json", "curves.png"]

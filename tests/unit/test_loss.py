@@ -135,7 +135,7 @@ def test_several_chunks_of_rows(monkeypatch, dtype, loss):
         )
 
     whole = run()
-    monkeypatch.setitem(torch_kernel._CHUNK_BYTES, "cpu", 3 * 50 * 4)
+    monkeypatch.setitem(torch_kernel.TORCH_KERNEL, "cpu", 3 * 50 * 4)
     assert len(list(torch_kernel.row_chunks(logits.view(20, 50)))) == 7
     for some, other in zip(run(), whole):
         close(some, other, 1e-6)  # largest seen 2e-9

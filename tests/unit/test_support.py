@@ -7,10 +7,12 @@ import pytest
 from support import processes
 from support.paths import environment
 
+# it waits: for an instant after exec the kernel shows no environment of a new process
 LEAVES_ONE = """
-import subprocess
+import subprocess, time
 def test_leaves_a_process():
     subprocess.Popen(["sleep", "{seconds}"], start_new_session=True)
+    time.sleep(0.3)
 """
 
 
