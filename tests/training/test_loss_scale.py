@@ -48,8 +48,14 @@ RUNS = {
 }
 # relative distance of losses (training and validation) and of gradient norms: from the fp32 run,
 # and from the torch kernel in the same precision
-FROM_FP32 = {"fp16": (1e-5, 1e-3), "bf16": (1e-4, 5e-3)}
-FROM_TORCH = {"fp16": (5e-6, 2e-4), "bf16": (5e-5, 5e-4)}
+FROM_FP32 = {
+    "fp16": (1e-5, 1e-3),  # largest seen 1e-6, 8e-5
+    "bf16": (1e-4, 5e-3),  # largest seen 1e-5, 8e-4
+}
+FROM_TORCH = {
+    "fp16": (5e-6, 2e-4),  # largest seen 6e-7, 2e-5
+    "bf16": (5e-5, 1e-3),  # largest seen 6e-6, 2e-4
+}
 # overflows at first, and each time that two good iterations have doubled the scale, which falls
 # from the second overflow on
 FIRST_SCALE = 2.0**21
