@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -272,6 +273,11 @@ def from_checkout(script: Path, *flags, stock: bool = False) -> Run:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """Of those below the kernel's own range, out of which gloo's listeners take theirs: one of that
+    range can be taken between this look and the run's start.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10000, 29000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
