@@ -54,8 +54,12 @@ def pytest_configure(config):
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workerinput") or not Path("/proc/self/environ").exists():
         return
-    deadline = time.time() + float(os.environ.get(PATIENCE, 20))
-    while (left := marked(os.environ[MARK])) and time.time() < deadline:
+    deadline, looks_without = time.time() + float(os.environ.get(PATIENCE, 20)), 0
+    while looks_without < 2:  # a process that has only begun has no environment for a moment
+        left = marked(os.environ[MARK])
+        looks_without = 0 if left else looks_without + 1
+        if time.time() > deadline:
+            break
         time.sleep(0.1)
     session.config.stash[_left] = [f"{pid}: {command}" for pid, command in left.items()]
     for pid in left:
