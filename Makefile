@@ -1,17 +1,21 @@
-# make demo   set up, then train a small GPT with and without TST on CPU and draw both
-# make test   set up, then run the tests that are not slow: at most 12 minutes on two idle cores
-# make test-slow      set up, then run the slow ones
-# make test-wheel     build the wheel, install it without extras into a new environment, run every verb in an empty folder
+# make demo             set up, then train a small GPT with and without TST on CPU and draw both
+# make test             set up, then run the fast tests: at most 12 minutes on two idle cores
+# make test-slow        set up, then run the slow ones
+# make test-wheel       install the wheel alone into a new environment, run every verb there
 # make test-processors  set up, then run the numeric tests as other processors would compute them
-# make test-modelopt  set up .venv-modelopt, then compare the export with ModelOpt's and test `quantize`
-# make bench  set up, then measure the superposition step against the ordinary one
-# make matrix set up, then compare every parallel layout with one process and write docs/parallelism.md's table
-# make style  ruff, and the import contracts of pyproject.toml
-# make test-bridge    set up .venv-bridge, then let Megatron-Bridge load, resume and export what is exported to NeMo
-# make test-te        set up .venv-te, then test beside the real Transformer Engine, without a GPU; WHEELS=FOLDER with a wheel of
-#                     transformer-engine-torch, else it is compiled: a CUDA 13 toolkit, a C++ compiler and about 20 minutes of a core
-# setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what it built; MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
-# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), ARCH=llama, qwen3, qwen3-moe or gpt-moe (the demo's model), OUT=demo_out (where the demo writes), SEED=1
+# make test-bridge      set up .venv-bridge: Megatron-Bridge loads, resumes, exports what we export
+# make test-modelopt    set up .venv-modelopt: ModelOpt's export against ours, and `quantize`
+# make test-te          set up .venv-te: the real Transformer Engine, without a GPU. WHEELS=FOLDER
+#                       has a wheel of transformer-engine-torch. Else it is compiled, with a CUDA 13
+#                       toolkit and a C++ compiler, in about 20 minutes of a core
+# make bench            set up, then measure the superposition step against the ordinary one
+# make matrix           set up, then write docs/parallelism.md's table
+# make style            ruff, and the import contracts of pyproject.toml
+#
+# setup builds the C++/CUDA extension where a compiler (and a CUDA toolkit) is found, and says what
+# it built. MEGATRON_TST_SKIP_CUDA=1 skips CUDA.
+# Variables: PYTHON=python3.13 (interpreter), VENV=.venv (environment), ARCH=llama, qwen3, qwen3-moe
+# or gpt-moe (the demo's model), OUT=demo_out (where the demo writes), SEED=1
 
 VENV ?= .venv
 OUT ?= demo_out
@@ -19,7 +23,8 @@ ARCH ?= gpt
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow test-wheel test-processors test-bridge test-modelopt test-te bench matrix style clean
+.PHONY: setup demo test test-slow test-wheel test-processors test-bridge test-modelopt test-te
+.PHONY: bench matrix style clean
 
 setup: $(VENV)/.ready
 

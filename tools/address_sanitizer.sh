@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs every CPU kernel of the extension under AddressSanitizer and UndefinedBehaviorSanitizer: a build of its own, in a temporary folder.
+# Runs every CPU kernel of the extension under AddressSanitizer and UndefinedBehaviorSanitizer: a
+# build of its own, in a temporary folder.
 #
 #     PYTHON=.venv/bin/python tools/address_sanitizer.sh
 set -euo pipefail

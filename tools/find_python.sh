@@ -1,5 +1,6 @@
 #!/bin/sh
-# Print the first Python >= 3.12 with venv: $PYTHON, the usual names, pyenv's. Says what to install if there is none.
+# Print the first Python >= 3.12 with venv: $PYTHON, the usual names, pyenv's. Says what to install
+# if there is none.
 ok() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }
 
 if [ -n "$PYTHON" ]; then

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds, tests and measures on a machine with one NVIDIA GPU, without network. Everything it finds goes to OUT as files; OUT/report.md sums up.
+# Builds, tests and measures on a machine with one NVIDIA GPU, without network. Everything it finds
+# goes to OUT as files; OUT/report.md sums up.
 #
 #     tools/gpu_check.sh [--part build|test|bench|fp8|train]... [--wheels DIR] [OUT]        all parts by default; OUT by default $OUT
 #
@@ -9,11 +10,15 @@
 #     fp8     a small mixture-of-experts model in every recipe that the GPU runs, against bf16, in both phases
 #     train   the demo in bf16; the superposed step against the ordinary one at the shapes of 270M and 600M
 #
-# Each part is meant to take under ten minutes and may be called alone (build first on each machine): OUT keeps what the others found, and the report
+# Each part is meant to take under ten minutes and may be called alone (build first on each
+# machine): OUT keeps what the others found, and the report
 # is written anew.
-# Needs Python 3.12 with torch for CUDA, nvcc of the same major version, megatron-core and pytest. Python packages that are missing are taken
-# from the wheels in DIR (for FP8: Transformer Engine's three) and put into build/gpu_check_site, not among the machine's own.
-# PYTHON=python3.12 chooses the interpreter. Exit code: the number of failed steps; 2 with a message where nothing could be started.
+# Needs Python 3.12 with torch for CUDA, nvcc of the same major version, megatron-core and pytest.
+# Python packages that are missing are taken
+# from the wheels in DIR (for FP8: Transformer Engine's three) and put into build/gpu_check_site,
+# not among the machine's own.
+# PYTHON=python3.12 chooses the interpreter. Exit code: the number of failed steps; 2 with a message
+# where nothing could be started.
 set -uo pipefail
 usage() { echo "gpu_check: error: $1" >&2; sed -n '4p' "$0" | cut -c3- >&2; exit 2; }
 parts=() wheels="" out=${OUT:-}

@@ -1,6 +1,8 @@
 #!/bin/sh
-# install_transformer_engine.sh PYTHON [WHEELS]: Transformer Engine's torch part, which has no public wheel, into PYTHON's environment, where
-# torch and the other two parts are. From the folder WHEELS, or compiled from its source release (about 20 minutes of a CPU core; no GPU).
+# install_transformer_engine.sh PYTHON [WHEELS]: Transformer Engine's torch part, which has no
+# public wheel, into PYTHON's environment, where
+# torch and the other two parts are. From the folder WHEELS, or compiled from its source release
+# (about 20 minutes of a CPU core; no GPU).
 set -u
 python=$1 wheels=${2:-}
 fail() { echo "transformer engine: $*" >&2; exit 2; }
@@ -13,7 +15,8 @@ if [ -n "$wheels" ]; then
     pip --no-index --find-links "$wheels" "$part" ||
         fail "WHEELS: expected a wheel of $part for this Python in $wheels, got none that fits. Leave WHEELS out to compile it."
 else
-    # its build asks nvcc for the version (nothing is compiled with it) and takes CUDA's headers from there; NCCL's and cuDNN's come with torch
+    # its build asks nvcc for the version (nothing is compiled with it) and takes CUDA's headers
+    # from there; NCCL's and cuDNN's come with torch
     toolkit=${CUDA_HOME:-/usr/local/cuda}
     [ -x "$toolkit/bin/nvcc" ] || fail "expected a CUDA 13 toolkit (headers and nvcc; no GPU), got no $toolkit/bin/nvcc. Set CUDA_HOME, or WHEELS=FOLDER with a wheel of $part."
     command -v "${CXX:-c++}" >/dev/null || fail "expected a C++ compiler, got none as ${CXX:-c++}. Install g++, or set WHEELS=FOLDER with a wheel of $part."
