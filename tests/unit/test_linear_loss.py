@@ -185,3 +185,34 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
 @pytest.mark.parametrize("size, sequence_parallel", [(2, False), (2, True), (4, True)])
 def test_tensor_and_sequence_parallel(fork_server, size, sequence_parallel):
     fork_server.call(rank_compares_with_the_separate_layer, sequence_parallel, nproc=size)
+
+
+def test_logits_of_another_type_are_refused(megatron):
+    """--output-logit-dtype (0.20): the fused loss has no logits to make of that type."""
+    from types import SimpleNamespace
+
+    from megatron_tst.checks.conflicts import check_fused_linear_loss
+    from megatron_tst.errors import TSTError
+
+    def arguments(logits):
+        return SimpleNamespace(params_dtype=torch.bfloat16, logit_dtype=logits)
+
+    check_fused_linear_loss(SimpleNamespace(params_dtype=torch.bfloat16))  # before 0.20
+    model = gpt(dtype=torch.bfloat16)
+    given = batch(torch.randint(0, V, (2, L * S + 1)), S)
+    patch.apply(TSTConfig(bag_size=S, iters=1, fused_linear_loss=True))
+    for same in (None, torch.bfloat16):
+        check_fused_linear_loss(arguments(same))
+        model.output_layer.output_dtype = same
+        assert model(**given).isfinite().all()
+    refused = (
+        r"--output-logit-dtype with --tst-fused-.*: expected torch.bfloat16, got torch.float32"
+    )
+    with pytest.raises(TSTError, match=refused):
+        check_fused_linear_loss(arguments(torch.float32))
+    model.output_layer.output_dtype = torch.float32
+    with pytest.raises(ValueError, match="expected logits of the hidden states' type torch.bfl"):
+        model(**given)
+    with torch.no_grad():
+        model.output_layer.output_dtype = None  # as before: validation is stock
+        assert model(**given).isfinite().all()
