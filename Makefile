@@ -27,7 +27,7 @@ SEED ?= 1
 RUN = $(VENV)/bin/python
 
 .PHONY: setup demo test test-slow test-wheel test-processors test-main test-bridge test-modelopt
-.PHONY: test-te
+.PHONY: test-te checkout-of-megatron
 .PHONY: bench matrix style clean
 
 setup: $(VENV)/.ready
@@ -59,17 +59,22 @@ test-wheel:
 
 MAIN_TESTS = tests/unit tests/training tests/distributed tests/checkpoint/test_resume.py tests/checkpoint/test_stock.py tests/checkpoint/test_versions.py
 
+MAIN_MEGATRON = "$$(.venv-main/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/megatron"
+
 # The environment of constraints.txt with the checkout's packages in place of megatron-core's wheel.
-test-main: .venv-main/.ready
-	@test -f "$(MEGATRON_LM)/megatron/core/package_info.py" || { echo "test-main: expected MEGATRON_LM to be a checkout of Megatron-LM, got '$(MEGATRON_LM)'. Clone https://github.com/NVIDIA/Megatron-LM and run: make test-main MEGATRON_LM=/path/to/Megatron-LM"; exit 2; }
-	ln -sfn "$(abspath $(MEGATRON_LM))/megatron" "$$(.venv-main/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/megatron"
+test-main: checkout-of-megatron .venv-main/.ready
+	ln -sfn "$(abspath $(MEGATRON_LM))/megatron" $(MAIN_MEGATRON)
 	MEGATRON_LM="$(abspath $(MEGATRON_LM))" .venv-main/bin/python -m pytest -n 2 --dist worksteal --durations=25 -m "not slow" $(MAIN_TESTS)
+
+checkout-of-megatron:
+	@test -f "$(MEGATRON_LM)/megatron/core/package_info.py" || { echo "test-main: expected MEGATRON_LM to be a checkout of Megatron-LM, got '$(MEGATRON_LM)'. Clone https://github.com/NVIDIA/Megatron-LM and run: make test-main MEGATRON_LM=/path/to/Megatron-LM"; exit 2; }
 
 .venv-main/.ready: constraints.txt pyproject.toml tools/find_python.sh
 	python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv --clear .venv-main
 	.venv-main/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
 	MEGATRON_TST_SKIP_EXTENSION=1 .venv-main/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	.venv-main/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes megatron-core
+	rm -rf $(MAIN_MEGATRON)
 	@touch $@
 
 test-bridge: .venv-bridge/.ready
