@@ -114,6 +114,38 @@ def test_gradient_goes_into_main_grad():
     close(added, grads["output_layer.weight"], 2**-7)  # largest seen 2e-3
 
 
+@pytest.mark.parametrize("buffer", [False, True])
+def test_many_small_gradients_of_the_weight_add_up(monkeypatch, buffer):
+    """All rows alike, a chunk each: sums in 16 bits would stand still at 256 times the first."""
+    from megatron_tst.ops import chunks
+    from megatron_tst.ops.linear_loss import deferred_logits, loss_of_deferred
+
+    rows, layer = 1024, gpt(dtype=torch.bfloat16).output_layer
+    torch.manual_seed(3)
+    one, label = torch.randn(1, 1, 32).bfloat16(), torch.tensor([[[5, 7, 5]]])
+    if buffer:
+        weight = layer.weight
+        weight.main_grad = torch.zeros(weight.shape)
+        weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, False
+    monkeypatch.setitem(chunks.LINEAR_LOSS, "cpu", V * 2)
+
+    def weight_gradient(n):
+        layer.weight.grad = None
+        if buffer:
+            layer.weight.main_grad.zero_()
+        with deferred_logits(layer):
+            deferred, _ = layer(one.expand(n, 1, 32))
+        labels = label.expand(n, 1, 3)
+        loss_of_deferred(
+            deferred, labels, torch.ones(3), loss="mce", kernel="torch"
+        ).sum().backward()
+        return (layer.weight.main_grad if buffer else layer.weight.grad).float().clone()
+
+    first = weight_gradient(1)
+    assert first.abs().max() > 0.1
+    close(weight_gradient(rows), rows * first, 2**-8)  # largest seen 0: one rounding of either
+
+
 @pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4), "bias"])
 def test_refuses_other_output_layers(layer):
     from megatron_tst.ops.linear_loss import deferred_logits
