@@ -148,6 +148,7 @@ def _after_megatron(torch) -> None:
     import megatron.core.models.hybrid.hybrid_block as hybrid_block
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    import megatron.core.transformer.multi_token_prediction as multi_token_prediction
     import megatron.core.transformer.torch_norm as torch_norm
 
     # random.py sets the CUDA generator through torch._C
@@ -203,6 +204,10 @@ def _after_megatron(torch) -> None:
     # HybridModel's last norm is Transformer Engine's whatever the layer spec says
     # (hybrid_block.py:215)
     hybrid_block.TENorm = torch_norm.WrappedTorchNorm
+    # without Transformer Engine the classes that it looks for are mocks (0.20,
+    # inference_layers.py:564)
+    if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
     _distributed_optimizer(torch)
     if find_spec("megatron.training"):  # absent beside a loop of one's own (examples/own_loop.py)
         import megatron.training.training as loop

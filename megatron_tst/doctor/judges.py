@@ -45,7 +45,7 @@ def numbers(version: str) -> list[int]:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as ">=0.18,<0.20"; "" is every version."""
+    """Whether a version is in a range such as ">=0.18,<0.21"; "" is every version."""
     clauses = re.findall(r"(>=|<)([\d.]+)", wanted)
     return all((numbers(version) >= numbers(bound)) == (sign == ">=") for sign, bound in clauses)
 

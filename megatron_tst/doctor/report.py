@@ -27,7 +27,7 @@ def needs() -> dict[str, str]:
     found = {"python": python, "torch": "", "megatron-core": ""}
     for requirement in asked:
         name, versions = re.match(r"([\w.-]+)\s*([^;]*)", requirement).groups()
-        if name in found:  # ">=0.18,<0.20": the lowest first
+        if name in found:  # ">=0.18,<0.21": the lowest first
             found[name] = ",".join(sorted(versions.strip().split(","), reverse=True))
     return found
 

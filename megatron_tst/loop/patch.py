@@ -174,10 +174,11 @@ def _embedding(stock):
     from megatron_tst.ops import main_grad
     from megatron_tst.ops.embedding import superposed_embedding
 
-    def forward(self, input_):
+    def forward(self, input_, *rest, **named):
         if input_.dim() != 3:
             main_grad.left_to_autograd(self.weight)
-            return stock(self, input_)
+            return stock(self, input_, *rest, **named)
+        _no_further(seams.EMBEDDING, *rest, *named)
         _state.calls["superposed_embeddings"] += 1
         if input_.shape[-1] == 1:
             # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout
@@ -192,9 +193,13 @@ def _loss(stock):
     from megatron_tst.ops.loss import multi_hot_cross_entropy
     from megatron_tst.ops.names import IGNORE
 
-    def compute_language_model_loss(self, labels, logits):
+    def compute_language_model_loss(self, labels, logits, *rest, **named):
         config, deferred = _state.config, isinstance(logits, DeferredLogits)
-        if labels.dim() == 3:
+        bags = labels.dim() == 3
+        if not (bags or deferred or (config.kernel_in_recovery and torch.is_grad_enabled())):
+            return stock(self, labels, logits, *rest, **named)
+        _no_further(seams.LOSS, *rest, *named)
+        if bags:
             _state.calls["multi_hot_losses"] += 1
             # the softmax losses of one label are the ordinary loss (the ablations' are not)
             ordinary = labels.shape[-1] == 1 and config.loss not in ABLATIONS
@@ -203,11 +208,9 @@ def _loss(stock):
                 label = labels.squeeze(-1)
                 return stock(self, label.clamp_min(0), logits).masked_fill(label == IGNORE, 0.0)
             labels, loss, kernel = labels.transpose(0, 1), config.loss, config.kernel
-        elif deferred or (config.kernel_in_recovery and torch.is_grad_enabled()):
+        else:
             _state.calls["recovery_losses"] += 1
             labels, loss, kernel = labels.t().unsqueeze(-1), "mce", config.kernel
-        else:
-            return stock(self, labels, logits)
         # labels [L, b, S], logits [L, b, V/tp]
         if deferred:
             _state.calls["fused_linear_losses"] += 1
@@ -229,12 +232,16 @@ def _loss(stock):
 
 
 def _roll_tensor(stock):
-    from megatron_tst.ops.multi_token import roll_bags
+    from megatron_tst.ops.multi_token import SEQUENCE, rolls_bags
 
-    def roll_tensor(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
-        if tensor is None or tensor.dim() != 3:
-            return stock(tensor, shifts, dims, cp_group, packed_seq_params)
-        return roll_bags(stock, tensor, shifts, cp_group, packed_seq_params)
+    signature = inspect.signature(stock)
+
+    def roll_tensor(*positional, **named):
+        call = signature.bind(*positional, **named)
+        call.apply_defaults()
+        if rolls_bags(call.arguments["tensor"], call.arguments["dims"]):
+            call.arguments["dims"] = SEQUENCE
+        return stock(*call.args, **call.kwargs)
 
     return roll_tensor
 
@@ -246,17 +253,28 @@ def _acceptance(stock):
 
     from megatron_tst.ops.multi_token import accepted_in_bags
 
-    def _compute_mtp_acceptance_counts(
-        mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group=None
-    ):
-        if mtp_labels.dim() != 3:
-            return stock(
-                mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group
-            )
-        whole = not sharded(output_layer, runtime_gather_output)
-        return accepted_in_bags(mtp_logits, mtp_labels, loss_mask, whole, tp_group)
+    signature, taken = inspect.signature(stock), seams.MTP_ACCEPTANCE.named
+
+    def _compute_mtp_acceptance_counts(*positional, **named):
+        call = signature.bind(*positional, **named)
+        if call.arguments["mtp_labels"].dim() != 3:
+            return stock(*positional, **named)
+        _no_further(seams.MTP_ACCEPTANCE, *(name for name in call.arguments if name not in taken))
+        call.apply_defaults()
+        logits, labels, mask, layer, gathered, group = (call.arguments[name] for name in taken)
+        return accepted_in_bags(logits, labels, mask, not sharded(layer, gathered), group)
 
     return _compute_mtp_acceptance_counts
+
+
+def _no_further(seam: seams.Seam, *given: object) -> None:
+    """Refuse arguments that this Megatron gives with bags and that nobody has given a meaning."""
+    if given:
+        raise PatchError(
+            f"{seam} with bags: expected no further arguments, got {', '.join(map(str, given))} "
+            f"(Megatron {compat.megatron_version()}). "
+            f"Use a tested version ({', '.join(compat.TESTED_MEGATRON)}) or report this."
+        )
 
 
 def _weights(labels: torch.Tensor) -> torch.Tensor:
