@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Callable
 
 from megatron_tst import compat, cpu
-from megatron_tst.checkpoint.format import TRACKER, mend_tracker
+from megatron_tst.checkpoint.format import emptied, mend_tracker
 from megatron_tst.checkpoint.phases import store
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.checks.refusals import check_arguments, check_sequence_length
@@ -85,11 +85,7 @@ def mend(args: argparse.Namespace) -> None:
         return
     iteration = mend_tracker(folder)
     if iteration is not None:
-        print(
-            f" [tst] {folder}: {TRACKER} was empty (a run killed while it wrote it); "
-            f"going on from iteration {iteration}",
-            flush=True,
-        )
+        print(f" [tst] {emptied(folder, iteration)}", flush=True)
 
 
 def _validate_args(stock):

@@ -7,10 +7,10 @@ import dataclasses
 import os
 
 from megatron_tst import cpu
-from megatron_tst.checkpoint.format import TRACKER, Checkpoint
+from megatron_tst.checkpoint.format import TRACKER, checkpoint_to_load
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.config import TSTConfig
-from megatron_tst.errors import TSTError, refuse
+from megatron_tst.errors import refuse
 from megatron_tst.schedule import Schedule
 
 # The data's order and the objective depend on these.
@@ -134,8 +134,9 @@ def check_restorable(args: argparse.Namespace) -> None:
         args: Megatron's; looked at on every rank, before a model is built.
 
     Raises:
-        TSTError: check_optimizer's, or the distributed optimizer over torch's Adam
-            (megatron/core/optimizer/distrib_optimizer.py; on CPU cpu.py mends it).
+        TSTError: a checkpoint that is absent, incomplete or damaged, check_optimizer's, or the
+            distributed optimizer over torch's Adam (megatron/core/optimizer/distrib_optimizer.py;
+            on CPU cpu.py mends it).
     """
     weights_alone = getattr(args, "no_load_optim", False) or getattr(args, "finetune", False)
     if not getattr(args, "load", None) or weights_alone:
@@ -143,12 +144,9 @@ def check_restorable(args: argparse.Namespace) -> None:
     folder = args.load
     if args.ckpt_step is not None:
         folder = os.path.join(folder, f"iter_{args.ckpt_step:07d}")
-    try:
-        kept = Checkpoint(folder).args
-    except TSTError:
-        kept = None  # no checkpoint yet, or of another format: Megatron says what it makes of it
-    if kept is not None:
-        check_optimizer(args, kept)
+    checkpoint = checkpoint_to_load(folder)
+    if checkpoint is not None:
+        check_optimizer(args, checkpoint.args)
     if not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
         return
     from megatron.core.optimizer import distrib_optimizer
