@@ -24,7 +24,7 @@ from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.data.dataset import phased_provider
 from megatron_tst.errors import TSTError, one_line_errors, refuse
 from megatron_tst.loop import entered, patch, seams
-from megatron_tst.loop.resume import check_restorable, check_resume
+from megatron_tst.loop.resume import check_restorable, check_resume, verify_load
 from megatron_tst.loop.run import Run
 
 _OUTPUTS = ("save", "tensorboard_dir", "data_cache_path", "tst_stock_index")
@@ -69,6 +69,8 @@ def check(args: argparse.Namespace) -> TSTConfig:
         check_arguments(config, args)
         if config.enabled:
             check_restorable(args)
+        if config.verify_load:
+            verify_load(args)
         if args.rank == 0:
             for name in _OUTPUTS:
                 check_output_folder("--" + name.replace("_", "-"), getattr(args, name, None))
