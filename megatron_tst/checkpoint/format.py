@@ -140,7 +140,11 @@ class Checkpoint:
 
     @cached_property
     def common(self) -> dict:
-        """Arguments, iteration, scheduler and the optimizer's scalars."""
+        """Arguments, iteration, scheduler and the optimizer's scalars.
+
+        Raises:
+            TSTError: it is damaged, or something else lies in its place.
+        """
         if self.common_item is None:
             found, name = load_trusted(self.path / "common.pt"), "common.pt"
         else:
