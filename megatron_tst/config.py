@@ -47,6 +47,8 @@ class TSTConfig:
             third more work in the output layer.
         stock_index: a folder for Megatron's index files with which a stock run goes on after the
             boundary (data/stock_index.py).
+        verify_load: read the checkpoint of --load through before the run starts, and refuse a
+            damaged one (loop/resume.py).
 
     Raises:
         TSTError: a value outside its range, or values that contradict each other.
@@ -67,6 +69,7 @@ class TSTConfig:
     kernel_in_recovery: bool = False
     fused_linear_loss: bool = False
     stock_index: str | None = None
+    verify_load: bool = False
 
     def __post_init__(self):
         self._check_bag_sizes()
@@ -259,6 +262,11 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     add(
         "fused-linear-loss",
         "output layer and loss in one op: no [L, b, V/tp] logits",
+        action="store_true",
+    )
+    add(
+        "verify-load",
+        "hold the checkpoint of --load against its checksums and description first",
         action="store_true",
     )
     return parser

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import pickle
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder, write_text
 from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, Item
@@ -141,11 +142,21 @@ def _write(source, folder, kept, changes, progress):
         metadata.mcore_data = {
             changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)
         }
-    flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
-    about = (source.path / "metadata.json").read_bytes()
-    flushed(folder / "metadata.json", lambda file: file.write(about))
+    write_description(folder, metadata)
     flush_folder(folder)
     read_back(folder, sums)
+
+
+def write_description(folder: Path, metadata: Metadata) -> None:
+    """Write .metadata and metadata.json into an iteration's folder."""
+    # each name twice in the pickle, which would share them: a changed bit in one is seen
+    metadata.storage_data = {
+        dataclasses.replace(index, fqn=index.fqn.encode().decode()): info
+        for index, info in metadata.storage_data.items()
+    }
+    flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
+    about = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    write_text(folder / "metadata.json", json.dumps(about))
 
 
 def _edited(source, item, changes):

@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Callable
 
 from megatron_tst import compat, cpu
-from megatron_tst.checkpoint.format import TRACKER, mend_tracker
+from megatron_tst.checkpoint.format import emptied, mend_tracker
 from megatron_tst.checkpoint.phases import store
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.checks.refusals import check_arguments, check_sequence_length
@@ -24,7 +24,7 @@ from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.data.dataset import phased_provider
 from megatron_tst.errors import TSTError, one_line_errors, refuse
 from megatron_tst.loop import entered, patch, seams
-from megatron_tst.loop.resume import check_restorable, check_resume
+from megatron_tst.loop.resume import check_restorable, check_resume, verify_load
 from megatron_tst.loop.run import Run
 
 _OUTPUTS = ("save", "tensorboard_dir", "data_cache_path", "tst_stock_index")
@@ -69,6 +69,8 @@ def check(args: argparse.Namespace) -> TSTConfig:
         check_arguments(config, args)
         if config.enabled:
             check_restorable(args)
+        if config.verify_load:
+            verify_load(args)
         if args.rank == 0:
             for name in _OUTPUTS:
                 check_output_folder("--" + name.replace("_", "-"), getattr(args, name, None))
@@ -85,11 +87,7 @@ def mend(args: argparse.Namespace) -> None:
         return
     iteration = mend_tracker(folder)
     if iteration is not None:
-        print(
-            f" [tst] {folder}: {TRACKER} was empty (a run killed while it wrote it); "
-            f"going on from iteration {iteration}",
-            flush=True,
-        )
+        print(f" [tst] {emptied(folder, iteration)}", flush=True)
 
 
 def _validate_args(stock):
