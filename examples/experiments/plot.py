@@ -219,10 +219,7 @@ def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, 
         f"seed{'s' * (seeds > 1)}; bars: standard error",
         fontsize=10,
     )
-    temporary = options.output.with_name(f".{options.output.name}.part{options.output.suffix}")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(options.output)
-    plt.close(figure)
+    save(figure, options.output)
 
 
 def _bar(axis, where, values, colour, across=False, **more):

@@ -118,8 +118,7 @@ def _replace(folder, base, **arrays):
         path = Path(folder) / f"{base}-{name}.npy"
         assert path.is_file(), path  # Megatron has just written it
         part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            np.save(file, array)
+        flushed(part, lambda file, array=array: np.save(file, array))
         os.replace(part, path)
         written.append(path)
     return written
