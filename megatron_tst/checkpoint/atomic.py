@@ -303,12 +303,12 @@ def _work(target, ours=None):
 
 @contextlib.contextmanager
 def _undisturbed():
-    """Ignore SIGTERM and SIGINT while a process that is ending cleans up."""
+    """Ignore further signals while a process that is ending cleans up."""
     caught = {}
     if threading.current_thread() is threading.main_thread():
-        caught = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in caught:
-        signal.signal(number, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not None:  # else it is not Python's
+                caught[number] = signal.signal(number, signal.SIG_IGN)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from megatron_tst.checkpoint.atomic import flushed
 from megatron_tst.errors import refuse
 from megatron_tst.schedule import Schedule
 

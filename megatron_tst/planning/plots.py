@@ -13,9 +13,7 @@ from megatron_tst.planning.curves import AXES, Run
 _DRAWN_BY = "megatron-tst"  # in every picture, which says that it may be replaced
 
 
-def plot(
-    runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[Path] = ()
-) -> None:
+def plot(runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[Path] = ()) -> None:
     """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token
     validation loss. `output`, `sources`: as `save` has them.
     """
