@@ -189,10 +189,12 @@ def _real(target):
     """The place itself: no link in the folders above, no `..`. A link at the end is kept, and
     refused later.
     """
-    target = Path(target).absolute()
-    if target.name in ("", ".."):
-        return Path(os.path.realpath(target))
-    return Path(os.path.realpath(target.parent), target.name)
+    real = Path(target).absolute()
+    last = real.name if real.name != ".." else ""
+    real = Path(os.path.realpath(real.parent if last else real), last)
+    if not real.name:
+        refuse(target, "a new name", "the root of all folders", "Name another place.")
+    return real
 
 
 def _check_place(target, kind, force):
@@ -269,11 +271,14 @@ def _identity(path):
 
 def _check_space(target, needed):
     folder = next(path for path in target.parents if path.exists())
-    free = shutil.disk_usage(folder).free
-    if free < 1.01 * needed + (16 << 20):
-        expected = f"{needed / 1e9:.2f} GB of free space"
+    disk, needed = shutil.disk_usage(folder), int(1.01 * needed) + (16 << 20)
+    if disk.total and disk.free < needed:  # /proc has none at all, and says what is wrong itself
+        sizes = needed, disk.free
+        expected, got = (f"{size / 1e9:.2f} GB" for size in sizes)
+        if expected == got:
+            expected, got = (f"{size:,} bytes" for size in sizes)
         do = "Make room or choose another disk."
-        refuse(folder, expected, f"{free / 1e9:.2f} GB", do)
+        refuse(folder, f"{expected} of free space", got, do)
 
 
 # --- the work, and what it leaves
@@ -440,19 +445,25 @@ def _state(found):
 
 
 def _dispose(old, target):
-    """Delete what was replaced, or move it aside where this tool did not write all of it."""
+    """Delete what was replaced, or move it aside where this tool did not write all of it, or may
+    not delete it.
+    """
     if _written_here(old):
-        _remove(old)
-    else:
+        with contextlib.suppress(OSError):
+            _remove(old)
+    if os.path.lexists(old):
         _move_aside({old: target})
 
 
 def _remove(folder):
     """Delete a folder, MARK last: stopped before, the rest is still known."""
-    for path, found in list(_everything(folder)):
-        if path != folder / MARK and not stat.S_ISDIR(found.st_mode):
-            path.unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _move_aside(names):
@@ -506,7 +517,7 @@ def _settle_files(whole, prefix, ours):
     """
     about = _marked(whole)
     if about is None:
-        return
+        return _dispose(whole, prefix)
     files, order, old = about["files"], about["order"], whole / _OLD
 
     def is_new(path, name):
@@ -517,7 +528,7 @@ def _settle_files(whole, prefix, ours):
             os.rename(whole / order[-1], old / order[-1])
     else:
         for name in order:
-            if not os.path.lexists(whole / name) and is_new(prefix.with_name(name), name):
+            if is_new(prefix.with_name(name), name):
                 prefix.with_name(name).unlink()
         for name in order:
             if os.path.lexists(old / name):
@@ -528,4 +539,4 @@ def _settle_files(whole, prefix, ours):
             os.rename(old, whole / "going")  # so that stopped before its end, the rest goes too
         else:
             _move_aside({old / name: prefix.with_name(name) for name in rest})
-    _remove(whole)
+    return _remove(whole)

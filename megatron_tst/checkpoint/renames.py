@@ -59,7 +59,9 @@ def rename_new(old: Path, new: Path) -> None:
         try:
             os.link(old, new, follow_symlinks=False)
         except FileExistsError:
-            raise
+            if not os.path.samestat(os.lstat(old), os.lstat(new)):
+                raise
+            os.unlink(old)  # this was stopped before: it has both names
         except OSError:  # a file system without hard links: only the look is left
             if os.path.lexists(new):
                 raise there from None
