@@ -30,7 +30,7 @@ from typing import BinaryIO
 from megatron_tst.checkpoint.renames import exchange, left_over, rename_new, tag
 from megatron_tst.errors import refuse, warn
 
-MARK = ".megatron_tst.json"  # in every folder that is written: its files, their sizes and times
+MARK = ".megatron_tst.json"  # in every folder that is written, last: its files and their sizes
 _ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FILE, _FOLDER = stat.S_IFREG, stat.S_IFDIR
 _KINDS = {_FILE: "a file", _FOLDER: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
@@ -388,10 +388,10 @@ def _finish(folder, order=()):
         elif path != folder / MARK:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-                found = os.fstat(file.fileno())
-            files[str(path.relative_to(folder))] = _state(found)
-    about = {"written by": "megatron-tst", "files": files}
-    write_json(folder / MARK, about | ({"order": list(order)} if order else {}))
+                files[str(path.relative_to(folder))] = os.fstat(file.fileno())
+    about = {"written by": "megatron-tst", "files": {name: files[name].st_size for name in files}}
+    about |= {"order": {name: _state(files[name]) for name in order}} if order else {}
+    write_json(folder / MARK, about)
     for path in reversed(folders):
         flush_folder(path)
 
@@ -418,13 +418,13 @@ def _marked(folder):
 
 
 def _written_here(folder):
-    """Whether nothing is in a folder but what this tool wrote there, as it wrote it. Files may be
-    missing.
+    """Whether nothing is in a folder but what this tool wrote there, as it wrote it: of the same
+    size, and not changed after MARK was. Files may be missing.
     """
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
         return False
     about = _marked(folder)
-    files = about["files"] if about else {}
+    files, end = ({}, 0) if about is None else (about["files"], os.lstat(folder / MARK).st_ctime_ns)
     folders = {parent for name in files for parent in Path(name).parents}
     for path, found in _everything(folder):
         name = path.relative_to(folder)
@@ -433,15 +433,15 @@ def _written_here(folder):
         elif str(name) == MARK:
             known = about is not None
         else:
-            known = files.get(str(name)) == _state(found)
+            known = stat.S_ISREG(found.st_mode) and files.get(str(name)) == found.st_size
+            known = known and found.st_ctime_ns <= end
         if not known:
             return False
     return True
 
 
 def _state(found):
-    """What MARK says of a file; of a link or pipe what it never says."""
-    return [found.st_size, found.st_mtime_ns] if stat.S_ISREG(found.st_mode) else None
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _dispose(old, target):
@@ -518,14 +518,15 @@ def _settle_files(whole, prefix, ours):
     about = _marked(whole)
     if about is None:
         return _dispose(whole, prefix)
-    files, order, old = about["files"], about["order"], whole / _OLD
+    order, old = about["order"], whole / _OLD
+    last = list(order)[-1]
 
     def is_new(path, name):
-        return os.path.lexists(path) and _state(os.lstat(path)) == files[name]
+        return os.path.lexists(path) and _state(os.lstat(path)) == order[name]
 
-    if done := not is_new(whole / order[-1], order[-1]):
-        if os.path.lexists(whole / order[-1]):  # exchanged
-            os.rename(whole / order[-1], old / order[-1])
+    if done := not is_new(whole / last, last):
+        if os.path.lexists(whole / last):  # exchanged
+            os.rename(whole / last, old / last)
     else:
         for name in order:
             if is_new(prefix.with_name(name), name):

@@ -2,8 +2,8 @@
 
     PREFIX.bin, PREFIX.idx   the documents' token ids and where each begins, for --data-path PREFIX
     PREFIX.tokenizer.json    the tokenizer, as the tokenizers library writes it
-    PREFIX.json              what was made: documents, tokens, vocab_size, end_of_document, and of
-                             the other files size and time (files)
+    PREFIX.json              what was made: documents, tokens, vocab_size, end_of_document, and the
+                             sizes of the other files
 
 Each file is one document, ended by the end-of-document token. That is the last id, vocab_size - 1,
 as Megatron's NullTokenizer expects.
@@ -85,18 +85,23 @@ def make(
         return build(files, folder / prefix.name, vocab_size, progress)
 
 
-def _sizes_and_times(prefix):
-    """Of those files that are there, PREFIX.json apart: ending -> [bytes, nanoseconds]."""
+def _others(prefix):
+    """Of the files beside PREFIX.json that are there: ending -> os.stat's."""
     paths = {ending: Path(f"{prefix}{ending}") for ending in FILES if ending != ".json"}
-    found = {ending: path.stat() for ending, path in paths.items() if path.exists()}
-    return {ending: [about.st_size, about.st_mtime_ns] for ending, about in found.items()}
+    return {ending: path.stat() for ending, path in paths.items() if path.exists()}
 
 
 def _as_made(prefix):
-    """Whether `make` wrote these files, those that are there, and nobody has changed them since."""
+    """Whether `make` wrote these files, those that are there, PREFIX.json last, and nobody has
+    changed them since.
+    """
     try:
-        said = json.loads(Path(f"{prefix}.json").read_bytes())["files"]
-        return _sizes_and_times(prefix).items() <= said.items()
+        sizes = json.loads(Path(f"{prefix}.json").read_bytes())["files"]
+        end = os.stat(f"{prefix}.json").st_mtime_ns
+        return all(
+            found.st_size == sizes.get(ending) and found.st_mtime_ns <= end
+            for ending, found in _others(prefix).items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
@@ -169,7 +174,7 @@ def build(
         "vocab_size": vocab_size,
         "end_of_document": end,
     }
-    summary["files"] = _sizes_and_times(prefix)
+    summary["files"] = {ending: found.st_size for ending, found in _others(prefix).items()}
     write_json(Path(f"{prefix}.json"), summary)
     progress(2 * len(files), 2 * len(files))
     return summary

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_tst.checkpoint import renames
+from megatron_tst.checkpoint.atomic import MARK
 
 _EVENTS = (
     "open",
@@ -98,14 +99,15 @@ def _ours(arguments):
 def spread(steps: int, times: int) -> list[int]:
     """So many of the steps 1 .. `steps`, the last ones among them: there names change hands."""
     late = min(times // 2, steps)
-    early = [1 + i * (steps - late) // (times - late) for i in range(times - late)]
+    rest, early = steps - late, times - late
+    early = [1 + (2 * i + 1) * rest // (2 * early) for i in range(early)]
     return sorted({*early, *range(steps - late + 1, steps + 1)})
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """Name of everything below a folder -> its bytes, None for a folder; MARK's times left out."""
+    """Name of everything below a folder, MARK apart -> its bytes, None for a folder."""
     return {
         str(path.relative_to(folder)): None if path.is_dir() else path.read_bytes()
         for path in folder.rglob("*")
-        if path.name != ".megatron_tst.json"
+        if path.name != MARK
     }
