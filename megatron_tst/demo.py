@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_tst.data import corpus as corpora
 
 SEQ_LENGTH, BATCH = 128, 16  # positions of a sample, samples a step
 BAG_SIZE, STEP_RATIO, ITERATIONS = 2, 0.2, 1000  # of the demo; benchmarks/data/demo_sweep.csv
+GRACE = 10  # seconds
 NAME = "3x128 lr 4e-3"  # in the tables of sweeps
 
 # Where Transformer Engine and apex are not: layers of torch alone.
@@ -150,7 +152,8 @@ def side_by_side(
 ) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
     """Start the demo's two runs, "baseline" and "tst": name -> (process, log).
 
-    Logs and checkpoints go to `folder`. What still runs when the context ends is terminated.
+    Logs and checkpoints go to `folder`. What still runs when the context ends is terminated, and
+    killed where it has not ended GRACE seconds later: nobody writes to `folder` any more.
     """
     common = flags(corpus, corpora.vocab_size(corpus), iterations, seed, architecture, device)
     common += ["--save-interval", str(iterations), "--ckpt-format", "torch_dist"]
@@ -162,6 +165,13 @@ def side_by_side(
             runs[name] = start([*common, *more, *save], log, device), log
         yield runs
     finally:
-        for process, _ in runs.values():
-            if process.poll() is None:
-                process.terminate()
+        running = [process for process, _ in runs.values() if process.poll() is None]
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in running:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -67,6 +67,7 @@ def _run(options):
             run.parameters = options.parameters or run.parameters
             if not run.train:
                 refuse(path, "training lines of Megatron", "none", "Give the last rank's log.")
+    read = [path for paths in sources.values() for path in paths]
     with_axes = options.axes or any(len(runs) > 1 for runs in groups.values())
     if with_axes:
         if not all(run.validation for runs in groups.values() for run in runs):
@@ -76,9 +77,10 @@ def _run(options):
                 "a run without",
                 "Train with --eval-iters.",
             )
-        plots.plot_axes(groups, options.output, options.title)
+        plots.plot_axes(groups, options.output, options.title, read)
     else:
-        plots.plot({name: runs[0] for name, runs in groups.items()}, options.output, options.title)
+        first = {name: runs[0] for name, runs in groups.items()}
+        plots.plot(first, options.output, options.title, read)
     found = curves.speed_ups(groups)
     about = {
         "output": str(options.output),

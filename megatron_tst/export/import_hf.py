@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_tst.checkpoint.atomic import flush_folder, flushed, new_folder, write_text
+from megatron_tst.checkpoint.atomic import flushed, new_folder, write_text
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.format import TRACKER
 from megatron_tst.checkpoint.write import write_checkpoint
@@ -67,7 +67,7 @@ def import_(
     arch = architecture_of(args, config["vocab_size"], "float32")
     tensors = SafetensorsFolder(source)
     total = sum(path.stat().st_size for path in tensors.files)
-    with new_folder(target.absolute(), total, force) as part:
+    with new_folder(target, total, force, [source]) as part:
         folder = part / "release"
         folder.mkdir()
         write_checkpoint(
@@ -90,7 +90,6 @@ def import_(
                     folder / "hf" / name,
                     lambda file, name=name: file.write((source / name).read_bytes()),
                 )
-        flush_folder(folder / "hf")
         write_text(part / TRACKER, "release")
     return flags(args)
 
