@@ -153,6 +153,11 @@ SKIPPED_BATCH = Seam(_LOOP, "get_batch_on_this_tp_rank", ("batch",))
 CHECK_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
+BUILDER = Seam(
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "BlendedMegatronDatasetBuilder.__init__",
+    ("self", "cls", "sizes", "is_built_on_rank", "config"),
+)
 BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", ())
 
 # How an unmodified script is reached: names that it imports from megatron.training.
