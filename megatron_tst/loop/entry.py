@@ -75,6 +75,10 @@ def check(args: argparse.Namespace) -> TSTConfig:
     """
     config = TSTConfig.from_args(args)
     if entered.here.checked is not args:
+        backend = getattr(args, "distributed_backend", None)
+        if cpu.asked_for() and backend == "nccl":
+            do = "Leave it out: gloo is the default there."
+            refuse(f"--distributed-backend with {cpu.SWITCH}", "gloo", backend, do)
         check_arguments(config, args)
         if config.enabled:
             check_restorable(args)
