@@ -22,6 +22,7 @@ from megatron_tst.checks import text
 from megatron_tst.checks.blends import read_blends, training_blend
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.checks.refusals import check_arguments, check_sequence_length
+from megatron_tst.checks.space import check_space
 from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
 from megatron_tst.data.dataset import phased_provider
 from megatron_tst.errors import one_line_errors, refuse
@@ -157,6 +158,8 @@ def _pretrain(*positional, **named):
     mend(args)
     config = check(args)
     found = _check_data(args, config)
+    if config.enabled and args.rank == 0:
+        check_space(args)
     patch.install({seams.BUILD_HELPERS: build_dataset_helpers})
     if config.enabled:
         _superpose(args, config, call.arguments, found)
