@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tst import cpu
 from megatron_tst.data import corpus as corpora
 
 SEQ_LENGTH, BATCH = 128, 16  # positions of a sample, samples a step
@@ -20,17 +21,6 @@ BAG_SIZE, STEP_RATIO, ITERATIONS = 2, 0.2, 1000  # of the demo; benchmarks/data/
 GRACE = 10  # seconds
 NAME = "3x128 lr 4e-3"  # in the tables of sweeps
 
-# Where Transformer Engine and apex are not: layers of torch alone.
-_TORCH_LAYERS = (
-    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion"
-)
-_DATA = "--no-create-attention-mask-in-dataloader --num-workers 0"
-# What Megatron needs to be told on CPU: no fused CUDA kernels, gloo.
-CPU = (
-    f"--distributed-backend gloo {_TORCH_LAYERS} --no-gradient-accumulation-fusion "
-    f"--no-bias-swiglu-fusion --no-bias-dropout-fusion "
-    f"--use-cpu-initialization {_DATA}"
-)
 MODEL = (
     f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} "
     f"--max-position-embeddings {SEQ_LENGTH} "
@@ -62,18 +52,18 @@ def machine(device: str) -> str:
     accumulation where they are installed.
     """
     if device == "cpu":
-        return CPU
+        return cpu.FLAGS
     layers = (
         "--transformer-impl transformer_engine"
         if importlib.util.find_spec("transformer_engine")
-        else _TORCH_LAYERS
+        else cpu.TORCH_LAYERS
     )
     fused = (
         ""
         if importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
         else "--no-gradient-accumulation-fusion"
     )
-    return f"{layers} {fused} {_DATA}"
+    return f"{layers} {fused} {cpu.DATA}"
 
 
 def flags(
