@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import ModuleType
 
-from megatron_tst.errors import optional
-from megatron_tst.planning.curves import AXES, Run
+from megatron_tst.errors import optional, refuse
+from megatron_tst.planning.runs import AXES, Run
 
 
 def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
@@ -16,7 +17,7 @@ def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (name, run) in enumerate(runs.items()):
-        colour = f"C{number}"
+        colour, name = f"C{number}", _plain(name)
         boundary = run.boundary or 0
         first = {i: loss for i, loss in run.train.items() if i <= boundary}
         second = {i: loss for i, loss in run.train.items() if i > boundary}
@@ -43,6 +44,9 @@ def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
         if boundary:
             for axis in (left, right):
                 _mark_boundary(axis, boundary, "grey", "boundary")
+        if run.nan_from is not None:
+            for axis in (left, right):
+                _mark_boundary(axis, run.nan_from, colour, "NaN")
     _finish_losses(right, runs.values())
     for axis, name in ((left, "training loss"), (right, "validation loss, next token")):
         axis.set(xlabel="iteration (equal FLOPs)", ylabel="nats per position", title=name)
@@ -64,7 +68,7 @@ def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> No
     )
     for panel, axis in zip(panels[0], known):
         for number, (name, runs) in enumerate(groups.items()):
-            colour = f"C{number}"
+            colour, name = f"C{number}", _plain(name)
             steps = sorted(set.intersection(*(set(run.validation) for run in runs)))
             losses = [[run.validation[step] for run in runs] for step in steps]
             curves = [
@@ -122,15 +126,27 @@ def _mark_boundary(axis, where, colour, text):
 
 
 def _finish_losses(axis, runs):
-    finals = [run.final_validation for run in runs if run.final_validation]
+    finals = [run.validation[max(run.validation)] for run in runs if run.validation]
     if finals:
         axis.set_ylim(min(finals) - 0.1, min(finals) + 2.2)
 
 
+def _plain(text):
+    """A name as it is: matplotlib takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
 def _save(figure, output, title):
     """Under a temporary name first: nobody sees half a picture."""
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10)
     temporary = output.with_name(f".{output.name}.part{output.suffix}")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(output)
-    pyplot().close(figure)
+    try:
+        figure.savefig(temporary, dpi=130)
+        temporary.replace(output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        got = f"{output}: {error.strerror}"
+        refuse("--output", "a place that can be written to", got, "Choose another one.")
+    finally:
+        pyplot().close(figure)
