@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from megatron_tst import demo
-from megatron_tst.cli.screen import Parser, progress_bar, refusing
+from megatron_tst.cli.screen import Parser, call, progress_bar
 from megatron_tst.errors import TSTError, optional, refuse
 
 
@@ -47,7 +47,7 @@ def parser(prog: str) -> Parser:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst demo") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):

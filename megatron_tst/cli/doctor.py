@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import textwrap
 
-from megatron_tst.cli.screen import Parser, refusing
+from megatron_tst.cli.screen import Parser, call
 from megatron_tst.doctor import report
 
 WIDTH = 110
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, prog: str = "megatron-tst doctor") -> in
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object in place of the screen"
     )
-    return refusing(prog, lambda: _run(parser.parse_args(argv)))
+    return call(parser, _run, argv)
 
 
 def _run(options) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_tst.cli.screen import Parser, answer, refusing
+from megatron_tst.cli.screen import Parser, answer, call
 from megatron_tst.errors import refuse
 from megatron_tst.planning.curves import SpeedUp
 
@@ -59,7 +59,7 @@ def parser(prog: str) -> Parser:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst plot") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):
