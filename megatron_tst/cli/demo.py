@@ -15,6 +15,7 @@ Needs pip install 'megatron-tst[demo]'.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -150,8 +151,9 @@ def _says(run) -> str:
     if not run.train:
         return "starting"
     phase = "superposition" if run.excess and run.last in run.excess else "next token"
-    text = f"{run.last}/{run.total} {phase} loss {run.train[run.last]:.3f}"
-    return text + (f", validation {run.final_validation:.3f}" if run.validation else "")
+    loss, validation = run.train.get(run.last, math.nan), run.final_validation
+    text = f"{run.last}/{run.total} {phase} loss {loss:.3f}"
+    return text + (f", validation {validation:.3f}" if validation is not None else "")
 
 
 def _last_screen(console, options, corpus, here, runs, seconds):
@@ -160,6 +162,10 @@ def _last_screen(console, options, corpus, here, runs, seconds):
 
     found = {name: curves.summary(run) for name, run in runs.items()}
     base, tst = found.values()
+    for name, run in found.items():
+        if run["validation_loss"] is None:
+            do = "Its log says why: lower --lr, or another --seed."
+            refuse(f"the {name} run", "a validation loss", "none, or NaN", do)
     gain = base["validation_loss"] - tst["validation_loss"]
     console.print(f"\n3/3 done in {seconds / 60:.1f} minutes on {os.cpu_count()} cores\n")
     console.print(

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from megatron_tst.checkpoint.atomic import new_files
 from megatron_tst.errors import optional
-from megatron_tst.planning.curves import AXES, Run
+from megatron_tst.planning.runs import AXES, Run
 
 _DRAWN_BY = "megatron-tst"  # in every picture, which says that it may be replaced
 
@@ -20,7 +20,7 @@ def plot(runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (name, run) in enumerate(runs.items()):
-        colour = f"C{number}"
+        colour, name = f"C{number}", _plain(name)
         boundary = run.boundary or 0
         first = {i: loss for i, loss in run.train.items() if i <= boundary}
         second = {i: loss for i, loss in run.train.items() if i > boundary}
@@ -47,12 +47,15 @@ def plot(runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[
         if boundary:
             for axis in (left, right):
                 _mark_boundary(axis, boundary, "grey", "boundary")
+        if run.nan_from is not None:
+            for axis in (left, right):
+                _mark_boundary(axis, run.nan_from, colour, "NaN")
     _finish_losses(right, runs.values())
     for axis, name in ((left, "training loss"), (right, "validation loss, next token")):
         axis.set(xlabel="iteration (equal FLOPs)", ylabel="nats per position", title=name)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10)
     save(figure, output, sources)
 
 
@@ -71,7 +74,7 @@ def plot_axes(
     )
     for panel, axis in zip(panels[0], known):
         for number, (name, runs) in enumerate(groups.items()):
-            colour = f"C{number}"
+            colour, name = f"C{number}", _plain(name)
             steps = sorted(set.intersection(*(set(run.validation) for run in runs)))
             losses = [[run.validation[step] for run in runs] for step in steps]
             curves = [
@@ -102,7 +105,7 @@ def plot_axes(
         panel.set(xlabel=AXES[axis], ylabel="next-token validation loss, nats", title=axis)
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10)
     save(figure, output, sources)
 
 
@@ -130,9 +133,14 @@ def _mark_boundary(axis, where, colour, text):
 
 
 def _finish_losses(axis, runs):
-    finals = [run.final_validation for run in runs if run.final_validation]
+    finals = [run.validation[max(run.validation)] for run in runs if run.validation]
     if finals:
         axis.set_ylim(min(finals) - 0.1, min(finals) + 2.2)
+
+
+def _plain(text):
+    """A name as it is: matplotlib takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def save(figure: object, output: Path, sources: Iterable[Path] = (), dpi: int = 130) -> None:
