@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_tst.checkpoint.atomic import flush_folder, flushed, new_folder, write_json, write_text
+from megatron_tst.checkpoint.atomic import flushed, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.tensors import Tensors
@@ -76,7 +76,7 @@ def export(
     all_weights = list(weights(tensors, arch))
     parameters = number_of(all_weights)
     total = parameters * DTYPES[dtype].itemsize
-    with new_folder(target.absolute(), total, force) as part:
+    with new_folder(target, total, force, [*source.folders, *files]) as part:
         # headers come to a few bytes more
         write_weights(
             part, all_weights, dtype, shard_bytes, lambda done: progress(min(done, total), total)
@@ -85,7 +85,6 @@ def export(
         write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
         write_text(part / "evaluate.md", evaluation())
         write_tokenizer(part, files)
-        flush_folder(part)
     return target
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_tst.checkpoint.atomic import flush_folder, flushed, new_folder, write_text
+from megatron_tst.checkpoint.atomic import flushed, new_folder, write_text
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.format import TRACKER
 from megatron_tst.checkpoint.write import write_checkpoint
@@ -66,7 +66,7 @@ def import_(
     folder_of_tensors = SafetensorsFolder(source)
     tensors = _Tensors(folder_of_tensors, arch.tied)
     total = sum(path.stat().st_size for path in folder_of_tensors.files)
-    with new_folder(target.absolute(), total, force) as part:
+    with new_folder(target, total, force, [source]) as part:
         folder = part / "release"
         folder.mkdir()
         write_checkpoint(
@@ -81,7 +81,6 @@ def import_(
             flushed(
                 folder / "hf" / path.name, lambda file, path=path: file.write(path.read_bytes())
             )
-        flush_folder(folder / "hf")
         write_text(part / TRACKER, "release")
     return flags(args)
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import types
 
+import numpy as np
 import pytest
 
 from megatron_tst import cli
@@ -66,6 +67,21 @@ def test_vocabulary_mismatch(copied):
         match="vocabulary of .*: expected token ids below the tokenizer's 500, got 511 in document",
     ):
         check_data_files([copied], 500)
+
+
+def test_the_vocabulary_of_documents_far_behind(tmp_path):
+    """More documents than are looked at, one token of the last outside the vocabulary."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix, count = str(tmp_path / "many"), 600
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    for i in range(count):
+        builder.add_document(np.array([1, 2, 700 if i == count - 1 else 3]), [3])
+    builder.finalize(prefix + ".idx")
+    check_data_files([prefix], 701)
+    check_data_files([prefix], None)
+    with pytest.raises(TSTError, match=f"got 700 in document {count - 1}"):
+        check_data_files([prefix], 700)
 
 
 def test_output_folders(tmp_path):

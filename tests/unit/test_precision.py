@@ -169,6 +169,11 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
             "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 2056",
         ),
         (
+            H100,
+            dict(ffn_hidden_size=4144, tensor_model_parallel_size=2),
+            "--ffn-hidden-size of a rank: expected a multiple of 16, got 2072",
+        ),
+        (
             B200,
             dict(
                 fp8_recipe="mxfp8",
