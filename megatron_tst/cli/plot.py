@@ -82,15 +82,17 @@ def _run(options):
                 got = f"none with a loss ({'; '.join(run.notes)})" if run.notes else "none"
                 do = "Give the last rank's log."
                 refuse(path, "training lines of Megatron with `lm loss`", got, do)
+    read = [path for paths in sources.values() for path in paths]
     with_axes = options.axes or any(len(runs) > 1 for runs in groups.values())
     if with_axes:
         for name, runs in groups.items():
             if not set.intersection(*(set(run.validation) for run in runs)):
                 expected = f"validation losses at the same iterations in every run of {name}"
                 refuse("--axes", expected, "none", "Train with --eval-iters.")
-        plots.plot_axes(groups, options.output, options.title)
+        plots.plot_axes(groups, options.output, options.title, read)
     else:
-        plots.plot({name: runs[0] for name, runs in groups.items()}, options.output, options.title)
+        first = {name: runs[0] for name, runs in groups.items()}
+        plots.plot(first, options.output, options.title, read)
     found = curves.speed_ups(groups)
     notes = _notes(sources, groups)
     about = {

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from megatron_tst.errors import optional, refuse
+from megatron_tst.checkpoint.atomic import new_files
+from megatron_tst.errors import optional
 from megatron_tst.planning.runs import AXES, Run
 
+_DRAWN_BY = "megatron-tst"  # in every picture, which says that it may be replaced
 
-def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
+
+def plot(runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[Path] = ()) -> None:
     """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token
-    validation loss.
+    validation loss. `output`, `sources`: as `save` has them.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
@@ -52,12 +55,15 @@ def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
         axis.set(xlabel="iteration (equal FLOPs)", ylabel="nats per position", title=name)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    _save(figure, output, title)
+    figure.suptitle(_plain(title), fontsize=10)
+    save(figure, output, sources)
 
 
-def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> None:
+def plot_axes(
+    groups: dict[str, list[Run]], output: Path, title: str = "", sources: Iterable[Path] = ()
+) -> None:
     """Next-token validation loss against each of AXES that all runs know; a group is its mean, and
-    a band from lowest to highest.
+    a band from lowest to highest. `output`, `sources`: as `save` has them.
     """
     plt = pyplot()
     known = [
@@ -99,7 +105,8 @@ def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> No
         panel.set(xlabel=AXES[axis], ylabel="next-token validation loss, nats", title=axis)
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
-    _save(figure, output, title)
+    figure.suptitle(_plain(title), fontsize=10)
+    save(figure, output, sources)
 
 
 def pyplot() -> ModuleType:
@@ -136,17 +143,24 @@ def _plain(text):
     return text.replace("$", r"\$")
 
 
-def _save(figure, output, title):
-    """Under a temporary name first: nobody sees half a picture."""
-    figure.suptitle(_plain(title), fontsize=10)
-    temporary = output.with_name(f".{output.name}.part{output.suffix}")
-    try:
-        figure.savefig(temporary, dpi=130)
-        temporary.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        got = f"{output}: {error.strerror}"
-        refuse("--output", "a place that can be written to", got, "Choose another one.")
-    finally:
-        pyplot().close(figure)
+def save(figure: object, output: Path, sources: Iterable[Path] = (), dpi: int = 130) -> None:
+    """Write a picture: whole or absent. One that was drawn here is replaced, any other file is
+    moved aside.
+
+    Args:
+        figure: matplotlib's.
+        output: its ending says the format.
+        sources: files that it was drawn from.
+
+    Raises:
+        TSTError: atomic.new_files's.
+    """
+
+    def ours(folder):
+        with open(folder / output.name, "rb") as file:
+            return _DRAWN_BY.encode() in file.read(4096)
+
+    signed = {"Creator" if output.suffix == ".svg" else "Software": _DRAWN_BY}
+    with new_files(output, [""], True, sources, ours) as folder:
+        figure.savefig(folder / output.name, dpi=dpi, metadata=signed)
+    pyplot().close(figure)

@@ -536,9 +536,12 @@ def test_override_cannot_change_what_lies_behind(message, given):
     "name",
     [
         "use_mup",
+        "mtp_num_layers",
         "defer_embedding_wgrad_compute",
         "overlap_moe_expert_parallel_comm",
         "use_megatron_fsdp",
+        "use_torch_fsdp2",
+        "fp8_output_proj",
     ],
 )
 def test_what_the_fused_linear_loss_does_not_work_with(name):
@@ -589,6 +592,7 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
     from megatron_tst.loop.resume import check_restorable
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "iter_0000004").mkdir()  # of another format
     args = arguments(load=str(tmp_path), use_distributed_optimizer=True, ckpt_step=None)
     check_restorable(args)  # cpu.py
     monkeypatch.setattr(cpu, "asked_for", lambda: False)
