@@ -19,8 +19,8 @@ import argparse
 import io
 import json
 import os
-import zipfile
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,12 +33,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_tst.checkpoint.trusted import MetadataUnpickler, load_trusted
-from megatron_tst.errors import TSTError, refuse
+from megatron_tst.checkpoint.description import check_description
+from megatron_tst.checkpoint.trusted import check_archive, load_metadata, load_trusted
+from megatron_tst.errors import TSTError, refuse, warn
 
 TRACKER = "latest_checkpointed_iteration.txt"
 COMMON = "common_state"  # the object, from 0.19 on
 _BLOCK = 8 << 20
+_OTHER_FORMATS = "zarr", "torch_dcp", "fsdp_dtensor"  # Megatron's, with a metadata.json
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Checkpoint:
             tracker file).
 
     Raises:
-        TSTError: no torch_dist checkpoint, or files missing or shorter than its metadata says, each
-            named.
+        TSTError: no torch_dist checkpoint, a description (.metadata) that does not fit together, or
+            files that are missing or not as long as it says, each named.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -79,26 +81,17 @@ class Checkpoint:
         self._check_files()
 
     def _read_metadata(self) -> Metadata:
-        try:
-            about = json.loads((self.path / "metadata.json").read_text())
-        except (OSError, ValueError) as error:
-            about = error
-        got = f"{type(about).__name__}: {about}"
-        if isinstance(about, dict):
-            got = about.get("sharded_backend")
+        got = _backend(self.path)
         if got != "torch_dist":
             expected = "a torch_dist checkpoint (metadata.json says so)"
             refuse(self.path, expected, got, "Save with --ckpt-format torch_dist.")
         try:
-            with open(self.path / ".metadata", "rb") as file:
-                metadata = MetadataUnpickler(file).load()
+            metadata = load_metadata((self.path / ".metadata").read_bytes())
+            check_description(metadata)
         except Exception as error:  # a truncated pickle fails in many ways
-            refuse(
-                self.path / ".metadata",
-                "readable metadata",
-                f"{type(error).__name__}: {error}",
-                "The checkpoint is incomplete.",
-            )
+            got = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            do = "It is incomplete or damaged: copy it again or use another iteration."
+            refuse(self.path / ".metadata", "readable metadata that fit together", got, do)
         compressed = [
             index.fqn
             for index, info in metadata.storage_data.items()
@@ -110,22 +103,29 @@ class Checkpoint:
         return metadata
 
     def _check_files(self):
-        needed: dict[str, int] = {}
+        ends: dict[str, int] = {}
         for item in self.items:
-            needed[item.file] = max(needed.get(item.file, 0), item.offset + item.length)
+            ends[item.file] = max(ends.get(item.file, 0), item.offset + item.length)
         wrong = []
-        for name, size in sorted(needed.items()):
+        for name, size in sorted(ends.items()):
             path = self.path / name
             if not path.is_file():
                 wrong.append(f"{name} is missing")
-            elif path.stat().st_size < size:
-                wrong.append(f"{name} has {path.stat().st_size} of {size} bytes")
-        objects = {name.split("/")[0] for name in self.metadata.state_dict_metadata}
-        if COMMON not in objects and not (self.path / "common.pt").is_file():
+            elif (got := path.stat().st_size) < size:
+                wrong.append(f"{name} has {got} of {size} bytes")
+            elif got > size:  # what lies behind would be lost without a word
+                wrong.append(f"{name} has {got} bytes, {size} of them named")
+        if self.common_item is None and not (self.path / "common.pt").is_file():
             wrong.append("common.pt is missing")
         if wrong:
             do = "Copy it again or use another iteration."
-            refuse(self.path, "every file that its metadata names", "; ".join(wrong), do)
+            refuse(self.path, "every file as its metadata name it", "; ".join(wrong), do)
+
+    @property
+    def folders(self) -> list[Path]:
+        """What it lies in: the iteration's folder, and the one with the tracker file, if any."""
+        above = Path(os.path.realpath(self.path)).parent
+        return [self.path, *([above] if (above / TRACKER).is_file() else [])]
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -146,12 +146,22 @@ class Checkpoint:
 
     @cached_property
     def common(self) -> dict:
-        """Arguments, iteration, scheduler and the optimizer's scalars."""
+        """Arguments, iteration, scheduler and the optimizer's scalars.
+
+        Raises:
+            TSTError: it is damaged, or something else lies in its place.
+        """
         if self.common_item is None:
-            return load_trusted(self.path / "common.pt")
-        # objects are stored in lists of one
-        (common,) = load_trusted(io.BytesIO(self.read(self.common_item)), self.path / COMMON)
-        return common
+            found, name = load_trusted(self.path / "common.pt"), "common.pt"
+        else:
+            name = self.common_item.name
+            found = load_trusted(io.BytesIO(self.read(self.common_item)), self.path / COMMON)
+            if isinstance(found, list) and len(found) == 1:  # objects are stored so
+                (found,) = found
+        if not isinstance(found, dict):
+            do = "It was not written by megatron.training."
+            refuse(self.path / name, "Megatron's common state", type(found).__name__, do)
+        return found
 
     @property
     def args(self) -> argparse.Namespace:
@@ -171,26 +181,87 @@ class Checkpoint:
         return args
 
     def read(self, item: Item) -> bytes:
-        """The bytes of an item, checked against the checksums in them. TSTError where they are
-        damaged.
-        """
+        """The bytes of an item, after `check`."""
+        self.check(item)
         with self.window(item) as window:
-            _check(window, self.path / item.file, item)
-            window.seek(0)
             return window.read()
 
     def tensor(self, item: Item) -> torch.Tensor:
-        """The shard that an item holds, on CPU, in the dtype in which it was saved."""
+        """The shard that an item holds, on CPU, in the dtype in which it was saved; checked."""
         return torch.load(io.BytesIO(self.read(item)), map_location="cpu", weights_only=True)
 
     def blocks(self, item: Item, check: bool = True) -> Iterator[bytes]:
-        """The bytes of an item a few MiB at a time, after its checksums were found right."""
+        """The bytes of an item a few MiB at a time, after `check`."""
+        if check:
+            self.check(item)
         with self.window(item) as window:
-            if check:
-                _check(window, self.path / item.file, item)
-                window.seek(0)
             while block := window.read(_BLOCK):
                 yield block
+
+    def check(self, item: Item) -> None:
+        """Read an item once as torch would, and hold it against its checksums and the description.
+        Memory: a MiB.
+
+        Raises:
+            TSTError: it is damaged, torch cannot read it, or it is of another dtype or shape than
+                the description says.
+        """
+        with self.window(item) as window:
+            try:
+                check_archive(window)
+                if item.name in self.tensors:
+                    self._check_described(item, window)
+            except Exception as error:
+                expected = f"{item.name} at byte {item.offset} as it was written"
+                got = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+                do = "Copy it again or use another iteration."
+                refuse(self.path / item.file, expected, got, do)
+
+    def _check_described(self, item, window):
+        # on "meta" nothing is read but the description of the tensor: check_archive saw the rest
+        shard = torch.load(window, map_location="meta", weights_only=True)
+        if not isinstance(shard, torch.Tensor):
+            raise ValueError(f"a {type(shard).__name__}")
+        dtype = self.tensors[item.name].properties.dtype
+        shape = self._shapes[item.name, tuple(item.index.offset)]
+        if (shard.dtype, tuple(shard.shape)) != (dtype, shape):
+            got = f"{shard.dtype} {list(shard.shape)}"
+            raise ValueError(f"{got} where the description says {dtype} {list(shape)}")
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[str, tuple], tuple[int, ...]]:
+        return {
+            (name, tuple(chunk.offsets)): tuple(chunk.sizes)
+            for name, entry in self.tensors.items()
+            for chunk in entry.chunks
+        }
+
+    def check_all(
+        self,
+        *,
+        share: int = 0,
+        of: int = 1,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> tuple[int, int]:
+        """Check every item, or every `of`-th from the `share`-th on, and the common state.
+
+        Args:
+            share, of: this process and how many divide the work.
+            progress: called with the bytes done and in all.
+
+        Returns:
+            items and bytes that were read.
+
+        Raises:
+            TSTError: check's.
+        """
+        assert self.common is not None
+        mine = sorted(self.items, key=lambda item: -item.length)[share::of]
+        total, done = sum(item.length for item in mine), 0
+        for item in sorted(mine, key=lambda item: (item.file, item.offset)):
+            self.check(item)
+            progress(done := done + item.length, total)
+        return len(mine), total
 
     def window(self, item: Item) -> io.RawIOBase:
         """The bytes of an item as a file of their own, unchecked; to be closed."""
@@ -198,36 +269,53 @@ class Checkpoint:
 
 
 def iteration_folder(path: Path) -> Path:
-    """The folder of the iteration that `path` stands for: such a folder, or the parent of several.
+    """The folder of the iteration that `path` stands for: such a folder, or the parent of several,
+    where the tracker file names it.
+
+    Megatron empties the tracker before it writes the new iteration into it. Where a run was killed
+    in between, the last whole checkpoint stands for it, with a warning.
 
     Raises:
         TSTError: no such folder, or the tracker file names one that is not there.
     """
     if (path / "metadata.json").is_file():
         return path
-    tracker = path / TRACKER
-    if not tracker.is_file():
+    if not (path / TRACKER).is_file():
         refuse(
             path,
             f"a checkpoint folder, or one with {TRACKER}",
             "neither",
             "Give the folder of --save or one iter_... in it.",
         )
-    text = tracker.read_text().strip()
-    folder = path / (f"iter_{int(text):07d}" if text.isdigit() else text)
+    text = _tracked(path)
+    if not text:
+        folder = _last_whole(path)
+        if folder is None:
+            do = "Nothing can be read: use another folder."
+            refuse(path / TRACKER, "an iteration", "an empty file beside no whole checkpoint", do)
+        warn(emptied(path, _number(folder)))
+        return folder
+    folder = path / (f"iter_{int(text):07d}" if text.isdecimal() else text)
     if not folder.is_dir():
-        refuse(
-            path,
-            f"the folder {folder.name} that {TRACKER} names",
-            "none",
-            "Give another iteration's folder.",
-        )
+        last = _last_whole(path)
+        do = f"The last whole one is {last.name}." if last else "No other one is whole."
+        refuse(path, f"the folder {folder.name} that {TRACKER} names", "none", do)
+    newest = next(iter(_iterations(path)), folder)
+    if text.isdecimal() and _number(newest) > int(text):
+        warn(f"{path / TRACKER} names {folder.name}; {newest.name} is there too")
     return folder
 
 
+def emptied(path: str | os.PathLike, iteration: int) -> str:
+    """What is said where the tracker file of `path` is empty and an iteration is taken anyway."""
+    return (
+        f"{path}: {TRACKER} was empty (a run killed while it wrote it); "
+        f"going on from iteration {iteration}"
+    )
+
+
 def mend_tracker(folder: str | os.PathLike) -> int | None:
-    """Megatron empties its tracker file before it writes the new iteration into it: a run killed in
-    between cannot be started again.
+    """Write an empty tracker file anew: Megatron cannot start from it (iteration_folder).
 
     Args:
         folder: what --load names.
@@ -237,19 +325,71 @@ def mend_tracker(folder: str | os.PathLike) -> int | None:
         was amiss or no checkpoint is whole.
     """
     tracker = Path(folder) / TRACKER
-    if not tracker.is_file() or tracker.read_text().strip():
+    if not tracker.is_file() or _tracked(Path(folder)):
         return None
-    for path in sorted(Path(folder).glob("iter_*"), reverse=True):
+    last = _last_whole(Path(folder))
+    if last is None:
+        return None
+    part = tracker.with_suffix(".part")
+    part.write_text(str(_number(last)))
+    os.replace(part, tracker)
+    return _number(last)
+
+
+def checkpoint_to_load(path: str | os.PathLike) -> Checkpoint | None:
+    """What a run with `--load path` goes on from; None where there is nothing yet, or a checkpoint
+    of another format, of which Megatron says what it makes.
+
+    Raises:
+        TSTError: Checkpoint's.
+    """
+    path = Path(path)
+    if not (path / "metadata.json").is_file() and not (path / TRACKER).is_file():
+        return None
+    folder = iteration_folder(path)
+    other = not (folder / "metadata.json").is_file() or _backend(folder) in _OTHER_FORMATS
+    return None if other else Checkpoint(folder)
+
+
+def _tracked(path: Path) -> str:
+    """The text of the tracker file: digits, "release", or nothing."""
+    found = (path / TRACKER).read_bytes().strip()
+    if found and not found.isdigit() and found != b"release":
+        got = repr(found[:40].decode(errors="replace"))
+        refuse(path / TRACKER, "an iteration", got, "Write the iteration to take into it.")
+    return found.decode()
+
+
+def _iterations(path: Path) -> list[Path]:
+    """The folders of iterations, the newest first."""
+    found = [folder for folder in path.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", folder.name)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
+
+
+def _last_whole(path: Path) -> Path | None:
+    for folder in _iterations(path):
         try:
-            Checkpoint(path)
+            return Checkpoint(folder).path
         except TSTError:
             continue
-        iteration = int(path.name.removeprefix("iter_"))
-        part = tracker.with_suffix(".part")
-        part.write_text(str(iteration))
-        os.replace(part, tracker)
-        return iteration
     return None
+
+
+def _backend(folder: Path) -> str:
+    """What metadata.json says that a checkpoint is: "torch_dist", or what it is instead."""
+    try:
+        about = json.loads((folder / "metadata.json").read_text())
+        found = about["sharded_backend"]
+        version = about.get("sharded_backend_version", 1)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    if found == "torch_dist" and (version != 1 or version is True):
+        return f"version {version!r} of it"
+    return str(found)
 
 
 class _Window(io.RawIOBase):
@@ -282,24 +422,3 @@ class _Window(io.RawIOBase):
         buffer[: len(data)] = data
         self._at += len(data)
         return len(data)
-
-
-def _check(window: _Window, path: Path, item: Item) -> None:
-    """torch.save writes a zip archive with a checksum an entry; objects of older versions may be
-    plain pickles.
-    """
-    if window.read(2) != b"PK":
-        window.seek(0)
-        return
-    try:
-        bad = zipfile.ZipFile(window).testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        bad = f"{type(error).__name__}: {error}"
-    if bad:
-        refuse(
-            path,
-            f"{item.name} at byte {item.offset} as it was written",
-            f"damage ({bad})",
-            "Copy it again or use another iteration.",
-        )
-    window.seek(0)

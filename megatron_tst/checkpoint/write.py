@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import pickle
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,9 +19,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_tst.checkpoint.atomic import flush, flushed, write_text
+from megatron_tst.checkpoint.atomic import flush
 from megatron_tst.checkpoint.format import COMMON
-from megatron_tst.checkpoint.rewrite import read_back
+from megatron_tst.checkpoint.rewrite import read_back, write_description
 
 
 def write_checkpoint(
@@ -64,8 +62,5 @@ def write_checkpoint(
         state[f"{COMMON}/shard_0_1"] = BytesStorageMetadata()
         put(MetadataIndex(f"{COMMON}/shard_0_1"), [common])
         flush(file)
-    metadata = Metadata(state, storage_data=storage)
-    flushed(folder / ".metadata", lambda file: pickle.dump(metadata, file))
-    about = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    write_text(folder / "metadata.json", json.dumps(about))
+    write_description(folder, Metadata(state, storage_data=storage))
     read_back(folder, sums)

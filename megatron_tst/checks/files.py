@@ -8,19 +8,28 @@ import numpy as np
 
 from megatron_tst.errors import TSTError, refuse
 
+_ANOTHER = "It is damaged or not an index of token ids: copy it again or prepare the corpus again."
+_HEADER = 34  # bytes of an .idx before its lengths
+_BLOCK = 1 << 22  # elements that are looked at together
+_WHOLE, _SAMPLE, _SAMPLES = 256 << 20, 64 << 10, 1024  # bytes of a .bin, of a block of it; blocks
 
-def check_data_files(prefixes: list[str], vocab_size: int | None, documents: int = 256) -> None:
-    """Refuse indexed datasets that are missing, truncated, or made with a larger vocabulary.
+
+def check_data_files(prefixes: list[str], vocab_size: int | None) -> None:
+    """Refuse indexed datasets that are missing, damaged, or made with a larger vocabulary.
+
+    The first rank of each node reads the whole index, a thousand million documents in the time that
+    20 GB take, and the token ids: all of a .bin of up to 256 MiB, of a larger one 1024 blocks that
+    are spread evenly from its first byte to its last, 64 MiB together. The others look at the
+    sizes.
 
     Args:
         prefixes: paths without .bin and .idx; object-storage ones are left to Megatron.
         vocab_size: number of token ids of the tokenizer, None to leave it unchecked.
-        documents: how many documents, spread over each dataset, are looked at for ids outside the
-            vocabulary.
 
     Raises:
         TSTError: naming the first file that is wrong, and what it should hold.
     """
+    first_of_node = os.environ.get("LOCAL_RANK", "0") == "0"
     for prefix in prefixes:
         if "://" in prefix:
             continue
@@ -31,31 +40,95 @@ def check_data_files(prefixes: list[str], vocab_size: int | None, documents: int
                     "from text."
                 )
                 refuse("--data-path", f"{prefix}.bin and {prefix}.idx", f"no file {path}", hint)
-        dataset = _open_indexed(prefix)
-        pointers, lengths = dataset.index.sequence_pointers, dataset.index.sequence_lengths
-        if len(lengths) == 0:
-            refuse(f"{prefix}.idx", "at least one document", "none", "Prepare the corpus again.")
-        itemsize = np.dtype(dataset.index.dtype).itemsize
-        expected = int(pointers[-1]) + int(lengths[-1]) * itemsize
-        got = os.path.getsize(prefix + ".bin")
-        if got != expected:
-            refuse(
-                f"{prefix}.bin",
-                f"{expected} bytes as its index says",
-                got,
-                "The file is truncated or not the index's: copy it again.",
-            )
-        if vocab_size is None:
+        index = _open_indexed(prefix).index
+        _check_sizes(prefix, index)
+        if first_of_node:
+            _check_index(prefix, index)
+            if vocab_size is not None:
+                _check_ids(prefix, index, vocab_size)
+
+
+def _check_sizes(prefix, index):
+    """Length of either file against the numbers in the index."""
+    pointers, lengths, documents = _parts(index)
+    if len(lengths) == 0:
+        refuse(f"{prefix}.idx", "at least one document", "none", _ANOTHER)
+    if np.dtype(index.dtype).kind not in "iu":
+        got = np.dtype(index.dtype)
+        refuse(f"{prefix}.idx", "token ids, which are whole numbers", got, _ANOTHER)
+    size = _HEADER + lengths.nbytes + pointers.nbytes + documents.nbytes
+    got = os.path.getsize(prefix + ".idx")
+    if got not in (size, size + len(lengths)):  # with a mode for each sequence: multimodal
+        refuse(f"{prefix}.idx", f"{size} bytes for its numbers", got, _ANOTHER)
+    expected = int(pointers[-1]) + int(lengths[-1]) * index.dtype_size
+    got = os.path.getsize(prefix + ".bin")
+    if got != expected:
+        refuse(
+            f"{prefix}.bin",
+            f"{expected} bytes as its index says",
+            got,
+            "The file is truncated or not the index's: copy it again.",
+        )
+    if got == 0:
+        refuse(f"{prefix}.bin", "at least one token", "none", _ANOTHER)
+
+
+def _check_index(prefix, index):
+    """Lengths, pointers and documents against each other, a block in memory at a time: a sequence
+    begins where the one before it ends, documents are runs of whole sequences
+    (megatron/core/datasets/indexed_dataset.py, _IndexWriter.write).
+    """
+    pointers, lengths, documents = _parts(index)
+
+    def wrong(expected, got):
+        refuse(f"{prefix}.idx", expected, got, _ANOTHER)
+
+    if pointers[0] != 0:
+        wrong("sequence 0 at byte 0", f"at {pointers[0]}")
+    for start in range(0, len(lengths), _BLOCK):
+        block = lengths[start : start + _BLOCK].astype(np.int64)
+        if (bad := np.flatnonzero(block < 0)).size:
+            wrong("lengths of 0 and more", f"{block[bad[0]]} of sequence {start + bad[0]}")
+        ends = pointers[start : start + _BLOCK] + block * index.dtype_size
+        following = pointers[start + 1 : start + 1 + _BLOCK]
+        if (bad := np.flatnonzero(ends[: len(following)] != following)).size:
+            at = int(bad[0])
+            expected = f"sequence {start + at + 1} at byte {ends[at]}, where the one before it ends"
+            wrong(expected, f"at {following[at]}")
+    if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(lengths):
+        ends = [int(documents[i]) for i in (0, -1)] if len(documents) else "none"
+        wrong(f"documents from sequence 0 to {len(lengths)}", ends)
+    for start in range(0, len(documents) - 1, _BLOCK):
+        block = documents[start : start + _BLOCK + 1]
+        if (bad := np.flatnonzero(block[1:] < block[:-1])).size:
+            at = int(bad[0])
+            expected = f"document {start + at + 1} at sequence {block[at]} or behind it"
+            wrong(expected, f"at {block[at + 1]}")
+
+
+def _check_ids(prefix, index, vocab_size):
+    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    starts, block = np.arange(0, len(tokens), _BLOCK), _BLOCK
+    if tokens.nbytes > _WHOLE:
+        block = _SAMPLE // index.dtype_size
+        starts = np.linspace(0, len(tokens) - block, _SAMPLES).astype(np.int64)
+    for start in starts:
+        ids = tokens[start : start + block]
+        if 0 <= int(ids.min()) and int(ids.max()) < vocab_size:
             continue
-        for i in np.unique(np.linspace(0, len(lengths) - 1, documents).astype(np.int64)):
-            largest = int(dataset.get(int(i)).max(initial=0))
-            if largest >= vocab_size:
-                refuse(
-                    f"vocabulary of {prefix}",
-                    f"token ids below the tokenizer's {vocab_size}",
-                    f"{largest} in document {i}",
-                    "Use the tokenizer (or --vocab-size) that the data were prepared with.",
-                )
+        worst = int(ids.max()) if ids.max() >= vocab_size else int(ids.min())
+        at = (int(start) + int(np.flatnonzero(ids == worst)[0])) * index.dtype_size
+        document = int(np.searchsorted(index.sequence_pointers, at, side="right")) - 1
+        refuse(
+            f"vocabulary of {prefix}",
+            f"token ids below the tokenizer's {vocab_size}",
+            f"{worst} in document {document}",
+            "Use the tokenizer (or --vocab-size) that the data were prepared with.",
+        )
+
+
+def _parts(index):
+    return index.sequence_pointers, index.sequence_lengths, index.document_indices
 
 
 def _open_indexed(prefix):
@@ -64,9 +137,9 @@ def _open_indexed(prefix):
     try:
         return IndexedDataset(prefix, mmap=True)
     except Exception as error:  # a short or foreign file fails in many ways
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise TSTError(
-            f"{prefix}.idx: expected a whole Megatron index, got one that cannot be read "
-            f"({type(error).__name__}: {error}). "
+            f"{prefix}.idx: expected a whole Megatron index, got one that cannot be read ({text}). "
             "It is truncated or not an index: copy it again or prepare the corpus again."
         ) from error
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import textwrap
 
-from megatron_tst.cli.screen import Parser, refusing
+from megatron_tst.cli.screen import Parser, call
 from megatron_tst.doctor import report
 
 WIDTH = 110
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None, prog: str = "megatron-tst doctor") -> in
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object in place of the screen"
     )
-    return refusing(prog, lambda: _run(parser.parse_args(argv)))
+    return call(parser, _run, argv)
 
 
 def _run(options) -> int:
@@ -40,7 +40,7 @@ def screen(report: dict) -> str:
     def columns(head: str, text: str) -> list[str]:
         return textwrap.wrap(
             text,
-            WIDTH,
+            WIDTH - 2,  # a backslash may follow
             initial_indent=head,
             subsequent_indent=" " * len(head),
             break_on_hyphens=False,
@@ -60,6 +60,10 @@ def screen(report: dict) -> str:
             for line in columns(f"  {what:26}", which)
         ),
     ]
+    if report["run_on_cpu"]:
+        command = columns("  ", report["run_on_cpu"])
+        lines += ["", "A run that starts on CPU", *(line + " \\" for line in command[:-1])]
+        lines += command[-1:]
     lines += [
         "",
         f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}: training would "

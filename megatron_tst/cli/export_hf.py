@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
+from megatron_tst.cli.screen import Parser, answer, call, progress_bar
 
 
 def parser(prog: str) -> Parser:
@@ -56,7 +56,7 @@ def given(options: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst export-hf") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):

@@ -10,7 +10,7 @@ any parallel layout. Needs no GPU and no Transformer Engine; with a tokenizer.js
 from __future__ import annotations
 
 from megatron_tst.cli.export_hf import add_export, given
-from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
+from megatron_tst.cli.screen import Parser, answer, call, progress_bar
 
 
 def parser(prog: str) -> Parser:
@@ -28,7 +28,7 @@ def parser(prog: str) -> Parser:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst export-nemo") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):

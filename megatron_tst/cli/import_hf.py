@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
+from megatron_tst.cli.screen import Parser, answer, call, progress_bar
 
 
 def parser(prog: str) -> Parser:
@@ -33,7 +33,7 @@ def parser(prog: str) -> Parser:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst import-hf") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):

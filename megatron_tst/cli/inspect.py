@@ -2,36 +2,47 @@
 
     megatron-tst inspect ck
     megatron-tst inspect ck/iter_0000100 --json
+    megatron-tst inspect ck --check
 
 CHECKPOINT is the folder that --save named (then its latest iteration), or one iter_... in it. Its
-tensors are not read, so it takes neither memory nor a GPU.
+tensors are not read, so it takes neither memory nor a GPU. --check reads every byte once.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_tst.cli.screen import Parser, answer, refusing
+from megatron_tst.cli.screen import Parser, answer, call, progress_bar
 
 
 def parser(prog: str) -> Parser:
     """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     it.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    it.add_argument(
+        "--check",
+        action="store_true",
+        help="hold every item against its checksums and the description",
+    )
     it.add_argument("--json", action="store_true", help="print one JSON object")
     return it
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst inspect") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):
     from megatron_tst.checkpoint.format import Checkpoint
     from megatron_tst.checkpoint.inspect import describe
 
-    about = describe(Checkpoint(options.checkpoint))
+    checkpoint = Checkpoint(options.checkpoint)
+    about = describe(checkpoint)
+    if options.check:
+        with progress_bar("checking") as progress:
+            items, size = checkpoint.check_all(progress=progress)
+        about["checked"] = f"{items} items, {size} bytes: as their checksums and description say"
     answer(options.json, about, _text(about))
     return 0
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_tst.cli.screen import Parser, refusing
+from megatron_tst.cli.screen import Parser, guarded
 
 
 def parser(prog: str) -> Parser:
@@ -31,11 +31,12 @@ def parser(prog: str) -> Parser:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst launch") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    with guarded(prog) as end:
+        options = parser(prog).parse_args(argv)
+        end.code = 0
+    if end.code == 0:
+        # outside: the script's exceptions, signals and exit codes stay its own
+        from megatron_tst import launch
 
-
-def _run(options):
-    from megatron_tst import launch
-
-    launch.main([options.script, *options.arguments])
-    return 0
+        launch.main([options.script, *options.arguments])
+    return end.code

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 
-from megatron_tst.cli.screen import Parser, refusing
+from megatron_tst.cli.screen import Parser, call
 from megatron_tst.errors import refuse
 from megatron_tst.planning import flags, recipes
 
@@ -28,11 +28,10 @@ def main(argv: list[str] | None = None, prog: str = "megatron-tst plan") -> int:
         metavar="NAME=VALUE",
         help="the flags of --preset alone, as a shell's arrays; variables as in a launch script",
     )
-    return refusing(prog, lambda: _run(parser, argv))
+    return call(parser, lambda options: _run(parser, options, argv), argv)
 
 
-def _run(parser: Parser, argv: list[str] | None) -> int:
-    options = parser.parse_args(argv)
+def _run(parser: Parser, options, argv: list[str] | None) -> int:
     if options.print is not None:
         return _print(parser, options)
     from megatron_tst.planning.plan import examine

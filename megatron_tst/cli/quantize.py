@@ -16,7 +16,7 @@ import math
 import sys
 
 from megatron_tst.cli.export_hf import add_export, given
-from megatron_tst.cli.screen import Parser, answer, progress_bar, refusing
+from megatron_tst.cli.screen import Parser, answer, call, progress_bar
 
 
 def parser(prog: str) -> Parser:
@@ -42,7 +42,7 @@ def parser(prog: str) -> Parser:
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst quantize") -> int:
     """Run the verb. -> exit code"""
-    return refusing(prog, lambda: _run(parser(prog).parse_args(argv)))
+    return call(parser(prog), _run, argv)
 
 
 def _run(options):

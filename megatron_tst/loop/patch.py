@@ -5,7 +5,7 @@ machines without a GPU).
                                        compute_language_model_loss        3-D labels: the bag loss
     2 for multi-token prediction       roll_tensor, acceptance counts     3-D: bag by bag
     2 for --tst-fused-linear-loss      GPTModel.forward, HybridModel.forward
-    10 in megatron.training's loop     run.py and entry.py make them
+    11 around megatron.training's loop run.py and entry.py make them
 
 Two class methods carry TST. Which phase it is, only the shape of the batch says: with 2-D ids and
 labels they call the stock method. So validation, inference, the recovery phase and other models in
@@ -21,7 +21,7 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -97,24 +97,28 @@ def apply(config: TSTConfig | None = None) -> Status:
     return status()
 
 
-def remove() -> Status:
+def remove(keep: Collection[seams.Seam] = ()) -> Status:
     """Put every Megatron function back, and what was replaced in a user's script.
 
+    Args:
+        keep: seams that stay as they are, for the next run of this process.
+
     Returns:
-        the status after it: nothing is patched, and the counters are 0.
+        the status after it: nothing else is patched, and the counters are 0.
 
     Raises:
         PatchError: somebody patched over one of ours; nothing is changed, since restoring would
             drop their patch.
     """
-    for seam, (_, ours) in _state.installed.items():
+    leaving = {seam: both for seam, both in _state.installed.items() if seam not in keep}
+    for seam, (_, ours) in leaving.items():
         if seam.function() is not ours:
             raise PatchError(
                 f"{seam} was patched again after megatron_tst.apply(). Remove that patch first."
             )
-    for seam, (stock, _) in _state.installed.items():
+    for seam, (stock, _) in leaving.items():
         _put(seam, stock)
-    _state.installed.clear()
+        del _state.installed[seam]
     _state.config = None
     _state.calls.clear()
     return status()

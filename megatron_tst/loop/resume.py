@@ -7,10 +7,10 @@ import dataclasses
 import os
 
 from megatron_tst import cpu
-from megatron_tst.checkpoint.format import TRACKER, Checkpoint
+from megatron_tst.checkpoint.format import TRACKER, checkpoint_to_load
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.config import TSTConfig
-from megatron_tst.errors import TSTError, refuse
+from megatron_tst.errors import refuse
 from megatron_tst.schedule import Schedule
 
 # The data's order and the objective depend on these.
@@ -134,21 +134,16 @@ def check_restorable(args: argparse.Namespace) -> None:
         args: Megatron's; looked at on every rank, before a model is built.
 
     Raises:
-        TSTError: check_optimizer's, or the distributed optimizer over torch's Adam
-            (megatron/core/optimizer/distrib_optimizer.py; on CPU cpu.py mends it).
+        TSTError: a checkpoint that is absent, incomplete or damaged, check_optimizer's, or the
+            distributed optimizer over torch's Adam (megatron/core/optimizer/distrib_optimizer.py;
+            on CPU cpu.py mends it).
     """
     weights_alone = getattr(args, "no_load_optim", False) or getattr(args, "finetune", False)
     if not getattr(args, "load", None) or weights_alone:
         return
-    folder = args.load
-    if args.ckpt_step is not None:
-        folder = os.path.join(folder, f"iter_{args.ckpt_step:07d}")
-    try:
-        kept = Checkpoint(folder).args
-    except TSTError:
-        kept = None  # no checkpoint yet, or of another format: Megatron says what it makes of it
-    if kept is not None:
-        check_optimizer(args, kept)
+    checkpoint = checkpoint_to_load(_iteration(args))
+    if checkpoint is not None:
+        check_optimizer(args, checkpoint.args)
     if not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
         return
     from megatron.core.optimizer import distrib_optimizer
@@ -160,6 +155,36 @@ def check_restorable(args: argparse.Namespace) -> None:
             "torch's, whose state Megatron's distributed optimizer does not restore",
             "Install transformer-engine, or add --no-load-optim to start the optimizer anew.",
         )
+
+
+def verify_load(args: argparse.Namespace) -> None:
+    """Read the checkpoint of --load through before a model is built: each item against its
+    checksums, which torch.load does not look at, and against the description of its tensor.
+
+    Args:
+        args: Megatron's. Each rank reads its share of the items; rank 0 says how much that was.
+
+    Raises:
+        TSTError: an item is damaged, or there is no --load.
+    """
+    if not getattr(args, "load", None):
+        do = "Name the checkpoint, or drop the flag."
+        refuse("--tst-verify-load", "--load beside it", "none", do)
+    checkpoint = checkpoint_to_load(_iteration(args))
+    if checkpoint is None:  # the first of several starts with the same flags
+        said = f"no torch_dist checkpoint in {args.load} yet"
+    else:
+        items, size = checkpoint.check_all(share=args.rank, of=args.world_size)
+        share = "" if args.world_size == 1 else f"rank 0's share (1 of {args.world_size}), "
+        said = f"{checkpoint.path}: {share}{items} items, {size:,} bytes, is as it was written"
+    if args.rank == 0:
+        print(f" [tst] --tst-verify-load: {said}", flush=True)
+
+
+def _iteration(args):
+    """The folder that --load and --ckpt-step name."""
+    step = getattr(args, "ckpt_step", None)
+    return args.load if step is None else os.path.join(args.load, f"iter_{step:07d}")
 
 
 def check_optimizer(args: argparse.Namespace, checkpoint_args: argparse.Namespace) -> None:

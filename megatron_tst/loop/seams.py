@@ -212,6 +212,12 @@ SKIPPED_BATCH = Seam(
 CHECK_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
+BUILDER = Seam(
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "BlendedMegatronDatasetBuilder.__init__",
+    ("self", "cls", "sizes", "is_built_on_rank", "config"),
+    closed=True,
+)
 BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", closed=True)
 
 # How an unmodified script is reached: names that it imports from megatron.training.

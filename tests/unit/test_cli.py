@@ -111,7 +111,7 @@ def test_the_command_itself(capsys):
     assert cli.main([]) == 2 and capsys.readouterr().out == text
     line = refused(capsys, "plott")
     assert (
-        line.startswith("megatron-tst: error: expected a verb, one of demo, ") and "plott" in line
+        line.startswith("megatron-tst: error: the verb: expected one of demo, ") and "plott" in line
     )
 
 
@@ -119,7 +119,9 @@ def test_python_m_and_the_console_script_are_the_same_function():
     done = subprocess.run(
         [sys.executable, "-m", "megatron_tst", "nothing"], capture_output=True, text=True
     )
-    assert done.returncode == 2 and done.stderr.startswith("megatron-tst: error: expected a verb")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "megatron-tst: error: the verb: expected"
+    )
     assert 'megatron-tst = "megatron_tst.cli:main"' in (ROOT / "pyproject.toml").read_text()
 
 
@@ -252,7 +254,7 @@ def test_a_door_says_what_it_leads_to_and_refuses_in_its_own_name(capsys):
         "convert_checkpoint.py", "megatron-tst"
     )
     assert convert_checkpoint.main(["plot"]) == 2
-    assert capsys.readouterr().err.startswith("convert_checkpoint.py: error: expected a verb")
+    assert capsys.readouterr().err.startswith("convert_checkpoint.py: error: the verb: expected")
 
 
 NOT_IN_THE_WHEEL = re.compile(r"\b(tools|examples|docs|benchmarks|tests)/\w|\w+_checkpoint\.py")

@@ -592,6 +592,7 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
     from megatron_tst.loop.resume import check_restorable
 
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("4")
+    (tmp_path / "iter_0000004").mkdir()  # of another format
     args = arguments(load=str(tmp_path), use_distributed_optimizer=True, ckpt_step=None)
     check_restorable(args)  # cpu.py
     monkeypatch.setattr(cpu, "asked_for", lambda: False)
