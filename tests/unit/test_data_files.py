@@ -141,7 +141,7 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     "arguments, message",
     [
         (["--output", "{new}", "--vocab-size", "10"], "expected at least 300"),
-        (["--output", "{corpus}"], "expected a new prefix, got .* which exists"),
+        (["--output", "{corpus}"], "expected a target that is not there yet, got an existing one"),
         (["--output", "{new}", "--input", "{empty}"], "expected text files .* got none"),
         (
             ["--output", "/proc/no/place", "--input", "{source}"],

@@ -240,6 +240,33 @@ def test_the_fields_of_every_phase():
     )
 
 
+def test_recovery_shorter_than_a_long_sample():
+    plan = Schedule((8, 4, 1), (4, 12, 4), seq_length=2, global_batch_size=4)
+    assert (plan.phases[2].stride, plan.phases[2].long_samples) == (1, 1)
+    assert [plan.locate(index)[1:] for index in range(16, 20)] == [(10, i) for i in range(4)]
+    assert [plan.phase_at(consumed).first_sample for consumed in (0, 4, 15, 16, 20)] == [
+        0,
+        4,
+        4,
+        16,
+        16,
+    ]
+
+
+def test_a_schedule_stays_as_it_is():
+    plan = Schedule((8, 4, 1), (4, 12, 4), seq_length=2, global_batch_size=4)
+    for part, name in ((plan, "samples"), (plan.phases[0], "stride")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, 1)
+    for sizes, samples in (((4, 1), (8,)), ((4, 1), (8, 8, 8))):
+        with pytest.raises(AssertionError):
+            Schedule(sizes, samples, seq_length=2, global_batch_size=4)
+    for width in (6, 9):
+        with pytest.raises(AssertionError):
+            dataclasses.replace(plan, width=width)
+    assert dataclasses.replace(plan, width=16).phases[0].pieces == 2
+
+
 def test_which_samples_are_alike_in_a_phase_of_another_length():
     """The examples of Phase.samples_as_in."""
 
