@@ -148,12 +148,15 @@ def prepare(tree: Path) -> None:
 
 
 class _InOneProcess:
-    """Leaves out the tests that start processes of their own."""
+    """Leaves out the tests that start processes of their own. Those of hypothesis come last: they
+    are the slowest.
+    """
 
     def pytest_collection_modifyitems(self, config, items):
         kept = [item for item in items if "fork_server" not in item.fixturenames]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+        slow = [item for item in kept if getattr(item.obj, "is_hypothesis_test", False)]
+        items[:] = [item for item in kept if item not in slow] + slow
 
 
 def run_tests(
