@@ -127,7 +127,7 @@ def test_the_factor_that_megatron_took_is_exported(runs, tmp_path):
     """--rope-scaling-factor 4 in the run, which Megatron trained with 8; see the logits above."""
     with pytest.warns(
         UserWarning,
-        match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 and 0.19 build their "
+        match="--rope-scaling-factor 4 in the checkpoint: Megatron 0.18 to 0.20 build their "
         "models with 8",
     ):
         export(Checkpoint(runs("llama, rope scaling") / "ck"), tmp_path / "hf")

@@ -337,6 +337,10 @@ def test_warnings_outside_the_papers_range():
     )
     assert "bag size 2" in warned(TSTConfig(bag_size=2, step_ratio=0.3))[0]
     assert "step ratio 0.500" in warned(TSTConfig(bag_size=6, iters=500))[0]
+    with pytest.raises(TSTError, match="expected --tst-bag-size of 2 or more beside it, got 1"):
+        warned(TSTConfig(step_ratio=0.3))
+    with pytest.raises(TSTError, match="--tst-iters: expected more than 0, got 0"):
+        warned(TSTConfig(bag_size=6, iters=0))
     assert warned(TSTConfig(bag_size=(8, 4), step_ratio=(0.2, 0.2))) == []
     assert (
         "bag sizes 4, 8: expected to fall"
