@@ -325,6 +325,14 @@ def test_a_description_that_does_not_fit_together(small, what):
     assert "\n" not in str(raised.value)
 
 
+def test_bytes_that_no_item_names(small):
+    """A tensor that fell out of the description together with its item."""
+    with open(small / "__0_0.distcp", "ab") as file:
+        file.write(b"PK")
+    with pytest.raises(TSTError, match=r"__0_0.distcp has (\d+) bytes, \d+ of them named"):
+        Checkpoint(small)
+
+
 def test_a_description_that_the_items_contradict(small, tmp_path):
     """Of the same size, so that only the item says it."""
     for change, got in (
