@@ -3,6 +3,9 @@
 # make test-slow        set up, then run the slow ones
 # make test-wheel       install the wheel alone into a new environment, run every verb there
 # make test-processors  set up, then run the numeric tests as other processors would compute them
+# make test-main        set up .venv-main, whose Megatron is the checkout of Megatron-LM that
+#                       MEGATRON_LM names (its main branch), then run there the tests that meet
+#                       Megatron most: 15 minutes on two idle cores
 # make test-bridge      set up .venv-bridge: Megatron-Bridge loads, resumes, exports what we export
 # make test-modelopt    set up .venv-modelopt: ModelOpt's export against ours, and `quantize`
 # make test-te          set up .venv-te: the real Transformer Engine, without a GPU. WHEELS=FOLDER
@@ -23,7 +26,8 @@ ARCH ?= gpt
 SEED ?= 1
 RUN = $(VENV)/bin/python
 
-.PHONY: setup demo test test-slow test-wheel test-processors test-bridge test-modelopt test-te
+.PHONY: setup demo test test-slow test-wheel test-processors test-main test-bridge test-modelopt
+.PHONY: test-te checkout-of-megatron
 .PHONY: bench matrix style clean
 
 setup: $(VENV)/.ready
@@ -52,6 +56,26 @@ test-processors: setup
 
 test-wheel:
 	@python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" tools/test_wheel.py
+
+MAIN_TESTS = tests/unit tests/training tests/distributed tests/checkpoint/test_resume.py tests/checkpoint/test_stock.py tests/checkpoint/test_versions.py
+
+MAIN_MEGATRON = "$$(.venv-main/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/megatron"
+
+# The environment of constraints.txt with the checkout's packages in place of megatron-core's wheel.
+test-main: checkout-of-megatron .venv-main/.ready
+	ln -sfn "$(abspath $(MEGATRON_LM))/megatron" $(MAIN_MEGATRON)
+	MEGATRON_LM="$(abspath $(MEGATRON_LM))" .venv-main/bin/python -m pytest -n 2 --dist worksteal --durations=25 -m "not slow" $(MAIN_TESTS)
+
+checkout-of-megatron:
+	@test -f "$(MEGATRON_LM)/megatron/core/package_info.py" || { echo "test-main: expected MEGATRON_LM to be a checkout of Megatron-LM, got '$(MEGATRON_LM)'. Clone https://github.com/NVIDIA/Megatron-LM and run: make test-main MEGATRON_LM=/path/to/Megatron-LM"; exit 2; }
+
+.venv-main/.ready: constraints.txt pyproject.toml tools/find_python.sh
+	python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv --clear .venv-main
+	.venv-main/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
+	MEGATRON_TST_SKIP_EXTENSION=1 .venv-main/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	.venv-main/bin/python -m pip uninstall --quiet --disable-pip-version-check --yes megatron-core
+	rm -rf $(MAIN_MEGATRON)
+	@touch $@
 
 test-bridge: .venv-bridge/.ready
 	PYTHONPATH=$(CURDIR) .venv-bridge/bin/python -m pytest tests/peers/test_bridge.py
@@ -95,4 +119,4 @@ style: setup
 	$(VENV)/bin/lint-imports
 
 clean:
-	rm -rf $(VENV) .venv-bridge .venv-modelopt .venv-te build *.egg-info megatron_tst/_C*.so
+	rm -rf $(VENV) .venv-main .venv-bridge .venv-modelopt .venv-te build *.egg-info megatron_tst/_C*.so

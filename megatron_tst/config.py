@@ -5,7 +5,10 @@ resume may change in loop/resume.py.
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_tst.errors import refuse
@@ -49,6 +52,7 @@ class TSTConfig:
             boundary (data/stock_index.py).
         verify_load: read the checkpoint of --load through before the run starts, and refuse a
             damaged one (loop/resume.py).
+        max_epochs: how often the run may read a corpus of its training data (checks/text.py).
 
     Raises:
         TSTError: a value outside its range, or values that contradict each other.
@@ -70,6 +74,7 @@ class TSTConfig:
     fused_linear_loss: bool = False
     stock_index: str | None = None
     verify_load: bool = False
+    max_epochs: float = 4
 
     def __post_init__(self):
         self._check_bag_sizes()
@@ -86,6 +91,7 @@ class TSTConfig:
         for flag, value, top, range_ in (
             ("--tst-switch-slope", self.switch_slope, sys.float_info.max, "a number > 0"),
             ("--tst-switch-window", self.switch_window, 0.1, "a number > 0, at most 0.1"),
+            ("--tst-max-epochs", self.max_epochs, sys.float_info.max, "a number > 0"),
         ):
             if not (isinstance(value, (int, float)) and 0 < value <= top):
                 refuse(flag, range_, value, "Leave it out for the default.")
@@ -260,6 +266,12 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         metavar="DIR",
     )
     add(
+        "max-epochs",
+        "how often each corpus may be read; more is refused",
+        type=_number,
+        default=d["max_epochs"],
+    )
+    add(
         "fused-linear-loss",
         "output layer and loss in one op: no [L, b, V/tp] logits",
         action="store_true",
@@ -270,6 +282,39 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         action="store_true",
     )
     return parser
+
+
+def check_spelling(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Refuse a --tst flag that there is not, or that has no value or one too many. argparse would
+    say so after all of Megatron's usage.
+
+    Args:
+        parser: after add_tst_arguments.
+        argv: the command line without the script.
+
+    Raises:
+        TSTError: with the flag, and the one that was probably meant.
+    """
+    ours = {
+        flag: action
+        for flag, action in parser._option_string_actions.items()
+        if flag.startswith("--tst-")
+    }
+    for word, after in zip(argv, [*argv[1:], None]):
+        name, equals, _ = word.partition("=")
+        if not re.match(r"--?tst(?![a-z])", name, re.IGNORECASE):
+            continue
+        if name not in ours:
+            meant = f"--{name.lstrip('-').lower().replace('_', '-')}"
+            near = difflib.get_close_matches(meant, ours, n=1, cutoff=0.5)
+            do = f"Did you mean {near[0]}?" if near else "docs/flags.md lists them."
+            refuse("the command line", "a flag of TST", name, do)
+        value = after is not None and not re.match(r"-[^\d.]", after)
+        if ours[name].nargs == 0 and (equals or value):
+            got = word if equals else f"{word} {after}"
+            refuse(name, "no value", got, "It is on where it is given: leave the value out.")
+        if ours[name].nargs is None and not (equals or value):
+            refuse(name, "a value", "none", f"Give one: {name} {ours[name].metavar or 'VALUE'}.")
 
 
 def _number(text: str) -> int | float | str:

@@ -1,5 +1,6 @@
 """Megatron without a GPU: on CPU with gloo, for the demo and the tests, never active unless
-MEGATRON_TST_CPU=1 asks for it; and answers for a GPU that is not here, for the dry run.
+MEGATRON_TST_CPU=1 (or yes, true, on) asks for it; and answers for a GPU that is not here, for the
+dry run.
 
 Megatron's training loop assumes CUDA in some forty places. Each shim below says which assumption it
 answers; line numbers are megatron-core 0.19.2's. Nothing of TST is in here, and nothing here
@@ -20,6 +21,17 @@ from importlib.util import find_spec
 from megatron_tst import cpu_torch
 
 SWITCH = "MEGATRON_TST_CPU"
+# Where Transformer Engine and apex are not: layers of torch alone.
+TORCH_LAYERS = (
+    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion"
+)
+DATA = "--no-create-attention-mask-in-dataloader --num-workers 0"
+# What Megatron needs to be told on CPU: no fused CUDA kernels. gloo it chooses by itself
+# (loop/entry.py).
+FLAGS = (
+    f"{TORCH_LAYERS} --no-gradient-accumulation-fusion --no-bias-swiglu-fusion "
+    f"--no-bias-dropout-fusion --use-cpu-initialization {DATA}"
+)
 
 
 @contextlib.contextmanager
@@ -61,9 +73,12 @@ def assumed_gpu(
             setattr(owner, name, answer)
 
 
+_YES, _NO = ("1", "yes", "true", "on"), ("", "0", "no", "false", "off")
+
+
 def asked_for() -> bool:
     """Whether the environment asks for CPU training."""
-    return os.environ.get(SWITCH) == "1"
+    return os.environ.get(SWITCH, "").strip().lower() in _YES
 
 
 def enabled() -> bool:
@@ -80,8 +95,17 @@ def enable_if_asked() -> None:
     """Install the shims if the environment asks for them; call before the first import of megatron.
 
     Raises:
-        SystemExit: there is a GPU here, which the shims would hide.
+        SystemExit: there is a GPU here, which the shims would hide, or the environment says neither
+            yes nor no.
     """
+    value = os.environ.get(SWITCH, "").strip()
+    if value.lower() not in (*_YES, *_NO):
+        print(
+            f"megatron_tst: error: {SWITCH}: expected one of {', '.join(_YES)} to train on CPU, or "
+            f"one of {', '.join(filter(None, _NO))}, got {value}. Set it to 1, or unset it.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     if not asked_for():
         return
     import torch
@@ -148,6 +172,7 @@ def _after_megatron(torch) -> None:
     import megatron.core.models.hybrid.hybrid_block as hybrid_block
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+    import megatron.core.transformer.multi_token_prediction as multi_token_prediction
     import megatron.core.transformer.torch_norm as torch_norm
 
     # random.py sets the CUDA generator through torch._C
@@ -203,6 +228,10 @@ def _after_megatron(torch) -> None:
     # HybridModel's last norm is Transformer Engine's whatever the layer spec says
     # (hybrid_block.py:215)
     hybrid_block.TENorm = torch_norm.WrappedTorchNorm
+    # without Transformer Engine the classes that it looks for are mocks (0.20,
+    # inference_layers.py:564)
+    if hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        multi_token_prediction.is_inference_column_parallel_linear = lambda module: False
     _distributed_optimizer(torch)
     if find_spec("megatron.training"):  # absent beside a loop of one's own (examples/own_loop.py)
         import megatron.training.training as loop

@@ -127,6 +127,7 @@ def _random_state(torch) -> None:
     # The CUDA generator is the CPU's: Megatron's tracker of tensor-parallel generators then works
     # as it is.
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    torch.cuda.initial_seed = torch.initial_seed
 
     def get_rng_state(*args, **kwargs):
         return torch.get_rng_state()

@@ -9,26 +9,18 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_tst import cpu
 from megatron_tst.data import corpus as corpora
 
 SEQ_LENGTH, BATCH = 128, 16  # positions of a sample, samples a step
 BAG_SIZE, STEP_RATIO, ITERATIONS = 2, 0.2, 1000  # of the demo; benchmarks/data/demo_sweep.csv
+GRACE = 10  # seconds
 NAME = "3x128 lr 4e-3"  # in the tables of sweeps
 
-# Where Transformer Engine and apex are not: layers of torch alone.
-_TORCH_LAYERS = (
-    "--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion --no-rope-fusion"
-)
-_DATA = "--no-create-attention-mask-in-dataloader --num-workers 0"
-# What Megatron needs to be told on CPU: no fused CUDA kernels, gloo.
-CPU = (
-    f"--distributed-backend gloo {_TORCH_LAYERS} --no-gradient-accumulation-fusion "
-    f"--no-bias-swiglu-fusion --no-bias-dropout-fusion "
-    f"--use-cpu-initialization {_DATA}"
-)
 MODEL = (
     f"--num-layers 3 --hidden-size 128 --num-attention-heads 4 --seq-length {SEQ_LENGTH} "
     f"--max-position-embeddings {SEQ_LENGTH} "
@@ -60,18 +52,18 @@ def machine(device: str) -> str:
     accumulation where they are installed.
     """
     if device == "cpu":
-        return CPU
+        return cpu.FLAGS
     layers = (
         "--transformer-impl transformer_engine"
         if importlib.util.find_spec("transformer_engine")
-        else _TORCH_LAYERS
+        else cpu.TORCH_LAYERS
     )
     fused = (
         ""
         if importlib.util.find_spec("fused_weight_gradient_mlp_cuda")
         else "--no-gradient-accumulation-fusion"
     )
-    return f"{layers} {fused} {_DATA}"
+    return f"{layers} {fused} {cpu.DATA}"
 
 
 def flags(
@@ -150,7 +142,8 @@ def side_by_side(
 ) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
     """Start the demo's two runs, "baseline" and "tst": name -> (process, log).
 
-    Logs and checkpoints go to `folder`. What still runs when the context ends is terminated.
+    Logs and checkpoints go to `folder`. What still runs when the context ends is terminated, and
+    killed where it has not ended GRACE seconds later: nobody writes to `folder` any more.
     """
     common = flags(corpus, corpora.vocab_size(corpus), iterations, seed, architecture, device)
     common += ["--save-interval", str(iterations), "--ckpt-format", "torch_dist"]
@@ -162,6 +155,13 @@ def side_by_side(
             runs[name] = start([*common, *more, *save], log, device), log
         yield runs
     finally:
-        for process, _ in runs.values():
-            if process.poll() is None:
-                process.terminate()
+        running = [process for process, _ in runs.values() if process.poll() is None]
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        for process in running:
+            try:
+                process.wait(max(0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

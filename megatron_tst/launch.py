@@ -4,7 +4,7 @@
         --tst-bag-size 6 --tst-step-ratio 0.3
 
 instead of `torchrun ... path/to/pretrain_gpt.py <its flags>`. Works for pretrain_gpt.py and
-pretrain_hybrid.py of 0.18 and 0.19, and for any script that calls megatron.training.pretrain.
+pretrain_hybrid.py of 0.18 to 0.20, and for any script that calls megatron.training.pretrain.
 Without --tst- flags the script runs as it is.
 """
 

@@ -28,7 +28,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args, pretrain
+from megatron.training import get_args, inprocess_restart, pretrain
 from megatron.training.argument_utils import (
     gpt_config_from_args,
     hybrid_config_from_args,
@@ -186,7 +186,10 @@ def main() -> None:
         hybrid_config_from_args(args) if args.hybrid_layer_pattern else gpt_config_from_args(args)
     )
     config = pretrain_cfg_container_from_args(args, model)
-    pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    run, store = pretrain, None
+    if args.inprocess_restart:
+        run, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    run(config, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=store)
     torch.distributed.barrier()
     # gloo's threads can abort a process that ends without it, after all is saved
     torch.distributed.destroy_process_group()

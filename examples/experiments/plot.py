@@ -23,6 +23,7 @@ from questions import ConfigError, load, refuse
 from results import Table
 
 from megatron_tst.planning.curves import reached, spread
+from megatron_tst.planning.plots import save
 
 AGAINST = ("iterations", "raw_tokens", "flops")
 
@@ -158,7 +159,7 @@ def equal_loss(rows: list[dict], reference: str, axis: str) -> list[str]:
 
 
 def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, options) -> None:
-    """The figure; under a temporary name first."""
+    """The figure."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -219,10 +220,7 @@ def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, 
         f"seed{'s' * (seeds > 1)}; bars: standard error",
         fontsize=10,
     )
-    temporary = options.output.with_name(f".{options.output.name}.part{options.output.suffix}")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(options.output)
-    plt.close(figure)
+    save(figure, options.output)
 
 
 def _bar(axis, where, values, colour, across=False, **more):

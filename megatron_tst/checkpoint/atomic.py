@@ -1,22 +1,47 @@
-"""Put a folder where it belongs: written beside, flushed, renamed. Killed at any moment, the target
-is absent or whole.
+"""Put a folder or files where they belong: written beside, flushed, renamed. Stopped at any moment,
+the target is absent or whole, and nothing is lost that this tool has not written.
+
+- A target and what is read never lie in each other, through links and mounts too.
+- What is replaced is deleted where every file in it is as this tool wrote it (MARK says so), and
+  moved aside to TARGET.old-1 otherwise.
+- Whether the target is there is looked at before the work, and again by the rename itself.
+- A process that is killed leaves a temporary folder beside the target. The next try for the same
+  target removes it, and puts back what was being replaced.
+
+Temporary names: .TARGET.part-* is being written, .TARGET.whole-* is or was on its way to its place,
+.TARGET.old-* had the place a moment ago (where the system cannot exchange two folders).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_tst.errors import refuse
+from megatron_tst.checkpoint.renames import exchange, left_over, rename_new, tag
+from megatron_tst.errors import refuse, warn
+
+MARK = ".megatron_tst.json"  # in every folder that is written, last: its files and their sizes
+_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FILE, _FOLDER = stat.S_IFREG, stat.S_IFDIR
+_KINDS = {_FILE: "a file", _FOLDER: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_STATES = "part", "whole", "old"  # of a temporary name
+_OLD = "replaced"  # folder of the files that new_files takes away
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, needed: int, force: bool = False) -> Iterator[Path]:
+def new_folder(
+    target: Path, needed: int, force: bool = False, sources: Iterable[Path] = ()
+) -> Iterator[Path]:
     """A folder to write into, which becomes `target` when the block ends, and is removed when it
     fails.
 
@@ -24,29 +49,105 @@ def new_folder(target: Path, needed: int, force: bool = False) -> Iterator[Path]
         target: the folder to be; its parents are made.
         needed: bytes that will be written.
         force: replace a target that is there, after the new one is whole.
+        sources: files and folders that are read for it.
 
     Raises:
-        TSTError: the target exists, or too little space.
+        TSTError: the target exists (before the work, or meanwhile), is no folder of its own, or
+            holds or lies in a source; too little space, or a file cannot be read or written.
     """
-    if target.exists() and not force:
-        do = "Choose another one, or add --force to replace it."
-        refuse(target, "a target that is not there yet", "an existing one", do)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < 1.01 * needed + (16 << 20):
-        expected = f"{needed / 1e9:.2f} GB of free space"
-        do = "Make room or choose another disk."
-        refuse(target.parent, expected, f"{free / 1e9:.2f} GB", do)
-    _remove_leftovers(target)
-    part = target.parent / f".{target.name}.part-{os.getpid()}"
-    part.mkdir()
-    try:
+    with _in_words(target):
+        target = _real(target)
+        _remove_leftovers(target)
+        _check_place(target, _FOLDER, force)
+        _check_sources(target, sources)
+        _check_space(target, needed)
+    with _work(target) as (part, whole, old):
         yield part
-        flush_folder(part)
-        _put_in_place(part, target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        _finish(part)
+        os.rename(part, whole)
+        _put_in_place(whole, target, _FOLDER, force, old)
+        if os.path.lexists(whole):  # what was replaced
+            _dispose(whole, target)
+
+
+@contextlib.contextmanager
+def new_files(
+    prefix: Path,
+    endings: Iterable[str],
+    force: bool = False,
+    sources: Iterable[Path] = (),
+    ours: Callable[[Path], bool] = lambda folder: False,
+) -> Iterator[Path]:
+    """A folder to write files into, which get their places beside it when the block ends: a single
+    one in one step. Several get them in their order, so that the last one says whether all are
+    there. Of an older set that one is taken away first.
+
+    Args:
+        prefix: the file named like `prefix` with an ending is to become the one beside `prefix`.
+        endings: of the files, in the order in which they get their names.
+        force: replace those that are there.
+        sources: files that are read for them.
+        ours: whether the files in a folder, which are to be replaced, may be deleted: this tool
+            wrote them. Others are moved aside.
+
+    Raises:
+        TSTError: as new_folder.
+    """
+    with _in_words(prefix):
+        prefix = _real(prefix)
+        targets = [prefix.with_name(prefix.name + ending) for ending in endings]
+        _remove_leftovers(prefix, ours)
+        for target in targets:
+            _check_place(target, _FILE, force)
+        replaced = {_identity(target): target for target in targets if target.exists()}
+        for source in sources:
+            if (target := replaced.get(_identity(source))) is not None:
+                _refuse_source(target, source, "the same file")
+        _check_space(prefix, 0)
+    with _work(prefix, ours) as (part, whole, _):
+        yield part
+        (part / _OLD).mkdir()
+        _finish(part, [target.name for target in targets])
+        os.rename(part, whole)
+        if len(targets) > 1:
+            _check_again(targets, _FILE, force)
+            for target in reversed(targets):
+                if os.path.lexists(target):
+                    rename_new(target, whole / _OLD / target.name)
+        for target in targets:
+            old = whole / _OLD / target.name
+            _put_in_place(whole / target.name, target, _FILE, force and len(targets) == 1, old)
+        _settle_files(whole, prefix, ours)
+
+
+@contextlib.contextmanager
+def kept_folder(target: Path) -> Iterator[Path]:
+    """A new folder that is written in its place and stays, however the block ends. One that is
+    there goes first, as it does for new_folder's `force`.
+
+    Raises:
+        TSTError: as new_folder.
+    """
+    with _in_words(target):
+        target = _real(target)
+        _remove_leftovers(target)
+        _check_place(target, _FOLDER, True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            whole = _temporaries(target, tag())[1]
+            try:
+                os.rename(target, whole)
+                _dispose(whole, target)
+            except BaseException:
+                if os.path.lexists(whole):
+                    _dispose(whole, target)
+                raise
+        target.mkdir()
+    try:
+        yield target
+    finally:
+        with contextlib.suppress(OSError):
+            _finish(target)
 
 
 def flushed(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -81,25 +182,362 @@ def flush_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _put_in_place(part, target):
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        os.rename(target, old)
-    os.rename(part, target)
-    flush_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+# --- what is looked at before the work
 
 
-def _remove_leftovers(target):
-    """Temporary folders of earlier tries whose process is gone. A target that was being replaced is
-    put back.
+def _real(target):
+    """The place itself: no link in the folders above, no `..`. A link at the end is kept, and
+    refused later.
     """
-    for path in target.parent.glob(f".{target.name}.*-*"):
-        kind, _, process = path.name.removeprefix(f".{target.name}.").partition("-")
-        ours = kind in ("part", "old") and process.isdigit()
-        if not ours or Path(f"/proc/{process}").exists():
-            continue
-        if kind == "old" and not target.exists():
-            os.rename(path, target)
+    real = Path(target).absolute()
+    last = real.name if real.name != ".." else ""
+    real = Path(os.path.realpath(real.parent if last else real), last)
+    if not real.name:
+        refuse(target, "a new name", "the root of all folders", "Name another place.")
+    return real
+
+
+def _check_place(target, kind, force):
+    """What is there may be replaced: it is of this kind, no mount, and `force` allows it."""
+    try:
+        found = stat.S_IFMT(os.lstat(target).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    expected, got = f"a new name or {_KINDS[kind]}", _KINDS.get(found, "a device")
+    if found == stat.S_IFLNK:
+        got = f"a link to {os.readlink(target)}"
+    if found != kind:
+        refuse(target, expected, got, "Name another place.")
+    if os.path.ismount(target) or str(target) in _mounts():
+        refuse(target, expected, "a mount point", "Name a new one in it.")
+    if not force:
+        do = "Choose another one, or add --force to replace it."
+        refuse(target, "a target that is not there yet", "an existing one", do)
+
+
+def _mounts():
+    """Where something is mounted; os.path.ismount does not see binds within a file system."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {line.split()[4].encode().decode("unicode_escape") for line in lines}
+
+
+def _check_sources(target, sources):
+    """None of the sources is the target, holds it or lies in it. Folders are compared by what they
+    are, not by their names, so that links and mounts are seen through.
+    """
+    above = {_identity(path): path for path in (target, *target.parents) if path.exists()}
+    there = set()
+    if target.exists():
+        there = {_identity(target)}
+        if (target / MARK).exists():  # it may be deleted: so nothing in it may be read
+            there |= {_identity(Path(folder)) for folder, _, _ in os.walk(target)}
+    for source in sources:
+        for path in _with_links(source):
+            if _identity(path) in above:
+                same = _identity(path) == _identity(target)
+                _refuse_source(target, source, "the same" if same else "a place in it")
+            if any(_identity(parent) in there for parent in (path, *path.parents)):
+                _refuse_source(target, source, "a folder that holds it")
+
+
+def _with_links(source):
+    """A source as it lies on the disk, and what links in a source's folder lead to."""
+    real = Path(os.path.realpath(source))
+    if not real.exists():
+        return []
+    links = []
+    with contextlib.suppress(OSError):
+        if real.is_dir():
+            with os.scandir(real) as entries:
+                links = [Path(os.path.realpath(e.path)) for e in entries if e.is_symlink()]
+    return [real, *(path for path in links if path.exists())]
+
+
+def _refuse_source(target, source, got):
+    refuse(target, f"a target outside the source {source}", got, "Choose another one.")
+
+
+def _identity(path):
+    """What a path is on this machine, whatever it is called; None where there is nothing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _check_space(target, needed):
+    folder = next(path for path in target.parents if path.exists())
+    disk, needed = shutil.disk_usage(folder), int(1.01 * needed) + (16 << 20)
+    if disk.total and disk.free < needed:  # /proc has none at all, and says what is wrong itself
+        sizes = needed, disk.free
+        expected, got = (f"{size / 1e9:.2f} GB" for size in sizes)
+        if expected == got:
+            expected, got = (f"{size:,} bytes" for size in sizes)
+        do = "Make room or choose another disk."
+        refuse(folder, f"{expected} of free space", got, do)
+
+
+# --- the work, and what it leaves
+
+
+@contextlib.contextmanager
+def _work(target, ours=None):
+    """A temporary folder beside the target, the name that it gets when it is whole, and a spare
+    one. Whatever ends the block, none of them is left, nor are folders that were made for them.
+    """
+    mine, made = tag(), []
+    temporaries = _temporaries(target, mine)
+    try:
+        with _in_words(target, *temporaries):
+            made = [path for path in target.parents if not path.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporaries[0].mkdir()
+            yield temporaries
+    except BaseException:
+        with _undisturbed():
+            _settle(target, mine, ours)
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """Ignore further signals while a process that is ending cleans up."""
+    caught = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not None:  # else it is not Python's
+                caught[number] = signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in caught.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _in_words(target, *temporaries):
+    """What the system refuses becomes one sentence, about the target or about what was read."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # of the screen
+    except OSError as error:
+        places = [Path(os.path.abspath(path)) for path in (target, *temporaries)]
+        named = places[0]
+        if isinstance(error.filename, (str, os.PathLike)):
+            named = Path(os.path.abspath(error.filename))
+        written = named in places[0].parents
+        if written or any(place in (named, *named.parents) for place in places):
+            do = "Choose another one or mend its permissions."
+            if error.errno in _ROOM:
+                do = "Make room or choose another disk."
+            refuse(target, "a place that can be written to", _said(error), do)
+        do = "Mend its permissions or copy it again."
+        refuse(named, "a file or folder that can be read", _said(error), do)
+
+
+def _said(error):
+    return error.strerror or str(error)
+
+
+def _put_in_place(whole, target, kind, force, old):
+    """Give what is whole its name. What had the name is at `whole` then, where `force` allows it.
+    There is no moment without a target where the system can exchange two names.
+    """
+    while True:
+        try:
+            rename_new(whole, target)
+            break
+        except FileExistsError:
+            _check_again([target], kind, force)
+        try:
+            exchange(whole, target, old)
+            break
+        except FileNotFoundError:
+            continue  # it has gone meanwhile
+    flush_folder(target.parent)
+
+
+def _check_again(targets, kind, force):
+    for target in targets:
+        if os.path.lexists(target):
+            _check_place(target, kind, True)
+            if not force:
+                got = "one that has appeared meanwhile, which stays"
+                do = "What was written is removed: choose another one, or add --force."
+                refuse(target, "a target that is not there yet", got, do)
+
+
+def _finish(folder, order=()):
+    """Everything in a folder is on the disk, and MARK says what is in it.
+
+    Args:
+        order: names of files, where they get places of their own one after the other.
+    """
+    files, folders = {}, [folder]
+    for path, found in _everything(folder):
+        if stat.S_ISDIR(found.st_mode):
+            folders.append(path)
+        elif path != folder / MARK:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                files[str(path.relative_to(folder))] = os.fstat(file.fileno())
+    about = {"written by": "megatron-tst", "files": {name: files[name].st_size for name in files}}
+    about |= {"order": {name: _state(files[name]) for name in order}} if order else {}
+    write_json(folder / MARK, about)
+    for path in reversed(folders):
+        flush_folder(path)
+
+
+def _everything(folder):
+    """(path, its lstat) of everything below a folder."""
+    with os.scandir(folder) as entries:
+        found = [(Path(entry.path), entry.stat(follow_symlinks=False)) for entry in entries]
+    for path, about in found:
+        yield path, about
+        if stat.S_ISDIR(about.st_mode):
+            yield from _everything(path)
+
+
+def _marked(folder):
+    """What MARK says, None where there is none that can be read."""
+    try:
+        if stat.S_ISREG(os.lstat(folder / MARK).st_mode):
+            about = json.loads((folder / MARK).read_bytes())
+            return about if isinstance(about["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def _written_here(folder):
+    """Whether nothing is in a folder but what this tool wrote there, as it wrote it: of the same
+    size, and not changed after MARK was. Files may be missing.
+    """
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        return False
+    about = _marked(folder)
+    files, end = ({}, 0) if about is None else (about["files"], os.lstat(folder / MARK).st_ctime_ns)
+    folders = {parent for name in files for parent in Path(name).parents}
+    for path, found in _everything(folder):
+        name = path.relative_to(folder)
+        if stat.S_ISDIR(found.st_mode):
+            known = name in folders
+        elif str(name) == MARK:
+            known = about is not None
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            known = stat.S_ISREG(found.st_mode) and files.get(str(name)) == found.st_size
+            known = known and found.st_ctime_ns <= end
+        if not known:
+            return False
+    return True
+
+
+def _state(found):
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _dispose(old, target):
+    """Delete what was replaced, or move it aside where this tool did not write all of it, or may
+    not delete it.
+    """
+    if _written_here(old):
+        with contextlib.suppress(OSError):
+            _remove(old)
+    if os.path.lexists(old):
+        _move_aside({old: target})
+
+
+def _remove(folder):
+    """Delete a folder, MARK last: stopped before, the rest is still known."""
+    for path in list(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _move_aside(names):
+    """{path: the target that it was}; all get the same number."""
+    for number in itertools.count(1):
+        new = {path: was.with_name(f"{was.name}.old-{number}") for path, was in names.items()}
+        if any(os.path.lexists(path) for path in new.values()):
+            continue
+        for path, was in names.items():
+            rename_new(path, new[path])
+            warn(f"{was} held what this tool did not write there: it is {new[path]} now")
+        return
+
+
+def _temporaries(target, its_tag):
+    return tuple(target.with_name(f".{target.name}.{kind}-{its_tag}") for kind in _STATES)
+
+
+def _remove_leftovers(target, ours=None):
+    """Of earlier tries that were killed."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for its_tag in left_over(target, _STATES):
+            _settle(target, its_tag, ours)
+
+
+def _settle(target, its_tag, ours):
+    """End a try, this process's own or one that was killed: remove what it wrote, finish what it
+    was about to remove, put back what it has taken away.
+
+    Args:
+        ours: as new_files's; None where the target is a folder.
+    """
+    part, whole, old = _temporaries(target, its_tag)
+    with contextlib.suppress(OSError):  # another process does the same
+        shutil.rmtree(part, ignore_errors=True)
+        if os.path.lexists(old):
+            try:
+                rename_new(old, target)
+            except FileExistsError:
+                _dispose(old, target)
+        if os.path.lexists(whole):
+            if ours is None:
+                _dispose(whole, target)
+            else:
+                _settle_files(whole, target, ours)
+
+
+def _settle_files(whole, prefix, ours):
+    """The same for several files. They are in place when the last one is: then the old ones go,
+    else the new ones.
+    """
+    about = _marked(whole)
+    if about is None:
+        return _dispose(whole, prefix)
+    order, old = about["order"], whole / _OLD
+    last = list(order)[-1]
+
+    def is_new(path, name):
+        return os.path.lexists(path) and _state(os.lstat(path)) == order[name]
+
+    if done := not is_new(whole / last, last):
+        if os.path.lexists(whole / last):  # exchanged
+            os.rename(whole / last, old / last)
+    else:
+        for name in order:
+            if is_new(prefix.with_name(name), name):
+                prefix.with_name(name).unlink()
+        for name in order:
+            if os.path.lexists(old / name):
+                with contextlib.suppress(FileExistsError):
+                    rename_new(old / name, prefix.with_name(name))
+    if rest := [name for name in order if os.path.lexists(old / name)]:
+        if done and ours(old):
+            os.rename(old, whole / "going")  # so that stopped before its end, the rest goes too
+        else:
+            _move_aside({old / name: prefix.with_name(name) for name in rest})
+    return _remove(whole)

@@ -121,6 +121,12 @@ class Checkpoint:
             do = "Copy it again or use another iteration."
             refuse(self.path, "every file as its metadata name it", "; ".join(wrong), do)
 
+    @property
+    def folders(self) -> list[Path]:
+        """What it lies in: the iteration's folder, and the one with the tracker file, if any."""
+        above = Path(os.path.realpath(self.path)).parent
+        return [self.path, *([above] if (above / TRACKER).is_file() else [])]
+
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Name -> shape and type of every tensor, model and optimizer."""

@@ -13,16 +13,16 @@ import io
 import json
 import pickle
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from megatron_tst.checkpoint.atomic import flush, flush_folder, flushed, new_folder, write_text
+from megatron_tst.checkpoint.atomic import flush, flushed, new_folder, write_text
 from megatron_tst.checkpoint.format import COMMON, TRACKER, Checkpoint, Item
-from megatron_tst.errors import TSTError, refuse
+from megatron_tst.errors import TSTError
 
 _COMMON_OBJECT = f"{COMMON}/shard_0_1"  # Megatron's name for a ShardedObject of one part
 
@@ -59,6 +59,7 @@ def rewrite(
     changes: Changes,
     *,
     force: bool = False,
+    also_read: Iterable[Path] = (),
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
     """Write the changed copy.
@@ -67,23 +68,20 @@ def rewrite(
         target: a folder that is not there yet, as --save names one: it gets the iteration's folder
             and the tracker file.
         force: replace a target that is there, after the new one is whole.
+        also_read: files beside the source's that `changes` reads.
         progress: called with the bytes done and in all.
 
     Returns:
         the iteration's folder.
 
     Raises:
-        TSTError: the target exists, too little space, or what was read back is not what was
-            written.
+        TSTError: what was read back is not what was written, and atomic.new_folder's.
     """
-    target = target.absolute()
-    if source.path.absolute().is_relative_to(target):
-        refuse(target, "a target outside the source", "the source's folder", "Choose another one.")
     kept = [
         item for item in source.items if item is not source.common_item and changes.keep(item.name)
     ]
     total = sum(item.length for item in kept)
-    with new_folder(target, total, force) as part:
+    with new_folder(target, total, force, [*source.folders, *also_read]) as part:
         folder = part / source.path.name
         folder.mkdir()
         _write(source, folder, kept, changes, lambda done: progress(done, total))
@@ -123,17 +121,16 @@ def _write(source, folder, kept, changes, progress):
         if name.split("/")[0] != COMMON and changes.keep(name)
     }
     if legacy:
-        flushed(folder / "common.pt", lambda file: torch.save(changes.common, file))
+        flushed(folder / "common.pt", lambda file: file.write(saved(changes.common)))
     else:
-        buffer = io.BytesIO()
-        torch.save([changes.common], buffer)
-        flushed(folder / "__common_0.distcp", lambda file: file.write(buffer.getbuffer()))
+        common = saved([changes.common])
+        flushed(folder / "__common_0.distcp", lambda file: file.write(common))
         index = MetadataIndex(_COMMON_OBJECT)
         state[_COMMON_OBJECT] = BytesStorageMetadata()
         storage[index] = dataclasses.replace(
-            one, relative_path="__common_0.distcp", offset=0, length=len(buffer.getbuffer())
+            one, relative_path="__common_0.distcp", offset=0, length=len(common)
         )
-        sums[index] = zlib.crc32(buffer.getbuffer())
+        sums[index] = zlib.crc32(common)
     metadata = dataclasses.replace(
         source.metadata, state_dict_metadata=state, storage_data=storage, planner_data=None
     )
@@ -143,7 +140,6 @@ def _write(source, folder, kept, changes, progress):
             changes.name(name): entry for name, entry in flattened.items() if changes.keep(name)
         }
     write_description(folder, metadata)
-    flush_folder(folder)
     read_back(folder, sums)
 
 
@@ -163,8 +159,13 @@ def _edited(source, item, changes):
     shard = source.tensor(item)
     new = changes.tensor(item.name, tuple(item.index.offset), shard)
     assert new.shape == shard.shape and new.dtype == shard.dtype, item.name
+    return saved(new)
+
+
+def saved(content: object) -> bytes:
+    """torch.save's bytes. Into a file it would write them itself, and fail in ways of its own."""
     buffer = io.BytesIO()
-    torch.save(new, buffer)
+    torch.save(content, buffer)
     return buffer.getvalue()
 
 

@@ -75,6 +75,10 @@ def check_fused_linear_loss(args: argparse.Namespace) -> None:
         if getattr(args, name, None):
             do = "It needs the output layer's own forward. Drop one of the two."
             refuse(f"{_flag(name)} with --tst-fused-linear-loss", "unset", "set", do)
+    logits, hidden = getattr(args, "logit_dtype", None), getattr(args, "params_dtype", None)
+    if logits not in (None, hidden):
+        do = "Its logits have the hidden states' type; their sums are fp32. Drop one of the two."
+        refuse("--output-logit-dtype with --tst-fused-linear-loss", hidden, logits, do)
 
 
 def _flag(name):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from megatron_tst import cpu, extension
 from megatron_tst.checks.conflicts import check_conflicts, check_fused_linear_loss
+from megatron_tst.checks.effects import check_effects
 from megatron_tst.checks.precision import check_precision, recipe_of
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
@@ -23,6 +24,7 @@ ROBUST_BAG_SIZES = 4, 8
 LARGEST_BAG_SIZE = 16
 ROBUST_RATIOS = 0.2, 0.4
 LARGEST_WIDTH = 64  # bags of 16, 12 and 8 need 48
+LARGEST_COUNT = 2**63 - 1  # of Megatron's indices, int64
 
 
 def this_gpu() -> tuple[tuple[int, int], str] | None:
@@ -50,18 +52,10 @@ def check_arguments(
     Raises:
         TSTError: with the flag, what was expected, what was got, what to do.
     """
+    if config.bag_size == 1 and config.enabled:  # through the superposed code, in tests alone
+        return
+    check_effects(config, args)
     if config.bag_size == 1:
-        if (
-            config.step_ratio
-            or config.iters
-            or config.exit_at_boundary
-            or config.kernel_in_recovery
-            or config.fused_linear_loss
-        ):
-            warn(
-                "--tst-bag-size is 1: the other --tst flags have no effect and the run is stock "
-                "Megatron"
-            )
         return
     if config.step_ratio is None and config.iters is None:
         refuse(
@@ -70,9 +64,6 @@ def check_arguments(
             config.bag_size,
             "Say how long to superpose.",
         )
-    if not config.enabled:
-        warn("no iteration is superposed: the run is stock Megatron")
-        return
     check_sequence_length(config, args)
     check_conflicts(args)
     if config.fused_linear_loss:
@@ -82,7 +73,8 @@ def check_arguments(
     if recipe_of(args):
         check_precision(config, args, gpu())
     schedule = config.schedule(args)
-    _check_switch(config, schedule, args)
+    _check_boundary(config, schedule, args)
+    _check_bag_sizes(config, schedule)
     ratio = schedule.superposition_samples / schedule.train_samples
     low, high = ROBUST_BAG_SIZES
     for size in config.bag_sizes:
@@ -110,9 +102,8 @@ def check_arguments(
         )
 
 
-def _check_switch(config, schedule, args):
-    """Refuse settings of the boundary that would have no effect."""
-    defaults = TSTConfig()
+def _check_boundary(config, schedule, args):
+    """Refuse a stop at the boundary that would lose the phase, or that Megatron would pass by."""
     if config.exit_at_boundary:
         if not getattr(args, "save", None):
             refuse(
@@ -133,15 +124,25 @@ def _check_switch(config, schedule, args):
                 boundary,
                 do,
             )
-    if config.switch == "fixed":
-        for name in ("switch_slope", "switch_window"):
-            if getattr(config, name) != getattr(defaults, name):
-                refuse(
-                    f"--tst-{name.replace('_', '-')}",
-                    "--tst-switch auto beside it",
-                    "fixed",
-                    "Drop one of the two.",
-                )
+
+
+def _check_bag_sizes(config, schedule):
+    """Refuse bags that no text could fill; the run's own text has its limit in checks/text.py."""
+    shown, length = ",".join(map(str, config.bag_sizes)), schedule.seq_length
+    if config.superpose == "output" and max(config.bag_sizes) > length:
+        refuse(
+            "--tst-bag-size with --tst-superpose output",
+            f"at most --seq-length {length}",
+            shown,
+            "The next tokens that a position predicts lie in its own sample.",
+        )
+    if schedule.long_samples * schedule.long_sample_length > LARGEST_COUNT:
+        refuse(
+            "--tst-bag-size",
+            f"a run of at most {LARGEST_COUNT:,} raw tokens, which Megatron can count",
+            shown,
+            "Lower it: the paper found 4 to 8 robust.",
+        )
 
 
 def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:

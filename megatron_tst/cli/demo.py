@@ -15,12 +15,13 @@ Needs pip install 'megatron-tst[demo]'.
 
 from __future__ import annotations
 
+import math
 import os
-import shutil
 import time
 from pathlib import Path
 
 from megatron_tst import demo
+from megatron_tst.checkpoint.atomic import kept_folder
 from megatron_tst.cli.screen import Parser, call, progress_bar
 from megatron_tst.errors import TSTError, optional, refuse
 
@@ -59,24 +60,24 @@ def _run(options):
     if options.device == "cuda":
         _check_gpu()
     console, started = Console(highlight=False, soft_wrap=True), time.time()
-    here = _new_folder(options)
-    corpus = options.out / "corpus"
-    _prepare(console, corpus)
+    here, corpus = options.out / options.architecture, options.out / "corpus"
     iterations = options.iterations
-    console.print(f"2/3 training: {iterations} iterations twice, side by side; logs in {here}")
-    with demo.side_by_side(
-        corpus, here, iterations, options.seed, options.architecture, options.device
-    ) as processes:
-        _watch(console, processes, iterations)
-    runs = {
-        "baseline": curves.read_log(here / "baseline.log"),
-        f"TST s={demo.BAG_SIZE}, r={demo.STEP_RATIO}": curves.read_log(here / "tst.log"),
-    }
-    title = (
-        f"{options.architecture}, 3 layers x 128, on {options.device}, Python standard library, "
-        f"seed {options.seed}"
-    )
-    plots.plot(runs, here / "loss.png", title)
+    with kept_folder(here):
+        _prepare(console, corpus)
+        console.print(f"2/3 training: {iterations} iterations twice, side by side; logs in {here}")
+        with demo.side_by_side(
+            corpus, here, iterations, options.seed, options.architecture, options.device
+        ) as processes:
+            _watch(console, processes, iterations)
+        runs = {
+            "baseline": curves.read_log(here / "baseline.log"),
+            f"TST s={demo.BAG_SIZE}, r={demo.STEP_RATIO}": curves.read_log(here / "tst.log"),
+        }
+        title = (
+            f"{options.architecture}, 3 layers x 128, on {options.device}, Python standard "
+            f"library, seed {options.seed}"
+        )
+        plots.plot(runs, here / "loss.png", title)
     _last_screen(console, options, corpus, here, runs, time.time() - started)
     return 0
 
@@ -87,19 +88,6 @@ def _check_gpu():
     if not torch.cuda.is_available():
         expected = "an NVIDIA GPU that torch can use"
         refuse("--device cuda", expected, "none", "Drop it to train on CPU.")
-
-
-def _new_folder(options) -> Path:
-    here = options.out / options.architecture
-    try:
-        here.parent.mkdir(parents=True, exist_ok=True)
-        if here.exists():
-            shutil.rmtree(here)
-        here.mkdir()
-    except OSError as error:
-        got = f"{options.out}: {error.strerror}"
-        refuse("--out", "a folder that can be written to", got, "Name another one.")
-    return here
 
 
 def _prepare(console, prefix):
@@ -163,8 +151,9 @@ def _says(run) -> str:
     if not run.train:
         return "starting"
     phase = "superposition" if run.excess and run.last in run.excess else "next token"
-    text = f"{run.last}/{run.total} {phase} loss {run.train[run.last]:.3f}"
-    return text + (f", validation {run.final_validation:.3f}" if run.validation else "")
+    loss, validation = run.train.get(run.last, math.nan), run.final_validation
+    text = f"{run.last}/{run.total} {phase} loss {loss:.3f}"
+    return text + (f", validation {validation:.3f}" if validation is not None else "")
 
 
 def _last_screen(console, options, corpus, here, runs, seconds):
@@ -173,6 +162,10 @@ def _last_screen(console, options, corpus, here, runs, seconds):
 
     found = {name: curves.summary(run) for name, run in runs.items()}
     base, tst = found.values()
+    for name, run in found.items():
+        if run["validation_loss"] is None:
+            do = "Its log says why: lower --lr, or another --seed."
+            refuse(f"the {name} run", "a validation loss", "none, or NaN", do)
     gain = base["validation_loss"] - tst["validation_loss"]
     console.print(f"\n3/3 done in {seconds / 60:.1f} minutes on {os.cpu_count()} cores\n")
     console.print(

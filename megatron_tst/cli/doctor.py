@@ -40,7 +40,7 @@ def screen(report: dict) -> str:
     def columns(head: str, text: str) -> list[str]:
         return textwrap.wrap(
             text,
-            WIDTH,
+            WIDTH - 2,  # a backslash may follow
             initial_indent=head,
             subsequent_indent=" " * len(head),
             break_on_hyphens=False,
@@ -60,6 +60,10 @@ def screen(report: dict) -> str:
             for line in columns(f"  {what:26}", which)
         ),
     ]
+    if report["run_on_cpu"]:
+        command = columns("  ", report["run_on_cpu"])
+        lines += ["", "A run that starts on CPU", *(line + " \\" for line in command[:-1])]
+        lines += command[-1:]
     lines += [
         "",
         f"{len(faults) or 'no'} fault{'s' * (len(faults) > 1)}: training would "

@@ -8,6 +8,8 @@ import textwrap
 from rich.console import Console
 from rich.table import Table
 
+from megatron_tst.sizes import sizes
+
 WIDTH = 118
 
 
@@ -21,11 +23,6 @@ def tokens(count: float) -> str:
                 else f"{count / size:,.0f}{unit}"
             )
     return f"{count:.3g}"
-
-
-def gb(size: float) -> str:
-    """12.34 GB"""
-    return f"{size / 1e9:.2f} GB"
 
 
 def show(plan: dict) -> None:
@@ -180,13 +177,16 @@ def _equal_loss(plan):
 def _memory(plan):
     memory = plan["loss_memory"]
     first, then = memory["superposition"], memory["recovery"]
+    # each in a unit of its own: they differ by what s and the vocabulary are
+    bags = {name: sizes(size)[0] for name, size in first.items()}
+    single = {name: sizes(size)[0] for name, size in then.items()}
     return "loss memory", (
-        f"superposition: {gb(first['extension'])} with the extension, {gb(first['torch'])} torch "
-        f"kernel, {gb(first['fused'])} --tst-fused-linear-loss "
-        f"(the paper's loop, eager: {gb(first['paper_loop'])})\nrecovery: {gb(then['megatron'])} "
-        f"Megatron's, {gb(then['kernel_in_recovery'])} "
-        f"--tst-kernel-in-recovery, {gb(then['fused'])} fused. A micro-batch, last stage, logits "
-        f"({gb(memory['logits'])}) included where they exist; arithmetic"
+        f"superposition: {bags['extension']} with the extension, {bags['torch']} torch kernel, "
+        f"{bags['fused']} --tst-fused-linear-loss (the paper's loop, eager: "
+        f"{bags['paper_loop']})\nrecovery: {single['megatron']} Megatron's, "
+        f"{single['kernel_in_recovery']} --tst-kernel-in-recovery, {single['fused']} fused. "
+        f"A micro-batch, last stage, logits ({sizes(memory['logits'])[0]}) included where they "
+        f"exist; arithmetic"
     )
 
 

@@ -58,6 +58,13 @@ def bag_view(
         j+1. With n = S*L + 1 the last bag has one label, with n >= S*L + S every bag is full;
         missing labels are -100.
 
+    With S = 1, bags of one token, the last dimension is still there, and the model takes them for
+    bags. For recovery on Megatron's own code leave it away:
+
+    >>> tokens, labels = bag_view(torch.arange(10, 14).unsqueeze(0), seq_length=3, bag_size=1)
+    >>> tokens.squeeze(-1).tolist(), labels.squeeze(-1).tolist()
+    ([[10, 11, 12]], [[11, 12, 13]])
+
     Raises:
         ValueError: `raw` is not a matrix of integers or too short.
     """

@@ -2,7 +2,8 @@
 
     PREFIX.bin, PREFIX.idx   the documents' token ids and where each begins, for --data-path PREFIX
     PREFIX.tokenizer.json    the tokenizer, as the tokenizers library writes it
-    PREFIX.json              what was made: documents, tokens, vocab_size, end_of_document
+    PREFIX.json              what was made: documents, tokens, vocab_size, end_of_document, and the
+                             sizes of the other files
 
 Each file is one document, ended by the end-of-document token. That is the last id, vocab_size - 1,
 as Megatron's NullTokenizer expects.
@@ -14,7 +15,6 @@ import json
 import os
 import random
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_tst import compat
+from megatron_tst.checkpoint.atomic import new_files, write_json, write_text
 from megatron_tst.errors import optional, refuse
 
 END = "<|end|>"
@@ -57,38 +58,52 @@ def make(
         roots: files and folders of text; none: the Python standard library, which is everywhere.
         vocab_size: token ids, the end-of-document one included.
         seed: order of the documents; the last ones become validation data (--split).
-        force: replace existing outputs.
+        force: replace existing outputs; those that are not as `make` wrote them are moved aside.
         progress: called with (files done, files in all); each is read once and tokenized once.
 
     Returns:
         what PREFIX.json holds.
 
     Raises:
-        TSTError: outputs that exist, no text, too little text for so many ids, no place to write,
-            or tokenizers is not installed.
+        TSTError: no text, too little text for so many ids, tokenizers is not installed, and
+            atomic.new_files's.
     """
     if vocab_size < SMALLEST:
         expected = f"at least {SMALLEST} (256 bytes and some merges)"
         refuse("--vocab-size", expected, vocab_size, "Ask for more.")
-    if not force and any(Path(f"{prefix}{suffix}").exists() for suffix in FILES):
-        do = "Choose another one or add --force."
-        refuse("--output", "a new prefix", f"{prefix}, which exists", do)
     roots = list(roots)
     files = find_files(roots or [Path(sysconfig.get_path("stdlib"))])
     if not files:
         got = f"none in {' '.join(map(str, roots))}"
         refuse("--input", f"text files ({' '.join(sorted(TEXT))})", got, "Name others.")
     random.Random(seed).shuffle(files)
+
+    def ours(folder):
+        return _as_made(folder / prefix.name)
+
+    with new_files(prefix, FILES, force, files, ours) as folder:
+        return build(files, folder / prefix.name, vocab_size, progress)
+
+
+def _others(prefix):
+    """Of the files beside PREFIX.json that are there: ending -> os.stat's."""
+    paths = {ending: Path(f"{prefix}{ending}") for ending in FILES if ending != ".json"}
+    return {ending: path.stat() for ending, path in paths.items() if path.exists()}
+
+
+def _as_made(prefix):
+    """Whether `make` wrote these files, those that are there, PREFIX.json last, and nobody has
+    changed them since.
+    """
     try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".corpus_") as folder:
-            summary = build(files, Path(folder) / "new", vocab_size, progress)
-            for suffix in FILES:
-                os.replace(f"{folder}/new{suffix}", f"{prefix}{suffix}")
-    except OSError as error:
-        got = f"{prefix}: {error.strerror}"
-        refuse("--output", "a place that can be written to", got, "Choose another one.")
-    return summary
+        sizes = json.loads(Path(f"{prefix}.json").read_bytes())["files"]
+        end = os.stat(f"{prefix}.json").st_mtime_ns
+        return all(
+            found.st_size == sizes.get(ending) and found.st_mtime_ns <= end
+            for ending, found in _others(prefix).items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def find_files(roots: Iterable[Path]) -> list[Path]:
@@ -152,14 +167,15 @@ def build(
             tokens += len(ids)
         progress(len(files) + min(start + _BATCH, len(texts)), 2 * len(files))
     builder.finalize(f"{prefix}.idx")
-    tokenizer.save(f"{prefix}.tokenizer.json")
+    write_text(Path(f"{prefix}.tokenizer.json"), tokenizer.to_str(pretty=True))
     summary = {
         "documents": len(texts),
         "tokens": tokens,
         "vocab_size": vocab_size,
         "end_of_document": end,
     }
-    Path(f"{prefix}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary["files"] = {ending: found.st_size for ending, found in _others(prefix).items()}
+    write_json(Path(f"{prefix}.json"), summary)
     progress(2 * len(files), 2 * len(files))
     return summary
 

@@ -1,4 +1,4 @@
-"""The dataset of all phases, and the checks of data files before anything is built on them.
+"""The dataset of all phases.
 
 Megatron builds ONE training dataset of long samples; a sample's index alone says its phase
 (schedule.py), so consumed_train_samples, resuming, prefetch workers and data parallelism need
@@ -123,6 +123,7 @@ def phased_provider(
     config: TSTConfig,
     schedule: Callable[[], Schedule],
     keep: Callable,
+    training_alone: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Callable:
     """Wrap a train_valid_test_datasets_provider so that its training data are of all phases.
 
@@ -140,10 +141,13 @@ def phased_provider(
         config: the TST settings.
         keep: called with the PhasedDataset and, with --tst-stock-index, with the stock dataset of
             that index, on the ranks that have them.
+        training_alone: while its context is entered, Megatron's builder builds no validation and no
+            test data. Long samples of those are not wanted, and a small set may not hold one.
 
     Returns:
         the wrapped provider. It raises TSTError where the data are too few, or where a longer
-        run's data would come in another order.
+        run's data would come in another order. A run that has read all its samples gets one more,
+        which nothing reads: Megatron's sampler wants some left.
     """
 
     @functools.wraps(provider)
@@ -153,8 +157,13 @@ def phased_provider(
         one = [None if size is None else min(size, 1) for size in sizes]
 
         def long_samples(number):
-            with _overridden(
-                args, seq_length=plan.long_sample_length, create_attention_mask_in_dataloader=False
+            with (
+                training_alone(),
+                _overridden(
+                    args,
+                    seq_length=plan.long_sample_length,
+                    create_attention_mask_in_dataloader=False,
+                ),
             ):
                 return provider([number, one[1], one[2]], *rest, **named)[0]
 
@@ -175,9 +184,24 @@ def phased_provider(
             mask = args.create_attention_mask_in_dataloader
             train = PhasedDataset(train, plan, config, args.padded_vocab_size, mask)
             keep(train, stock)
+            if getattr(args, "consumed_train_samples", 0) >= len(train):
+                train = _OneMore(train, args.consumed_train_samples + 1)
         return train, valid, test
 
     return wrapped
+
+
+class _OneMore(torch.utils.data.Dataset):
+    """A dataset that has been read to its end, and is said to have samples left."""
+
+    def __init__(self, read: torch.utils.data.Dataset, length: int):
+        self.read, self.length = read, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict:
+        return self.read[min(index, len(self.read) - 1)]
 
 
 def _check_same_order(shorter, longer, count: int) -> None:

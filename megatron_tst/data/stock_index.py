@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
+from megatron_tst.checkpoint.atomic import flushed
 from megatron_tst.errors import refuse
 from megatron_tst.schedule import Schedule
 
@@ -118,8 +119,7 @@ def _replace(folder, base, **arrays):
         path = Path(folder) / f"{base}-{name}.npy"
         assert path.is_file(), path  # Megatron has just written it
         part = path.with_suffix(".part")
-        with open(part, "wb") as file:
-            np.save(file, array)
+        flushed(part, lambda file, array=array: np.save(file, array))
         os.replace(part, path)
         written.append(path)
     return written

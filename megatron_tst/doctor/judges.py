@@ -6,10 +6,11 @@ import re
 import sys
 from dataclasses import dataclass
 
+from megatron_tst import cpu
 from megatron_tst.doctor.probes import APEX_PARTS, TE_PARTS
 from megatron_tst.hardware import recipes
 
-CPU_SWITCH = "MEGATRON_TST_CPU"
+CPU_SWITCH = cpu.SWITCH
 ON_CPU = f"{CPU_SWITCH}=1: on CPU with gloo, for the demo and tests"
 INSTALL = "`pip install --no-build-isolation .` in the checkout"
 WITHOUT = {  # what one does without an optional package
@@ -45,7 +46,7 @@ def numbers(version: str) -> list[int]:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Whether a version is in a range such as ">=0.18,<0.20"; "" is every version."""
+    """Whether a version is in a range such as ">=0.18,<0.21"; "" is every version."""
     clauses = re.findall(r"(>=|<)([\d.]+)", wanted)
     return all((numbers(version) >= numbers(bound)) == (sign == ">=") for sign, bound in clauses)
 

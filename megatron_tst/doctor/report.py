@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_tst import cpu
 from megatron_tst.doctor import judges, probes
+
+# A small run, with the flags that Megatron needs on CPU.
+ON_CPU = (
+    f"{cpu.SWITCH}=1 torchrun --standalone -m megatron_tst.pretrain_gpt {cpu.FLAGS} --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 512 --num-layers 2 --hidden-size 32 "
+    "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 "
+    "--global-batch-size 4 --train-iters 10 --lr 1e-3 --eval-iters 0 --log-interval 1 "
+    "--tst-bag-size 4 --tst-iters 3"
+)
 
 
 def needs() -> dict[str, str]:
@@ -27,7 +36,7 @@ def needs() -> dict[str, str]:
     found = {"python": python, "torch": "", "megatron-core": ""}
     for requirement in asked:
         name, versions = re.match(r"([\w.-]+)\s*([^;]*)", requirement).groups()
-        if name in found:  # ">=0.18,<0.20": the lowest first
+        if name in found:  # ">=0.18,<0.21": the lowest first
             found[name] = ",".join(sorted(versions.strip().split(","), reverse=True))
     return found
 
@@ -86,8 +95,8 @@ def will_use(extension: dict, megatron: dict, gpus: list[dict]) -> dict[str, str
 
 
 def examine() -> dict:
-    """The report: {"would_train": bool, "rows": [judges.Row as a dict], "will_use": {what: which}},
-    as JSON takes it.
+    """The report: {"would_train": bool, "rows": [judges.Row as a dict], "will_use": {what: which},
+    "run_on_cpu": a command, or "" where there is a GPU}, as JSON takes it.
     """
     found, wanted = ask_all(), needs()
     packages, torch, megatron = found["packages"], found["torch"], found["megatron"]
@@ -110,7 +119,7 @@ def examine() -> dict:
             rows[-1] = judges.judge_megatron(megatron, wanted[core])
         rows += [
             judges.judge_seams(megatron),
-            judges.judge_gpu(torch, os.environ.get(judges.CPU_SWITCH) == "1"),
+            judges.judge_gpu(torch, cpu.asked_for()),
             judges.judge_extension(found["extension"], gpus),
             judges.judge_transformer_engine(found["transformer_engine"]),
             judges.judge_apex(found["apex"]),
@@ -118,6 +127,7 @@ def examine() -> dict:
     rows += [judges.judge_optional(packages, name) for name in probes.OPTIONAL]
     would_train = all(row.state != "FAULT" for row in rows)
     return {
+        "run_on_cpu": "" if gpus else ON_CPU,
         "would_train": would_train,
         "rows": [asdict(r) for r in rows],
         "will_use": will_use(found["extension"], megatron, gpus),

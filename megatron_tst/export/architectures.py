@@ -18,9 +18,18 @@ from dataclasses import dataclass
 from megatron_tst.errors import refuse
 
 ROPE_FACTOR = 8.0  # of GPTModel; megatron.training never hands --rope-scaling-factor on
+# Megatron's constants are Llama 3.1's (rotary_pos_embedding.py)
+LLAMA3_ROPE = {
+    "factor": ROPE_FACTOR,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 # argument: what it must be in all three (absent ones are not asked: other versions of Megatron have
-# others)
+# others). These are the arguments that change what a model computes. Those of training alone
+# (losses that balance experts, dropout, jitter, initialisation, recomputation, dispatchers,
+# precision) are not asked.
 _PLAIN = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
@@ -48,14 +57,23 @@ _PLAIN = {
     "hybrid_override_pattern": (None,),
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
+    "softmax_scale": (None,),
+    "spec": (None, "local"),
+    "is_hybrid_model": (False,),
 }
 _EXPERTS = {
     "moe_router_score_function": ("softmax",),
     "moe_router_enable_expert_bias": (False,),
     "moe_router_num_groups": (None,),
     "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_group_topk": (None,),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_router_force_load_balancing": (False,),
+    "moe_router_force_biased": (None,),
     "moe_expert_capacity_factor": (None,),
+    "moe_expert_rank_capacity_factor": (None,),
     "moe_apply_probs_on_input": (False,),
+    # losses alone; "sinkhorn" and "quantile_balancing" choose other experts
     "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
     "moe_latent_size": (None,),
     "moe_shared_expert_intermediate_size": (None,),
@@ -79,7 +97,7 @@ class Architecture:
         experts: of a layer that has them, 0 for a dense model.
         expert_layers: the layers with experts.
         tied: the output layer is the embedding.
-        vocab: ids that the tokenizer has, without Megatron's padding.
+        vocab: rows of the embedding, without Megatron's padding: the largest id + 1, or more.
         config: what config.json holds.
     """
 
@@ -108,7 +126,7 @@ def architecture_of(
 
     Args:
         args: Megatron's arguments from the checkpoint.
-        vocab: ids of the tokenizer.
+        vocab: rows of the embedding, without Megatron's padding.
         dtype: of the exported weights, "bfloat16" or "float32".
         end_of_text: the id that ends a document.
 
@@ -126,6 +144,13 @@ def architecture_of(
     heads, hidden = args.num_attention_heads, args.hidden_size
     groups = args.num_query_groups if getattr(args, "group_query_attention", False) else heads
     head_dim = args.kv_channels or hidden // heads
+    if not qk_norm and hidden % heads:
+        do = "transformers builds no Llama so."
+        refuse("--hidden-size", f"a multiple of --num-attention-heads {heads}", hidden, do)
+    if head_dim % 2:
+        refuse(
+            "--kv-channels", "an even number", head_dim, "transformers' rotary positions need it."
+        )
     tied = not args.untie_embeddings_and_output_weights
     has = "qk_norm" if qk_norm else "neither"
     if experts:
@@ -188,12 +213,12 @@ def architecture_of(
 
 def _check(args, allowed):
     for name, values in allowed.items():
-        got = getattr(args, name, values[0])
-        if isinstance(got, list) and len(set(got)) == 1:
-            got = got[0]  # one for each of several load-balancing types
-        if got not in values:
-            do = "This model has no counterpart among Llama, Qwen3 and Qwen3-MoE."
-            refuse(f"--{name.replace('_', '-')}", " or ".join(map(str, values)), got, do)
+        given = getattr(args, name, values[0])
+        # a list has one for each of several load-balancing types
+        for got in given if isinstance(given, (list, tuple)) else [given]:
+            if got not in values:
+                do = "This model has no counterpart among Llama, Qwen3 and Qwen3-MoE."
+                refuse(f"--{name.replace('_', '-')}", " or ".join(map(str, values)), got, do)
 
 
 def _expert_layers(args) -> frozenset[int]:
@@ -214,7 +239,11 @@ def _expert_layers(args) -> frozenset[int]:
 
 
 def _rope_scaling(args) -> dict | None:
+    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
     if getattr(args, "use_rope_scaling", False):
+        if factor not in (None, 1):
+            do = "Megatron scales by both, which has no counterpart."
+            refuse("--use-rope-scaling", "no --rotary-seq-len-interpolation-factor", factor, do)
         if args.rope_scaling_factor != ROPE_FACTOR:
             warnings.warn(
                 f"megatron_tst: --rope-scaling-factor {args.rope_scaling_factor:g} in the "
@@ -222,16 +251,8 @@ def _rope_scaling(args) -> dict | None:
                 f"with {ROPE_FACTOR:g} whatever it says, so that is exported",
                 stacklevel=4,
             )
-        # Megatron's constants are Llama 3.1's (rotary_pos_embedding.py)
-        return {
-            "rope_type": "llama3",
-            "factor": ROPE_FACTOR,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
-    if factor and factor != 1:
+        return {"rope_type": "llama3", **LLAMA3_ROPE}
+    if factor not in (None, 1):
         return {"rope_type": "linear", "factor": float(factor)}
     return None
 

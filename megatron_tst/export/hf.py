@@ -14,21 +14,21 @@ up):
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_tst.checkpoint.atomic import flush_folder, new_folder, write_json, write_text
+from megatron_tst.checkpoint.atomic import flushed, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.card import evaluation, model_card
-from megatron_tst.export.import_hf import arguments
+from megatron_tst.export.hf_config import arguments
 from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
-from megatron_tst.export.tokenizer import end_of_text, tokenizer_of, write_tokenizer
+from megatron_tst.export.tokenizer import end_of_text, own_files, tokenizer_of, write_tokenizer
+from megatron_tst.json_file import read_json
 
 # in config.json, and no part of the model
 _FREE = "bos_token_id", "eos_token_id", "initializer_range", "router_aux_loss_coef"
@@ -76,7 +76,7 @@ def export(
     all_weights = list(weights(tensors, arch))
     parameters = number_of(all_weights)
     total = parameters * DTYPES[dtype].itemsize
-    with new_folder(target.absolute(), total, force) as part:
+    with new_folder(target, total, force, [*source.folders, *files]) as part:
         # headers come to a few bytes more
         write_weights(
             part, all_weights, dtype, shard_bytes, lambda done: progress(min(done, total), total)
@@ -85,7 +85,6 @@ def export(
         write_text(part / "README.md", model_card(source.args, arch, dtype, parameters))
         write_text(part / "evaluate.md", evaluation())
         write_tokenizer(part, files)
-        flush_folder(part)
     return target
 
 
@@ -187,39 +186,44 @@ def config_files(folder: Path, arch: Architecture, kept: Path) -> None:
         TSTError: they say another model.
     """
     generation = {key: arch.config[key] for key in ("bos_token_id", "eos_token_id")}
-    if not (kept / "config.json").is_file():
+    path = kept / "config.json"
+    if not path.is_file():
         write_json(folder / "config.json", arch.config)
         write_json(folder / "generation_config.json", generation)
         return
     dtype = arch.config["torch_dtype"]
-    text = (kept / "config.json").read_text()
-    config = json.loads(text)
-    theirs = architecture_of(arguments(config), config["vocab_size"], dtype).config
+    config = read_json(path)
+    args = arguments(config, path)
+    theirs = architecture_of(args, args.vocab_size, dtype).config
+    if arch.vocab < theirs["vocab_size"]:  # --vocab-size cuts rows that the tokenizer has no id for
+        theirs["vocab_size"] = arch.vocab
     for key, value in arch.config.items():
         if key not in _FREE and theirs.get(key) != value:
-            refuse(
-                f"{key} in {kept / 'config.json'}",
-                value,
-                theirs.get(key),
-                "It is of another model: remove it.",
-            )
-    name = "dtype" if "dtype" in config else "torch_dtype"
-    if config.get(name) == dtype:
-        write_text(folder / "config.json", text)
+            refuse(f"{key} in {path}", value, theirs.get(key), "It is of another model: remove it.")
+    # transformers 5 writes the first, and both may be there
+    names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    changed = dict.fromkeys(names, dtype)
+    if args.vocab_size != arch.vocab:
+        changed["vocab_size"] = arch.vocab
+    if changed.items() <= config.items():
+        flushed(folder / "config.json", lambda file: file.write(path.read_bytes()))
     else:
-        write_json(folder / "config.json", config | {name: dtype})
+        write_json(folder / "config.json", config | changed)
     theirs = kept / "generation_config.json"
     if theirs.is_file():
-        write_text(folder / theirs.name, theirs.read_text())
+        read_json(theirs)
+        flushed(folder / theirs.name, lambda file: file.write(theirs.read_bytes()))
     else:
+        generation = {key: config.get(key, value) for key, value in generation.items()}
         write_json(folder / theirs.name, generation)
 
 
 def vocab_size_of(
     source: Checkpoint, tensors: Tensors, files: list[Path], ids: int | None, asked: int | None
 ) -> int:
-    """Ids of the vocabulary without Megatron's padding, checked against the embedding and the
-    tokenizer.
+    """Rows of the exported embedding: those of the checkpoint without Megatron's padding.
+
+    As many as an import read, as the run's --vocab-size says, or as the tokenizer has ids for.
 
     Args:
         source, tensors: the checkpoint.
@@ -227,33 +231,32 @@ def vocab_size_of(
         asked: --vocab-size.
 
     Raises:
-        TSTError: nothing says how many, or two say it differently.
+        TSTError: nothing says how many, two say it differently, or the tokenizer has an id without
+            a row.
     """
     rows = tensors.shape("embedding.word_embeddings.weight")[0]
     own = getattr(source.args, "vocab_size", None)
-    vocab = asked or ids or own
+    vocab = next((number for number in (asked, own, ids) if number is not None), None)
+    do = "Give the tokenizer that the run was trained with."
     if vocab is None:
-        refuse(
-            "--vocab-size",
-            "it or --tokenizer",
-            "neither",
-            f"The embedding has {rows} rows, and some may be padding.",
-        )
+        do = f"The embedding has {rows} rows, and some may be padding."
+        refuse("--vocab-size", "it or --tokenizer", "neither", do)
+    if vocab < 1:
+        refuse("vocabulary", "at least one id", vocab, "Leave --vocab-size out.")
+    if ids is not None and ids > vocab:
+        refuse("vocabulary", f"at least {ids}, the tokenizer's largest id + 1", vocab, do)
     if vocab > rows:
-        refuse(
-            "vocabulary",
-            f"at most the embedding's {rows} rows",
-            vocab,
-            "Give the tokenizer that the run was trained with.",
-        )
-    for what, other in (("--tokenizer's ids", ids), ("the run's --vocab-size", own)):
-        if other is not None and other != vocab:
-            refuse(
-                "vocabulary",
-                f"{other}, {what}",
-                vocab,
-                "Give the tokenizer that the run was trained with.",
-            )
+        refuse("vocabulary", f"at most the embedding's {rows} rows", vocab, do)
+    # Fewer ids than rows are right where the tokenizer is known to be the run's own. Otherwise it
+    # may be another one.
+    known = ids is not None and (own_files(source) or (source.path / "hf/config.json").is_file())
+    if own is not None and not known:
+        for number in (asked, ids if asked is None else None):
+            if number not in (None, own):
+                do = (
+                    f"{do.removesuffix('.')}, or --vocab-size {own} if the ids above it are unused."
+                )
+                refuse("vocabulary", f"{own}, the run's --vocab-size", number, do)
     return vocab
 
 

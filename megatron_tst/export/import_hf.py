@@ -7,32 +7,29 @@ that came in.
 
 from __future__ import annotations
 
-import argparse
-import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from megatron_tst.checkpoint.atomic import flush_folder, flushed, new_folder, write_text
+from megatron_tst.checkpoint.atomic import flushed, new_folder, write_text
 from megatron_tst.checkpoint.boundary import EXPERT_NORM
 from megatron_tst.checkpoint.format import TRACKER
 from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
+from megatron_tst.export.hf_config import arguments, flags, read_config
 from megatron_tst.export.safetensors_files import SafetensorsFolder
-from megatron_tst.export.tokenizer import FILES
+from megatron_tst.export.tokenizer import FILES, check_files
+from megatron_tst.json_file import read_json
 
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer
 # spec asks for; log_all names what is missing.
 LOAD = ("--finetune", "--no-load-optim", "--no-load-rng", "--dist-ckpt-strictness", "log_all")
 _GATED = "gate", "up"
-_KINDS = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def import_(
@@ -57,17 +54,19 @@ def import_(
 
     Raises:
         TSTError: another architecture or layer spec, a tensor that is missing, of another shape or
-            unknown, safetensors is not installed, and atomic.new_folder's.
+            unknown, a damaged file, safetensors is not installed, and atomic.new_folder's.
     """
     if layer_spec not in EXPERT_NORM:
         do = "Name the spec of the run that is to load it."
         refuse("--layer-spec", " or ".join(EXPERT_NORM), layer_spec, do)
-    config = _config(source)
-    args = arguments(config)
-    arch = architecture_of(args, config["vocab_size"], "float32")
-    tensors = SafetensorsFolder(source)
-    total = sum(path.stat().st_size for path in tensors.files)
-    with new_folder(target.absolute(), total, force) as part:
+    config = read_config(source)
+    args = arguments(config, source / "config.json")
+    kept = _kept_files(source, args.vocab_size)
+    arch = architecture_of(args, args.vocab_size, "float32")
+    folder_of_tensors = SafetensorsFolder(source)
+    tensors = _Tensors(folder_of_tensors, arch.tied)
+    total = sum(path.stat().st_size for path in folder_of_tensors.files)
+    with new_folder(target, total, force, [source]) as part:
         folder = part / "release"
         folder.mkdir()
         write_checkpoint(
@@ -76,163 +75,97 @@ def import_(
             args,
             lambda done: progress(min(done, total), total),
         )
-        if tensors.unread:
-            refuse(
-                source,
-                "the tensors of its architecture alone",
-                f"{sorted(tensors.unread)[0]} besides",
-                "It is another model.",
-            )
+        tensors.check_rest(arch)
         (folder / "hf").mkdir()
-        for name in ("config.json", "generation_config.json", *FILES):
-            if (source / name).is_file():  # for the way back
-                flushed(
-                    folder / "hf" / name,
-                    lambda file, name=name: file.write((source / name).read_bytes()),
-                )
-        flush_folder(folder / "hf")
+        for path in kept:  # for the way back
+            flushed(
+                folder / "hf" / path.name, lambda file, path=path: file.write(path.read_bytes())
+            )
         write_text(part / TRACKER, "release")
     return flags(args)
 
 
-def arguments(config: dict) -> argparse.Namespace:
-    """Megatron's arguments of a model with this config.json.
+def _kept_files(source, rows) -> list[Path]:
+    """config.json, generation_config.json and the tokenizer's files, each found to be one."""
+    if (source / "adapter_config.json").exists():
+        do = "Merge the adapter into the model first."
+        refuse(source, "a model", "an adapter (adapter_config.json), which changes it", do)
+    kept = [source / "config.json"]
+    generation = source / "generation_config.json"
+    if generation.exists():
+        read_json(generation)
+        kept.append(generation)
+    files = [source / name for name in FILES if (source / name).exists()]
+    check_files(files, rows)
+    return kept + files
 
-    Raises:
-        TSTError: settings that Megatron's GPTModel does not have.
+
+class _Tensors:
+    """A folder's tensors under the names of the whole model, each kind of them in one dtype.
+
+    Megatron stores all layers of a kind as one tensor. Where a folder has several dtypes in it,
+    all become fp32, which changes no value.
     """
-    kind, c = config.get("model_type"), config.get
-    if kind not in _KINDS:
-        refuse(
-            "config.json's model_type",
-            " or ".join(_KINDS),
-            kind,
-            "Other architectures are not imported.",
-        )
-    rope = c("rope_parameters")
-    if not rope:  # before transformers 5
-        rope = (c("rope_scaling") or {}) | {"rope_theta": c("rope_theta", 10000.0)}
-    for name, allowed in (
-        ("hidden_act", ("silu",)),
-        ("attention_bias", (False, None)),
-        ("mlp_bias", (False, None)),
-        ("use_sliding_window", (False, None)),
-        ("decoder_sparse_step", (1, None)),
-        ("shared_expert_intermediate_size", (None, 0)),
-    ):
-        if c(name) not in allowed:
-            refuse(
-                f"config.json's {name}",
-                " or ".join(map(str, allowed)),
-                c(name),
-                "Megatron's GPTModel cannot be built so here.",
-            )
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaled = rope_type == "llama3" and rope["factor"] == 8.0
-    scaled = scaled and rope["original_max_position_embeddings"] == 8192
-    if rope_type not in ("default", "linear") and not scaled:
-        refuse(
-            "config.json's rope",
-            "default, linear, or Llama 3.1's (factor 8, 8192 positions)",
-            rope,
-            "Megatron has these alone.",
-        )
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    experts = c("num_experts") or c("num_local_experts")
-    dense = set(c("mlp_only_layers") or ())
-    return argparse.Namespace(
-        num_layers=layers,
-        hidden_size=config["hidden_size"],
-        num_attention_heads=heads,
-        kv_channels=c("head_dim") or config["hidden_size"] // heads,
-        group_query_attention=True,
-        num_query_groups=c("num_key_value_heads") or heads,
-        ffn_hidden_size=config["intermediate_size"],
-        max_position_embeddings=config["max_position_embeddings"],
-        normalization="RMSNorm",
-        layernorm_epsilon=config["rms_norm_eps"],
-        swiglu=True,
-        add_bias_linear=False,
-        position_embedding_type="rope",
-        rotary_percent=1.0,
-        rotary_base=_whole(rope["rope_theta"]),
-        use_rope_scaling=scaled,
-        rope_scaling_factor=8.0,
-        rotary_seq_len_interpolation_factor=rope["factor"] if rope_type == "linear" else None,
-        untie_embeddings_and_output_weights=not c("tie_word_embeddings", False),
-        qk_layernorm=kind != "llama",
-        vocab_size=config["vocab_size"],
-        init_method_std=c("initializer_range", 0.02),
-        num_experts=experts if kind == "qwen3_moe" else None,
-        moe_router_topk=c("num_experts_per_tok"),
-        moe_ffn_hidden_size=c("moe_intermediate_size"),
-        moe_router_pre_softmax=not c("norm_topk_prob", True),
-        moe_layer_freq=[int(i not in dense) for i in range(layers)],
-        moe_aux_loss_coeff=c("router_aux_loss_coef", 0.0),
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        consumed_train_samples=0,
-        consumed_valid_samples=0,
-    )
+
+    def __init__(self, folder: SafetensorsFolder, tied: bool):
+        self.folder = folder
+        # of LlamaModel and so on, without the head: transformers takes it too
+        self._bare = _EMBEDDING not in folder and _bare(_EMBEDDING) in folder
+        # transformers 5 ties whichever is there
+        swapped = tied and self._name(_EMBEDDING) not in folder and _HEAD in folder
+        self._names = {_EMBEDDING: _HEAD} if swapped else {}
+        self._dtypes = {}
+        for name, dtype in folder.dtypes().items():
+            kind = self._kind(name)
+            other = self._dtypes.setdefault(kind, dtype)
+            self._dtypes[kind] = dtype if dtype == other else torch.float32
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor, which must have this shape.
+
+        Raises:
+            TSTError: there is none, or it has another shape.
+        """
+        name = self._names.get(name) or self._name(name)
+        tensor = self.folder.read(name, shape)
+        return tensor.to(self._dtypes[self._kind(name)])
+
+    def check_rest(self, arch: Architecture) -> None:
+        """What transformers leaves out may be there: buffers of rotary positions, and the head of
+        a tied model where it is the embedding.
+
+        Raises:
+            TSTError: another tensor, or a head that is not the embedding.
+        """
+        source, unread = self.folder.source, self.folder.unread
+        if arch.tied and _HEAD in unread:
+            shape = arch.vocab, arch.hidden
+            head, embedding = (self.read(name, shape) for name in (_HEAD, _EMBEDDING))
+            if not torch.equal(head.float(), embedding.float()):
+                refuse(
+                    f"{source}: {_HEAD}",
+                    "the embedding, since config.json has tie_word_embeddings",
+                    "another tensor",
+                    "transformers 4 leaves it out, transformers 5 uses it: set tie_word_embeddings "
+                    "to false, or remove it.",
+                )
+        if rest := sorted(name for name in unread if not name.endswith("rotary_emb.inv_freq")):
+            expected = "the tensors of its architecture alone"
+            refuse(source, expected, f"{rest[0]} besides", "It is another model.")
+
+    def _name(self, name):
+        return _bare(name) if self._bare and name != _HEAD else name
+
+    @staticmethod
+    def _kind(name):
+        """Name of what becomes one tensor of Megatron's."""
+        kind = re.sub(r"\.\d+\.", ".", name)
+        kind = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", kind)
+        return re.sub(r"\.(gate|up)_proj\.", ".gate_up_proj.", kind)
 
 
-def _whole(base):
-    if base != int(base):
-        refuse(
-            "config.json's rope_theta", "a whole number", base, "Megatron's --rotary-base is one."
-        )
-    return int(base)
-
-
-def flags(args: argparse.Namespace) -> list[str]:
-    """The flags of a Megatron run with this model, a flag with its value each."""
-    names = [
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "kv_channels",
-        "num_query_groups",
-        "ffn_hidden_size",
-        "max_position_embeddings",
-        "normalization",
-        "position_embedding_type",
-        "rotary_base",
-        "init_method_std",
-    ]
-    on = ["swiglu", "group_query_attention"]
-    if args.num_experts:
-        names += ["num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff"]
-        if not all(args.moe_layer_freq):  # a list makes Megatron name each layer apart
-            names.append("moe_layer_freq")
-    if args.rotary_seq_len_interpolation_factor:
-        names.append("rotary_seq_len_interpolation_factor")
-    asked = "untie_embeddings_and_output_weights", "qk_layernorm", "use_rope_scaling"
-    on += [name for name in asked if getattr(args, name)]
-    if args.num_experts and args.moe_router_pre_softmax:
-        on.append("moe_router_pre_softmax")
-
-    def flag(name):
-        return f"--{name.replace('_', '-')}"
-
-    return [
-        *(f"{flag(name)} {str(getattr(args, name)).replace(' ', '')}" for name in names),
-        *map(flag, on),
-        f"--norm-epsilon {args.layernorm_epsilon:g}",
-        "--disable-bias-linear",
-        "--rotary-percent 1.0",
-    ]
-
-
-def _config(source):
-    try:
-        return json.loads((source / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        return refuse(
-            source,
-            "a Hugging Face folder with config.json",
-            f"{type(error).__name__}: {error}",
-            "Download the model again.",
-        )
+def _bare(name):
+    return name.removeprefix("model.")
 
 
 class Readable(Protocol):

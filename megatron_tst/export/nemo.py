@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from megatron_tst.checkpoint.atomic import flush_folder, flushed, write_text
+from megatron_tst.checkpoint.atomic import flushed, write_text
 from megatron_tst.checkpoint.boundary import drop_optimizer_state, renaming, stock_arguments
 from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.checkpoint.rewrite import Changes, rewrite
+from megatron_tst.checkpoint.rewrite import Changes, rewrite, saved
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.export.architectures import ROPE_FACTOR, Architecture, architecture_of
 from megatron_tst.export.card import model_card
@@ -178,9 +178,9 @@ def export(
 
     def more(folder):
         write_text(folder / "run_config.yaml", yaml.safe_dump(run_config, sort_keys=False))
-        state = train_state(source.common, args)
+        state = saved(train_state(source.common, args))
         for path in (folder / "train_state.pt", folder.parent / "latest_train_state.pt"):
-            flushed(path, lambda file: torch.save(state, file))
+            flushed(path, lambda file: file.write(state))
         for name in ("hf", "tokenizer") if files else ("hf",):
             (folder / name).mkdir()
             write_tokenizer(folder / name, files)
@@ -189,9 +189,6 @@ def export(
             args, arch, dtype, number_of(weights(tensors, arch)), library="megatron-bridge"
         )
         write_text(folder.parent / "README.md", card)
-        for path in (folder / "hf", folder / "tokenizer", folder):
-            if path.is_dir():
-                flush_folder(path)
 
     changes = Changes(
         common=common,
@@ -199,7 +196,7 @@ def export(
         name=renaming(source, layer_spec),
         more=more,
     )
-    return rewrite(source, target, changes, force=force, progress=progress)
+    return rewrite(source, target, changes, force=force, also_read=files, progress=progress)
 
 
 def provider(args: argparse.Namespace, arch: Architecture, layer_spec: str) -> dict:

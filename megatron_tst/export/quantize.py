@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_tst import compat, cpu
-from megatron_tst.checkpoint.atomic import flush, new_folder, write_json, write_text
+from megatron_tst.checkpoint.atomic import new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.inspect import OPTIMIZER
 from megatron_tst.checkpoint.tensors import Tensors
@@ -101,8 +101,9 @@ def quantize(
         for batch in batches(calibration):
             model(batch[:, :-1], use_cache=False)
 
+    read = [*source.folders, *files, *(Path(f"{data}{ending}") for ending in (".bin", ".idx"))]
     try:
-        with new_folder(target.absolute(), 2 * 2 * weights, force) as part, torch.no_grad():
+        with new_folder(target, 4 * weights, force, read) as part, torch.no_grad():
             plain = export(
                 source,
                 part / "plain",
@@ -137,10 +138,7 @@ def quantize(
             )
             write_text(part / "evaluate.md", _evaluation((plain / "evaluate.md").read_text()))
             shutil.rmtree(plain)
-            for file in part.iterdir():
-                with open(file, "rb") as written_file:
-                    flush(written_file)
-    except (OSError, safetensors.SafetensorError) as error:
+    except safetensors.SafetensorError as error:
         refuse(target, "a place that can be written to", error, "Make room or choose another disk.")
     return target, before, after
 

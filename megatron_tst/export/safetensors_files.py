@@ -11,11 +11,15 @@ from pathlib import Path
 import torch
 
 from megatron_tst.checkpoint.atomic import flush, write_json
-from megatron_tst.errors import optional, refuse
+from megatron_tst.errors import optional, refuse, warn
+from megatron_tst.json_file import entry, read_json, shown
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NAMES = {"bfloat16": "BF16", "float32": "F32"}
-_INDEX = "model.safetensors.index.json"
+_ALONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# safetensors' names of what an import takes
+_STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_AGAIN = "Download the model again."
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def write_weights(
     """
     shards, where, done = _shards(weights, DTYPES[dtype].itemsize, shard_bytes), {}, 0
     for i, shard in enumerate(shards):
-        file = "model.safetensors"
+        file = _ALONE
         if len(shards) > 1:
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         with open(folder / file, "wb") as out:
@@ -101,48 +105,94 @@ def _content(shard, dtype) -> Iterator[bytes]:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder's safetensors files, by name.
+    """The tensors of a folder as transformers finds them, by name: those of model.safetensors, or
+    of the files that model.safetensors.index.json names. What else lies there is ignored.
 
     Args:
         source: the folder.
 
+    Attributes:
+        files: that count.
+        unread: names of the tensors that nobody has asked for.
+
     Raises:
-        TSTError: safetensors is not installed, or files are missing or not whole.
+        TSTError: safetensors is not installed, files are missing or not whole, or the index and
+            they do not fit together.
     """
 
     def __init__(self, source: Path):
         safetensors = optional("safetensors", "megatron-tst[hf]")
-        self.files = sorted(source.glob("*.safetensors"))
-        if not self.files:
-            refuse(source, "safetensors files", "none", "Download the model again.")
-        index = source / _INDEX
-        named = set()
-        if index.is_file():
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        if missing := named - {path.name for path in self.files}:
-            got = f"no {', '.join(sorted(missing))}"
-            refuse(source, "every file that its index names", got, "Download the model again.")
-        self._where = {}
+        self.source, index = source, {}
+        self.files = [source / _ALONE]
+        if not self.files[0].is_file():
+            self.files, index = self._of_index()
+        beside = sorted(
+            {p.name for p in source.glob("*.safetensors")} - {p.name for p in self.files}
+        )
+        if beside:
+            which = _INDEX if index else _ALONE
+            warn(f"{source}: ignored beside {which}: {', '.join(beside)}")
+        self._where, self._file = {}, {}
         for path in self.files:
             try:
                 opened = safetensors.safe_open(path, "pt")
-            except safetensors.SafetensorError as error:
-                refuse(path, "a whole safetensors file", error, "Download the model again.")
-            self._where |= dict.fromkeys(opened.keys(), opened)
-        self.source = source
-        self.unread = set(self._where)  # those that nobody has asked for
+            except (safetensors.SafetensorError, OSError) as error:
+                refuse(path, "a whole safetensors file", error, _AGAIN)
+            for name in opened.keys():
+                if name in self._where or index.get(name, path.name) != path.name:
+                    got = f"{path.name} {'too' if name in self._where else 'instead'}"
+                    expected = f"it in {index.get(name, self._file.get(name))} alone"
+                    refuse(f"{source}: {name}", expected, got, _AGAIN)
+                self._where[name], self._file[name] = opened, path.name
+        for name in index:
+            if name not in self._where:
+                refuse(source / index[name], f"{name} in it, as the index says", "none", _AGAIN)
+        self.unread = set(self._where)
+
+    def _of_index(self):
+        """(files that it names, tensor -> name of its file)"""
+        path = self.source / _INDEX
+        if not path.exists():
+            got = ", ".join(sorted(p.name for p in self.source.glob("*.safetensors"))) or "neither"
+            refuse(self.source, f"{_ALONE} or {_INDEX}", got, _AGAIN)
+        index = entry(read_json(path, do=_AGAIN), "weight_map", dict, path, do=_AGAIN)
+        if not index:
+            refuse(f"{path}: weight_map", "the files of tensors", "none", _AGAIN)
+        for name, file in index.items():
+            # a name that leads out of the folder would read somebody else's file
+            if not isinstance(file, str) or Path(file).name != file:
+                refuse(f"{path}: {name}", "the name of a file", shown(file), _AGAIN)
+        files = [self.source / name for name in sorted(set(index.values()))]
+        if missing := [file.name for file in files if not file.is_file()]:
+            expected = "every file that its index names"
+            refuse(self.source, expected, f"no {', '.join(missing)}", _AGAIN)
+        return files, index
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Name -> the dtype in which it is stored, of those that read takes."""
+        found = {name: self._dtype(name) for name in self._where}
+        return {name: _STORED[dtype] for name, dtype in found.items() if dtype in _STORED}
+
+    def _dtype(self, name):
+        return self._where[name].get_slice(name).get_dtype()
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor in its own dtype, on CPU.
 
         Raises:
-            TSTError: there is none, or it has another shape.
+            TSTError: there is none, it has another shape, or it is quantised.
         """
         do = "It is another model than config.json says."
         if name not in self._where:
             refuse(self.source, f"a tensor {name}", "none", do)
         self.unread.discard(name)
-        tensor = self._where[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            refuse(f"{self.source}: {name}", f"shape {shape}", tuple(tensor.shape), do)
-        return tensor
+        given = tuple(self._where[name].get_slice(name).get_shape())
+        if given != shape:
+            refuse(f"{self.source}: {name}", f"shape {shape}", given, do)
+        if (dtype := self._dtype(name)) not in _STORED:
+            do = "Take the model as it was before it was quantised."
+            refuse(f"{self.source}: {name}", " or ".join(_STORED), dtype, do)
+        return self._where[name].get_tensor(name)

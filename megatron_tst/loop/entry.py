@@ -18,15 +18,25 @@ from collections.abc import Callable
 from megatron_tst import compat, cpu
 from megatron_tst.checkpoint.format import emptied, mend_tracker
 from megatron_tst.checkpoint.phases import store
+from megatron_tst.checks import text
+from megatron_tst.checks.blends import read_blends, training_blend
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.checks.refusals import check_arguments, check_sequence_length
-from megatron_tst.config import TSTConfig, add_tst_arguments
+from megatron_tst.checks.space import check_space
+from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
 from megatron_tst.data.dataset import phased_provider
-from megatron_tst.errors import TSTError, one_line_errors, refuse
+from megatron_tst.errors import one_line_errors, refuse
 from megatron_tst.loop import entered, patch, seams
 from megatron_tst.loop.resume import check_restorable, check_resume, verify_load
 from megatron_tst.loop.run import Run
 
+# what prepare() replaces, once for all runs of a process
+_PREPARED = (
+    seams.ADD_ARGUMENTS,
+    seams.VALIDATE_ARGUMENTS,
+    seams.PRETRAIN,
+    seams.BUILD_HELPERS,
+)
 _OUTPUTS = ("save", "tensorboard_dir", "data_cache_path", "tst_stock_index")
 
 
@@ -43,7 +53,7 @@ def prepare() -> None:
     with one_line_errors():
         patch.install(
             {
-                seams.ADD_ARGUMENTS: lambda stock: lambda parser: add_tst_arguments(stock(parser)),
+                seams.ADD_ARGUMENTS: _add_arguments,
                 seams.VALIDATE_ARGUMENTS: _validate_args,
                 seams.PRETRAIN: lambda stock: pretrain,
                 seams.BUILD_HELPERS: build_dataset_helpers,
@@ -66,6 +76,10 @@ def check(args: argparse.Namespace) -> TSTConfig:
     """
     config = TSTConfig.from_args(args)
     if entered.here.checked is not args:
+        backend = getattr(args, "distributed_backend", None)
+        if cpu.asked_for() and backend == "nccl":
+            do = "Leave it out: gloo is the default there."
+            refuse(f"--distributed-backend with {cpu.SWITCH}", "gloo", backend, do)
         check_arguments(config, args)
         if config.enabled:
             check_restorable(args)
@@ -88,6 +102,18 @@ def mend(args: argparse.Namespace) -> None:
     iteration = mend_tracker(folder)
     if iteration is not None:
         print(f" [tst] {emptied(folder, iteration)}", flush=True)
+
+
+def _add_arguments(stock):
+    def add_megatron_arguments(parser):
+        parser = add_tst_arguments(stock(parser))
+        if cpu.asked_for():
+            parser.set_defaults(distributed_backend="gloo")
+        with one_line_errors():
+            check_spelling(parser, sys.argv[1:])
+        return parser
+
+    return add_megatron_arguments
 
 
 def _validate_args(stock):
@@ -122,22 +148,26 @@ def _pretrain(*positional, **named):
     import megatron.training.training as loop
     from megatron.training import get_args
 
+    if entered.here.pretrain:  # the hooks of an earlier run of this process hold its phases
+        patch.remove(keep=_PREPARED)
     entered.here.pretrain = True
     call = inspect.signature(loop.pretrain).bind(*positional, **named)
     args = get_args()
     mend(args)
     config = check(args)
-    _check_data(args)
+    found = _check_data(args, config)
+    if config.enabled and args.rank == 0:
+        check_space(args)
     patch.install({seams.BUILD_HELPERS: build_dataset_helpers})
     if config.enabled:
-        _superpose(args, config, call.arguments)
+        _superpose(args, config, call.arguments, found)
     else:
         resume = _before(lambda checkpoint_args: check_resume(args, checkpoint_args))
         patch.install({seams.CHECK_CHECKPOINT: resume})
     return loop.pretrain(*call.args, **call.kwargs)
 
 
-def _superpose(args, config, given):
+def _superpose(args, config, given, found):
     """Patch the model and the loop, and change what Megatron's pretrain is given."""
     batches = _batches_of(given["forward_step_func"], args)
     schedule = config.schedule(args)
@@ -151,6 +181,7 @@ def _superpose(args, config, given):
             seams.EVALUATE: run.evaluate,
             seams.SAVE: run.save_checkpoint_and_time,
             seams.DECIDE_EXIT: run.checkpoint_and_decide_exit,
+            seams.BUILDER: run.dataset_builder,
             seams.SKIPPED_BATCH: lambda stock: run.get_batch_on_this_tp_rank(stock, trained=False),
             **{seam: run.get_batch_on_this_tp_rank for seam in batches},
         }
@@ -161,8 +192,10 @@ def _superpose(args, config, given):
         config,
         lambda: run.schedule,
         lambda *pair: run.datasets.append(pair),
+        run.build_training_alone,
     )
     run.report.announce(schedule)
+    run.report.text(schedule, found)
 
 
 def _batches_of(forward_step, args) -> list[seams.ScriptSeam]:
@@ -226,17 +259,16 @@ def build_dataset_helpers(stock: Callable) -> Callable:
     return compile_helpers
 
 
-def _check_data(args) -> None:
-    from megatron.training.utils import get_blend_and_blend_per_split
-
+def _check_data(args, config) -> list[text.Reading]:
+    """Look at the data arguments, the files that they name and, with TST, at how often each corpus
+    is read. -> the latter; empty where that is not counted
+    """
     if getattr(args, "mock_data", False):
-        return
-    try:
-        blend, per_split = get_blend_and_blend_per_split(args)
-    except OSError as error:
-        raise TSTError(
-            f"data arguments file: expected a readable file, got {error}. Check --data-args-path."
-        ) from error
+        return []
+    blend, per_split = read_blends(args)
     prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
     exact = args.vocab_size if args.tokenizer_type == "NullTokenizer" else None
     check_data_files(prefixes, exact or getattr(args, "padded_vocab_size", None))
+    training = training_blend(args, blend, per_split) if config.enabled else None
+    corpora = text.count(*training) if training else None
+    return text.check_text(config, corpora, config.schedule(args)) if corpora else []

@@ -5,7 +5,7 @@ machines without a GPU).
                                        compute_language_model_loss        3-D labels: the bag loss
     2 for multi-token prediction       roll_tensor, acceptance counts     3-D: bag by bag
     2 for --tst-fused-linear-loss      GPTModel.forward, HybridModel.forward
-    10 in megatron.training's loop     run.py and entry.py make them
+    11 around megatron.training's loop run.py and entry.py make them
 
 Two class methods carry TST. Which phase it is, only the shape of the batch says: with 2-D ids and
 labels they call the stock method. So validation, inference, the recovery phase and other models in
@@ -21,7 +21,7 @@ import inspect
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -97,24 +97,28 @@ def apply(config: TSTConfig | None = None) -> Status:
     return status()
 
 
-def remove() -> Status:
+def remove(keep: Collection[seams.Seam] = ()) -> Status:
     """Put every Megatron function back, and what was replaced in a user's script.
 
+    Args:
+        keep: seams that stay as they are, for the next run of this process.
+
     Returns:
-        the status after it: nothing is patched, and the counters are 0.
+        the status after it: nothing else is patched, and the counters are 0.
 
     Raises:
         PatchError: somebody patched over one of ours; nothing is changed, since restoring would
             drop their patch.
     """
-    for seam, (_, ours) in _state.installed.items():
+    leaving = {seam: both for seam, both in _state.installed.items() if seam not in keep}
+    for seam, (_, ours) in leaving.items():
         if seam.function() is not ours:
             raise PatchError(
                 f"{seam} was patched again after megatron_tst.apply(). Remove that patch first."
             )
-    for seam, (stock, _) in _state.installed.items():
+    for seam, (stock, _) in leaving.items():
         _put(seam, stock)
-    _state.installed.clear()
+        del _state.installed[seam]
     _state.config = None
     _state.calls.clear()
     return status()
@@ -174,10 +178,11 @@ def _embedding(stock):
     from megatron_tst.ops import main_grad
     from megatron_tst.ops.embedding import superposed_embedding
 
-    def forward(self, input_):
+    def forward(self, input_, *rest, **named):
         if input_.dim() != 3:
             main_grad.left_to_autograd(self.weight)
-            return stock(self, input_)
+            return stock(self, input_, *rest, **named)
+        _no_further(seams.EMBEDDING, *rest, *named)
         _state.calls["superposed_embeddings"] += 1
         if input_.shape[-1] == 1:
             # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout
@@ -192,9 +197,13 @@ def _loss(stock):
     from megatron_tst.ops.loss import multi_hot_cross_entropy
     from megatron_tst.ops.names import IGNORE
 
-    def compute_language_model_loss(self, labels, logits):
+    def compute_language_model_loss(self, labels, logits, *rest, **named):
         config, deferred = _state.config, isinstance(logits, DeferredLogits)
-        if labels.dim() == 3:
+        bags = labels.dim() == 3
+        if not (bags or deferred or (config.kernel_in_recovery and torch.is_grad_enabled())):
+            return stock(self, labels, logits, *rest, **named)
+        _no_further(seams.LOSS, *rest, *named)
+        if bags:
             _state.calls["multi_hot_losses"] += 1
             # the softmax losses of one label are the ordinary loss (the ablations' are not)
             ordinary = labels.shape[-1] == 1 and config.loss not in ABLATIONS
@@ -203,11 +212,9 @@ def _loss(stock):
                 label = labels.squeeze(-1)
                 return stock(self, label.clamp_min(0), logits).masked_fill(label == IGNORE, 0.0)
             labels, loss, kernel = labels.transpose(0, 1), config.loss, config.kernel
-        elif deferred or (config.kernel_in_recovery and torch.is_grad_enabled()):
+        else:
             _state.calls["recovery_losses"] += 1
             labels, loss, kernel = labels.t().unsqueeze(-1), "mce", config.kernel
-        else:
-            return stock(self, labels, logits)
         # labels [L, b, S], logits [L, b, V/tp]
         if deferred:
             _state.calls["fused_linear_losses"] += 1
@@ -229,12 +236,16 @@ def _loss(stock):
 
 
 def _roll_tensor(stock):
-    from megatron_tst.ops.multi_token import roll_bags
+    from megatron_tst.ops.multi_token import SEQUENCE, rolls_bags
 
-    def roll_tensor(tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None):
-        if tensor is None or tensor.dim() != 3:
-            return stock(tensor, shifts, dims, cp_group, packed_seq_params)
-        return roll_bags(stock, tensor, shifts, cp_group, packed_seq_params)
+    signature = inspect.signature(stock)
+
+    def roll_tensor(*positional, **named):
+        call = signature.bind(*positional, **named)
+        call.apply_defaults()
+        if rolls_bags(call.arguments["tensor"], call.arguments["dims"]):
+            call.arguments["dims"] = SEQUENCE
+        return stock(*call.args, **call.kwargs)
 
     return roll_tensor
 
@@ -246,17 +257,28 @@ def _acceptance(stock):
 
     from megatron_tst.ops.multi_token import accepted_in_bags
 
-    def _compute_mtp_acceptance_counts(
-        mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group=None
-    ):
-        if mtp_labels.dim() != 3:
-            return stock(
-                mtp_logits, mtp_labels, loss_mask, output_layer, runtime_gather_output, tp_group
-            )
-        whole = not sharded(output_layer, runtime_gather_output)
-        return accepted_in_bags(mtp_logits, mtp_labels, loss_mask, whole, tp_group)
+    signature, taken = inspect.signature(stock), seams.MTP_ACCEPTANCE.named
+
+    def _compute_mtp_acceptance_counts(*positional, **named):
+        call = signature.bind(*positional, **named)
+        if call.arguments["mtp_labels"].dim() != 3:
+            return stock(*positional, **named)
+        _no_further(seams.MTP_ACCEPTANCE, *(name for name in call.arguments if name not in taken))
+        call.apply_defaults()
+        logits, labels, mask, layer, gathered, group = (call.arguments[name] for name in taken)
+        return accepted_in_bags(logits, labels, mask, not sharded(layer, gathered), group)
 
     return _compute_mtp_acceptance_counts
+
+
+def _no_further(seam: seams.Seam, *given: object) -> None:
+    """Refuse arguments that this Megatron gives with bags and that nobody has given a meaning."""
+    if given:
+        raise PatchError(
+            f"{seam} with bags: expected no further arguments, got {', '.join(map(str, given))} "
+            f"(Megatron {compat.megatron_version()}). "
+            f"Use a tested version ({', '.join(compat.TESTED_MEGATRON)}) or report this."
+        )
 
 
 def _weights(labels: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,12 @@ The block a few iterations after a boundary is boundary_log.py's.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
 from megatron_tst import compat, extension
+from megatron_tst.checks import text
 from megatron_tst.config import TSTConfig
 from megatron_tst.loop import patch
 from megatron_tst.loop.switch import LossTrend
@@ -45,6 +47,11 @@ class Report:
             f"loss {c.loss}, {c.target_weighting} weighting | loss kernel: {self._kernels()} | "
             f"Megatron {compat.megatron_version()}, patched: {', '.join(patch.status().seams)}"
         )
+
+    def text(self, schedule: Schedule, found: Sequence[text.Reading]) -> None:
+        """Say on rank 0 how often the run reads each corpus; nothing where that is not counted."""
+        if found:
+            _print_first(f" [tst] text: {text.said(found, schedule)}")
 
     def _switch(self) -> str:
         if not self._trend:

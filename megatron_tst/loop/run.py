@@ -7,7 +7,9 @@ Each public method that takes `stock`, a function of Megatron's training loop, r
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +42,7 @@ class Run:
     schedule: Schedule
     # (PhasedDataset, stock dataset or None), one for each model chunk that needs data
     datasets: list = field(default_factory=list)
+    training_alone: bool = False  # Megatron builds the training data of the split alone
     logged_to: int = 0  # samples of the run at the last log call
     boundary_log: BoundaryLog = field(init=False)
     entropy: MeanBagEntropy = field(init=False)
@@ -82,6 +85,31 @@ class Run:
             return batch
 
         return get_batch_on_this_tp_rank
+
+    @contextlib.contextmanager
+    def build_training_alone(self) -> Iterator[None]:
+        """Until the block ends, Megatron's dataset builder builds no validation or test data."""
+        self.training_alone = True
+        try:
+            yield
+        finally:
+            self.training_alone = False
+
+    def dataset_builder(self, stock: Callable) -> Callable:
+        """BlendedMegatronDatasetBuilder.__init__ (megatron/core/datasets): without the splits that
+        are not wanted (build_training_alone).
+        """
+
+        def __init__(builder, cls, sizes, is_built_on_rank, config):
+            if self.training_alone:
+                config = copy.copy(config)
+                if config.split_matrix:
+                    config.split_matrix = [config.split_matrix[0], None, None]
+                if config.blend_per_split:
+                    config.blend_per_split = [config.blend_per_split[0], None, None]
+            stock(builder, cls, sizes, is_built_on_rank, config)
+
+        return __init__
 
     def training_log(self, stock: Callable) -> Callable:
         """Megatron's function, called by all ranks after each iteration: with phase, bag size and

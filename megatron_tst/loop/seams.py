@@ -1,5 +1,5 @@
-"""The seams: functions of Megatron that megatron_tst replaces, and the signatures that it relies
-on. The table in docs/patch_points.md says why each is there.
+"""The seams: functions of Megatron that megatron_tst replaces, and what it relies on in their
+signatures. The tables in docs/patch_points.md say why each is there.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ class Seam:
     Args:
         module: where it lives.
         name: "Class.method", or a function that Megatron looks up in that module at each call.
-        parameters: the parameter names that we rely on, in order; further ones may follow.
+        parameters: those that our function takes or hands on by position: the leading ones, in this
+            order.
+        named: those that our function reads or hands on by name, wherever they stand.
+        closed: whether our function leaves what further parameters mean to nobody, so that each
+            of them needs a default.
     """
 
     module: str
     name: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    closed: bool = False
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -70,12 +76,14 @@ class ScriptSeam:
     Args:
         namespace: the globals of the script's module.
         attribute: the name in it.
-        parameters: as Seam's.
+        parameters, named, closed: as Seam's.
     """
 
     namespace: dict
     attribute: str
-    parameters: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    closed: bool = False
 
     def __eq__(self, other: object) -> bool:
         same = isinstance(other, ScriptSeam) and self.attribute == other.attribute
@@ -100,15 +108,40 @@ class ScriptSeam:
         return _problem(self)
 
 
+_BY_POSITION = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+_BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+
+
 def _problem(seam: Seam | ScriptSeam) -> str | None:
     try:
-        function = seam.function()
-    except (ImportError, AttributeError, KeyError) as error:
+        signature = inspect.signature(seam.function())
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         return f"{seam}: expected to exist, got {type(error).__name__}: {error}"
-    got = tuple(inspect.signature(function).parameters)
-    if got[: len(seam.parameters)] != seam.parameters:
-        return f"{seam}: expected parameters {seam.parameters}, got {got}"
-    return None
+    got = list(signature.parameters.values())
+    leading = [p.name for p in got if p.kind in _BY_POSITION]
+    lacks = [name for name in seam.named if not _takes(signature, name)]
+    further = [p.name for p in got if p.name not in (*seam.parameters, *seam.named)]
+    without_default = [name for name in further if _is_required(signature.parameters[name])]
+    if leading[: len(seam.parameters)] != [*seam.parameters]:
+        expected = f"the parameters ({', '.join(seam.parameters)}) by position"
+    elif lacks:
+        expected = f"to take {', '.join(lacks)} by name"
+    elif seam.closed and without_default:
+        expected = f"a default of {', '.join(without_default)}"
+    else:
+        return None
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in got]
+    shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+    return f"{seam}: expected {expected}, got {shown}"
+
+
+def _takes(signature, name):
+    return name in signature.parameters and signature.parameters[name].kind in _BY_NAME
+
+
+def _is_required(parameter):
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return parameter.default is inspect.Parameter.empty and parameter.kind not in variadic
 
 
 # In the model, in every supported version.
@@ -116,50 +149,86 @@ EMBEDDING = Seam(
     "megatron.core.tensor_parallel.layers",
     "VocabParallelEmbedding.forward",
     ("self", "input_"),
+    closed=True,
 )
 LOSS = Seam(
     "megatron.core.models.common.language_module.language_module",
     "LanguageModule.compute_language_model_loss",
     ("self", "labels", "logits"),
+    closed=True,
 )
 # Multi-token prediction: functions that Megatron's module of that name looks up in itself at every
 # call.
 _MTP = "megatron.core.transformer.multi_token_prediction"
-MTP_ROLL = Seam(_MTP, "roll_tensor", ("tensor", "shifts", "dims", "cp_group", "packed_seq_params"))
+MTP_ROLL = Seam(_MTP, "roll_tensor", named=("tensor", "dims"))
 MTP_ACCEPTANCE = Seam(  # from 0.19
     _MTP,
     "_compute_mtp_acceptance_counts",
-    ("mtp_logits", "mtp_labels", "loss_mask", "output_layer", "runtime_gather_output", "tp_group"),
+    named=(
+        "mtp_logits",
+        "mtp_labels",
+        "loss_mask",
+        "output_layer",
+        "runtime_gather_output",
+        "tp_group",
+    ),
+    closed=True,
 )
 MODEL_SEAMS = (EMBEDDING, LOSS, MTP_ROLL)
 # For --tst-fused-linear-loss alone.
-_FORWARD = ("self", "input_ids", "position_ids", "attention_mask", "decoder_input", "labels")
-GPT_FORWARD = Seam("megatron.core.models.gpt.gpt_model", "GPTModel.forward", _FORWARD)
-HYBRID_FORWARD = Seam("megatron.core.models.hybrid.hybrid_model", "HybridModel.forward", _FORWARD)
+GPT_FORWARD = Seam("megatron.core.models.gpt.gpt_model", "GPTModel.forward", ("self",), ("labels",))
+HYBRID_FORWARD = Seam(
+    "megatron.core.models.hybrid.hybrid_model", "HybridModel.forward", ("self",), ("labels",)
+)
 
-# Functions of the training loop, each looked up as a module global at every call (0.18 and 0.19).
+# Functions of the training loop, each looked up as a module global at every call.
 _LOOP = "megatron.training.training"
 TRAINING_LOG = Seam(
-    _LOOP, "training_log", ("loss_dict", "total_loss_dict", "learning_rate", "iteration")
+    _LOOP,
+    "training_log",
+    ("loss_dict", "total_loss_dict", "learning_rate", "iteration"),
+    ("is_first_iteration",),
 )
-DECIDE_EXIT = Seam(
-    _LOOP, "checkpoint_and_decide_exit", ("model", "optimizer", "opt_param_scheduler", "iteration")
+DECIDE_EXIT = Seam(_LOOP, "checkpoint_and_decide_exit", ("model", "optimizer"))
+EVALUATE = Seam(_LOOP, "evaluate")  # read is what it returns
+SAVE = Seam(_LOOP, "save_checkpoint_and_time")
+SKIPPED_BATCH = Seam(
+    _LOOP,
+    "get_batch_on_this_tp_rank",
+    ("batch",),
+    (  # what batches.broadcast_bags takes
+        "tp_rank",
+        "broadcast_src_rank",
+        "broadcast_group",
+        "micro_batch_size",
+        "seq_length",
+        "create_attention_mask_in_dataloader",
+        "mtp_on_this_rank",
+        "pipeline_model_parallel_size",
+        "is_pipeline_first_stage",
+        "is_pipeline_last_stage",
+    ),
 )
-EVALUATE = Seam(_LOOP, "evaluate", ("forward_step_func", "data_iterator", "model"))
-SAVE = Seam(
-    _LOOP, "save_checkpoint_and_time", ("iteration", "model", "optimizer", "opt_param_scheduler")
-)
-SKIPPED_BATCH = Seam(_LOOP, "get_batch_on_this_tp_rank", ("batch",))
 CHECK_CHECKPOINT = Seam(
     "megatron.training.checkpointing", "check_checkpoint_args", ("checkpoint_args",)
 )
-BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", ())
+BUILDER = Seam(
+    "megatron.core.datasets.blended_megatron_dataset_builder",
+    "BlendedMegatronDatasetBuilder.__init__",
+    ("self", "cls", "sizes", "is_built_on_rank", "config"),
+    closed=True,
+)
+BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", closed=True)
 
 # How an unmodified script is reached: names that it imports from megatron.training.
-ADD_ARGUMENTS = Seam("megatron.training.arguments", "add_megatron_arguments", ("parser",))
+ADD_ARGUMENTS = Seam(
+    "megatron.training.arguments", "add_megatron_arguments", ("parser",), closed=True
+)
 VALIDATE_ARGUMENTS = Seam("megatron.training.arguments", "validate_args", ("args",))
 PRETRAIN = Seam(
-    "megatron.training", "pretrain", ("cfg_container", "train_valid_test_dataset_provider")
+    "megatron.training",
+    "pretrain",
+    named=("train_valid_test_dataset_provider", "forward_step_func"),
 )
 
 
@@ -169,4 +238,5 @@ def batches_of(script: dict) -> ScriptSeam:
     Args:
         script: the globals of the module of its forward_step.
     """
-    return ScriptSeam(script, SKIPPED_BATCH.attribute, SKIPPED_BATCH.parameters)
+    seam = SKIPPED_BATCH
+    return ScriptSeam(script, seam.attribute, seam.parameters, seam.named)

@@ -46,6 +46,8 @@ def deferred_logits(layer: torch.nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: the layer is not one whose product with the hidden states this module can form.
+            From the layer's own call: it is asked for logits of another type than the hidden
+            states'.
     """
     if not isinstance(layer, ColumnParallelLinear) or layer.bias is not None or layer.gather_output:
         raise ValueError(
@@ -55,6 +57,12 @@ def deferred_logits(layer: torch.nn.Module) -> Iterator[None]:
 
     def forward(input_, weight=None, runtime_gather_output=None):
         assert not runtime_gather_output, "logits are gathered for inference alone"
+        wanted = getattr(layer, "output_dtype", None)  # --output-logit-dtype, from 0.20
+        if wanted not in (None, input_.dtype):
+            raise ValueError(
+                f"--tst-fused-linear-loss: expected logits of the hidden states' type "
+                f"{input_.dtype}, got an output layer for {wanted}. Drop one of the two."
+            )
         return DeferredLogits(layer, input_, layer.weight if weight is None else weight), None
 
     layer.forward = forward  # the instance's, for the time of one call of the model

@@ -9,34 +9,26 @@ megatron/core/transformer/multi_token_prediction.py take 3-D tensors along the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 
+SEQUENCE = 1  # the dimension of bags [b, L, S]
+_IDS = torch.int64, torch.int32
 
-def roll_bags(
-    roll_tensor: Callable,
-    bags: torch.Tensor,
-    shifts: int,
-    cp_group: dist.ProcessGroup | None,
-    packed_seq_params: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Megatron's roll_tensor for tokens or labels [b, L/cp, S]: by whole bags, over the borders of
-    context-parallel ranks.
+
+def rolls_bags(tensor: torch.Tensor | None, dims: int) -> bool:
+    """Whether Megatron's roll_tensor is asked to shift tokens or labels inside their bags, and so
+    has to shift whole bags, along SEQUENCE. Context parallelism, the zeros after the last bag and
+    the sum are Megatron's: rank r of the group holds chunks r and 2*cp-1-r of the sequence.
 
     Args:
-        roll_tensor: Megatron's function.
-        bags: int64 [b, L/cp, S]; rank r of `cp_group` holds chunks r and 2*cp-1-r of the sequence.
-        shifts: bags to shift by, -1 for the next one.
-        packed_seq_params: None, since packed sequences are refused with TST.
-
-    Returns:
-        the rolled bags, zeros after the last one (Megatron rolls the loss mask alike, so they count
-        for nothing), and their sum.
+        tensor: bags are int64 [b, L/cp, S]. Hidden state mixing (Megatron 0.20) rolls hidden states
+            [b, H, L/cp] by the same function, floats with the sequence last.
+        dims: the dimension to roll.
     """
-    assert packed_seq_params is None, "packed sequences are refused with TST"
-    return roll_tensor(bags, shifts=shifts, dims=1, cp_group=cp_group)
+    if tensor is None or tensor.dim() != 3 or tensor.dtype not in _IDS:
+        return False
+    return dims % tensor.dim() == tensor.dim() - 1
 
 
 def accepted_in_bags(

@@ -1,229 +1,41 @@
-"""What Megatron's logs and TensorBoard files say of a run: losses against steps, FLOPs, raw tokens
-and time; equal losses compared.
+"""Losses of runs against steps, FLOPs, raw tokens and time; equal losses compared.
 
-FLOPs are 6 N D (model_size.flops_6nd).
+logs.py and events.py read them from what Megatron leaves behind; a run is runs.py's Run.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import re
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tst.errors import optional
-from megatron_tst.model_size import flops_6nd, padded_vocabulary
-
-_TRAIN = re.compile(
-    r"iteration +(\d+)/ *(\d+) \|.*?\| lm loss: ([\d.E+-]+)(?:.*?mce minus bag entropy: "
-    r"([\d.E+-]+))?"
-)
-_TIME = re.compile(r"iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([\d.]+)")
-_VALID = re.compile(r"validation loss at iteration (\d+)[^|]*\| lm loss value: ([\d.E+-]+)")
-_PHASE = re.compile(
-    r"\[tst\] iteration +(\d+) \| phase: (\w+) \| bag size: (\d+) \| raw tokens: (\d+)"
-)
-_BOUNDARY = re.compile(r"\[tst\] boundary after iteration (\d+): .*?\((\d+) raw tokens\)")
-_BLOCK = re.compile(r"^ \[tst\]   (expert load|router entropy) +(.*)")
-_ARGUMENT = re.compile(r"^ {2}(\w+) \.{3,} (\S+)$")
-_PARAMETERS = re.compile(r"> number of parameters on \(.*?\) model parallel rank \(.*?\): (\d+)")
-AXES = {
-    "steps": "iteration",
-    "FLOPs": "FLOPs (6 N D)",
-    "raw tokens": "raw tokens read",
-    "seconds": "seconds of training",
-}
+from megatron_tst.errors import refuse
+from megatron_tst.planning.events import read_events
+from megatron_tst.planning.logs import read_log
+from megatron_tst.planning.runs import AXES, Run
 
 
-@dataclass
-class Run:
-    """What is known of a run. Losses in nats per position by iteration; `excess` is the mce minus
-    the bags' entropy.
+def read(path: Path, validation_set: str | None = None) -> Run:
+    """A log of Megatron, an event file of TensorBoard, or a folder of those.
 
     Args:
-        seconds: of training since the start, by iteration; evaluation and start-up left out where a
-            log says so.
-        arguments: Megatron's, as text.
-        parameters: as Megatron counts them, over its model-parallel ranks; None where the source
-            does not say (TensorBoard).
-        experts: what the log says of expert load and router entropy after each boundary.
+        path: of a log, packed by gzip, bzip2 or xz or not, or of TensorBoard's files.
+        validation_set: which one counts, where Megatron has several (--multiple-validation-sets):
+            its name, or its number as "0".
+
+    Raises:
+        TSTError: a path without such a run, with two of them, or without this validation set.
     """
-
-    train: dict[int, float] = field(default_factory=dict)
-    excess: dict[int, float] = field(default_factory=dict)
-    validation: dict[int, float] = field(default_factory=dict)
-    raw_tokens: dict[int, int] = field(default_factory=dict)
-    seconds: dict[int, float] = field(default_factory=dict)
-    arguments: dict[str, str] = field(default_factory=dict)
-    parameters: int | None = None
-    experts: list[str] = field(default_factory=list)
-    boundary: int | None = None
-    total: int | None = None
-
-    @property
-    def last(self) -> int:
-        """The last iteration with a training loss; 0 where there is none."""
-        return max(self.train, default=0)
-
-    @property
-    def final_validation(self) -> float | None:
-        """The last validation loss, nats; None where there is none."""
-        return self.validation[max(self.validation)] if self.validation else None
-
-    @property
-    def positions(self) -> int | None:
-        """Of a step."""
-        batch, length = (self.arguments.get(name) for name in ("global_batch_size", "seq_length"))
-        return int(batch) * int(length) if batch and length else None
-
-    @property
-    def flops(self) -> float | None:
-        """Of a step; None where parameters or arguments are not known."""
-        known = self.parameters and self.positions and "hidden_size" in self.arguments
-        return flops_6nd(self.parameters, self._model()) if known else None
-
-    def _model(self) -> argparse.Namespace:
-        """The arguments that the FLOPs follow from, as numbers."""
-
-        def of(name, default=0):
-            value = self.arguments.get(name, "None")
-            return default if value == "None" else int(value)
-
-        names = ("hidden_size", "num_layers", "num_experts", "mtp_num_layers")
-        on = ("swiglu", "untie_embeddings_and_output_weights")
-        return argparse.Namespace(
-            **{name: of(name) for name in (*names, "global_batch_size", "seq_length")},
-            **{name: self.arguments.get(name) == "True" for name in on},
-            moe_ffn_hidden_size=of("moe_ffn_hidden_size", of("ffn_hidden_size")),
-            moe_router_topk=of("moe_router_topk", 1),
-            padded_vocab_size=padded_vocabulary(
-                of("vocab_size"),
-                of("make_vocab_size_divisible_by", 1),
-                of("tensor_model_parallel_size", 1),
-            ),
-        )
-
-    def curve(
-        self, axis: str, losses: dict[int, float] | None = None
-    ) -> tuple[list[float], list[float]] | None:
-        """(where on the axis, loss) of the validation losses, or of others by iteration; None where
-        the run does not say.
-        """
-        losses = self.validation if losses is None else losses
-        steps = sorted(losses)
-        if axis == "steps":
-            where = steps
-        elif axis == "FLOPs":
-            where = self.flops and [self.flops * step for step in steps]
-        elif axis == "raw tokens":
-            where = self.raw_tokens and [
-                interpolated({0: 0, **self.raw_tokens}, step) for step in steps
-            ]
-        else:
-            where = self.seconds and [
-                interpolated({0: 0.0, **self.seconds}, step) for step in steps
-            ]
-        return (list(where), [losses[step] for step in steps]) if where else None
-
-
-def interpolated(known: dict[int, float], step: int) -> float:
-    """On straight lines between what is known, and on the last line beyond."""
-    after = next((k for k in sorted(known) if k >= step), max(known))
-    if step in known or len(known) == 1:
-        return known[after]
-    before = max(k for k in known if k < after)
-    return known[before] + (known[after] - known[before]) * (step - before) / (after - before)
-
-
-def read(path: Path) -> Run:
-    """A log of Megatron, an event file of TensorBoard, or a folder of those."""
-    return read_events(path) if path.is_dir() or "tfevents" in path.name else read_log(path)
-
-
-def read_log(*paths: Path) -> Run:
-    """Parse a log, whole or still being written; several: a run's parts in order. The last
-    evaluation of an iteration counts.
-    """
-    run, parameters, spent = Run(), [], 0.0
-    for path in paths:
-        parameters, timed = [], max(run.train, default=0)
-        for line in path.read_text(errors="replace").splitlines():
-            if match := _TRAIN.search(line):
-                iteration, run.total, run.train[iteration] = (
-                    int(match[1]),
-                    int(match[2]),
-                    float(match[3]),
-                )
-                if match[4]:
-                    run.excess[iteration] = float(match[4])
-                if match := _TIME.search(line):
-                    spent += (
-                        float(match[2]) / 1000 * max(0, iteration - timed)
-                    )  # a mean over the iterations since the last line
-                    run.seconds[iteration], timed = spent, iteration
-            elif match := _VALID.search(line):
-                run.validation[int(match[1])] = float(match[2])
-            elif match := _PHASE.search(line):
-                run.raw_tokens[int(match[1])] = int(match[4])
-            elif match := _BOUNDARY.search(line):
-                run.boundary = int(match[1])
-                run.raw_tokens[run.boundary] = int(match[2])
-            elif match := _PARAMETERS.search(line):
-                parameters.append(int(match[1]))
-            elif match := _BLOCK.search(line):
-                run.experts.append(f"{match[1]}: {match[2]}")
-            elif match := _ARGUMENT.search(line):
-                run.arguments[match[1]] = match[2]
-        run.parameters = sum(parameters) or run.parameters
-    _fill_raw_tokens(run)
-    return run
-
-
-def _fill_raw_tokens(run: Run) -> None:
-    """Stock Megatron does not say how many: a baseline, or what went on without TST, reads a token
-    a position.
-    """
-    said = max(run.raw_tokens, default=0)
-    for step in [
-        step for step in sorted({*run.train, *run.validation}) if step > said and run.positions
-    ]:
-        run.raw_tokens[step] = run.raw_tokens.get(said, 0) + (step - said) * run.positions
-
-
-def read_events(path: Path) -> Run:
-    """The scalars and arguments that Megatron and TST write to TensorBoard; times are of the clock,
-    evaluation included.
-    """
-    reader = optional("tensorboard.backend.event_processing.event_accumulator", "tensorboard")
-    events = reader.EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
-    events.Reload()
-    tags = events.Tags()
-
-    def scalars(name):
-        return {e.step: e.value for e in events.Scalars(name)} if name in tags["scalars"] else {}
-
-    run = Run(
-        train=scalars("lm loss"),
-        excess=scalars("mce minus bag entropy"),
-        validation=scalars("lm loss validation"),
-    )
-    run.raw_tokens = {step: int(value) for step, value in scalars("tst raw tokens").items()}
-    bagged = [step for step, size in scalars("tst bag size").items() if size > 1]
-    run.boundary, run.total = max(bagged, default=None), run.last or None
-    if run.train:
-        times = {e.step: e.wall_time for e in events.Scalars("lm loss")}
-        first = min(times)
-        run.seconds = {
-            step: (time - times[first]) for step, time in times.items() if step > first
-        } or {first: 0.0}
-    for tag in tags["tensors"]:
-        if tag.endswith("/text_summary"):
-            run.arguments[tag.removesuffix("/text_summary")] = (
-                events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
-            )
-    _fill_raw_tokens(run)
+    run = read_events(path) if path.is_dir() or "tfevents" in path.name else read_log(path)
+    if run.sets and validation_set not in run.sets:
+        expected = f"one of {', '.join(run.sets)}, which {path} has"
+        refuse("--validation-set", expected, validation_set or "none", "Name one.")
+    if validation_set is not None and not run.sets:
+        do = "Leave --validation-set out."
+        refuse("--validation-set", "a run with several sets", f"{path}, which has one", do)
+    if run.sets:
+        run.validation = run.sets[validation_set]
     return run
 
 
@@ -244,8 +56,11 @@ def speed_up(base: Run, other: Run, axis: str) -> float | None:
     validation losses; above 1: it is faster.
 
     A loss that one run reaches in the middle and the other at the end of its learning-rate decay
-    favours the other.
+    favours the other. None where one of them does not know the axis, has no validation loss, or
+    ends with one that is NaN.
     """
+    if base.nan_from is not None or other.nan_from is not None:
+        return None
     curves = base.curve(axis), other.curve(axis)
     if None in curves or not all(losses for _, losses in curves):
         return None
@@ -295,7 +110,9 @@ def speed_ups(groups: dict[str, list[Run]]) -> list[SpeedUp]:
 
 def summary(run: Run) -> dict:
     """What was read from a run, ready for JSON; None where its source does not say. Raw tokens,
-    FLOPs (6 N D) and seconds of training are those up to the last iteration.
+    FLOPs (6 N D) and seconds of training are those up to the last iteration. `nan_from` is the
+    iteration from which on losses are NaN or infinite; `notes` is what the reader left out, and
+    why.
     """
 
     def up_to_the_last(axis):
@@ -309,10 +126,14 @@ def summary(run: Run) -> dict:
         "boundary": run.boundary,
         "training_loss": run.train.get(run.last),
         "validation_loss": run.final_validation,
+        "test_loss": run.test[max(run.test)] if run.test else None,
+        "nan_from": run.nan_from,
+        "skipped_iterations": sum(run.skipped.values()),
         "raw_tokens": None if tokens is None else round(tokens),
         "flops": up_to_the_last("FLOPs"),
         "seconds": up_to_the_last("seconds"),
         "parameters": run.parameters,
+        "notes": run.notes,
     }
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
+from megatron_tst.checkpoint.atomic import new_files
 from megatron_tst.errors import optional
-from megatron_tst.planning.curves import AXES, Run
+from megatron_tst.planning.runs import AXES, Run
+
+_DRAWN_BY = "megatron-tst"  # in every picture, which says that it may be replaced
 
 
-def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
+def plot(runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[Path] = ()) -> None:
     """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token
-    validation loss.
+    validation loss. `output`, `sources`: as `save` has them.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (name, run) in enumerate(runs.items()):
-        colour = f"C{number}"
+        colour, name = f"C{number}", _plain(name)
         boundary = run.boundary or 0
         first = {i: loss for i, loss in run.train.items() if i <= boundary}
         second = {i: loss for i, loss in run.train.items() if i > boundary}
@@ -43,17 +47,23 @@ def plot(runs: dict[str, Run], output: Path, title: str = "") -> None:
         if boundary:
             for axis in (left, right):
                 _mark_boundary(axis, boundary, "grey", "boundary")
+        if run.nan_from is not None:
+            for axis in (left, right):
+                _mark_boundary(axis, run.nan_from, colour, "NaN")
     _finish_losses(right, runs.values())
     for axis, name in ((left, "training loss"), (right, "validation loss, next token")):
         axis.set(xlabel="iteration (equal FLOPs)", ylabel="nats per position", title=name)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    _save(figure, output, title)
+    figure.suptitle(_plain(title), fontsize=10)
+    save(figure, output, sources)
 
 
-def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> None:
+def plot_axes(
+    groups: dict[str, list[Run]], output: Path, title: str = "", sources: Iterable[Path] = ()
+) -> None:
     """Next-token validation loss against each of AXES that all runs know; a group is its mean, and
-    a band from lowest to highest.
+    a band from lowest to highest. `output`, `sources`: as `save` has them.
     """
     plt = pyplot()
     known = [
@@ -64,7 +74,7 @@ def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> No
     )
     for panel, axis in zip(panels[0], known):
         for number, (name, runs) in enumerate(groups.items()):
-            colour = f"C{number}"
+            colour, name = f"C{number}", _plain(name)
             steps = sorted(set.intersection(*(set(run.validation) for run in runs)))
             losses = [[run.validation[step] for run in runs] for step in steps]
             curves = [
@@ -95,7 +105,8 @@ def plot_axes(groups: dict[str, list[Run]], output: Path, title: str = "") -> No
         panel.set(xlabel=AXES[axis], ylabel="next-token validation loss, nats", title=axis)
         panel.legend(fontsize=8)
         panel.grid(alpha=0.3)
-    _save(figure, output, title)
+    figure.suptitle(_plain(title), fontsize=10)
+    save(figure, output, sources)
 
 
 def pyplot() -> ModuleType:
@@ -122,15 +133,34 @@ def _mark_boundary(axis, where, colour, text):
 
 
 def _finish_losses(axis, runs):
-    finals = [run.final_validation for run in runs if run.final_validation]
+    finals = [run.validation[max(run.validation)] for run in runs if run.validation]
     if finals:
         axis.set_ylim(min(finals) - 0.1, min(finals) + 2.2)
 
 
-def _save(figure, output, title):
-    """Under a temporary name first: nobody sees half a picture."""
-    figure.suptitle(title, fontsize=10)
-    temporary = output.with_name(f".{output.name}.part{output.suffix}")
-    figure.savefig(temporary, dpi=130)
-    temporary.replace(output)
+def _plain(text):
+    """A name as it is: matplotlib takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
+
+
+def save(figure: object, output: Path, sources: Iterable[Path] = (), dpi: int = 130) -> None:
+    """Write a picture: whole or absent. One that was drawn here is replaced, any other file is
+    moved aside.
+
+    Args:
+        figure: matplotlib's.
+        output: its ending says the format.
+        sources: files that it was drawn from.
+
+    Raises:
+        TSTError: atomic.new_files's.
+    """
+
+    def ours(folder):
+        with open(folder / output.name, "rb") as file:
+            return _DRAWN_BY.encode() in file.read(4096)
+
+    signed = {"Creator" if output.suffix == ".svg" else "Software": _DRAWN_BY}
+    with new_files(output, [""], True, sources, ours) as folder:
+        figure.savefig(folder / output.name, dpi=dpi, metadata=signed)
     pyplot().close(figure)

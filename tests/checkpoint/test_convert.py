@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from support.tiers import tiers
 
 from megatron_tst import cli
 from megatron_tst.checkpoint import boundary  # noqa: F401  before the fork that is killed at work
+from megatron_tst.checkpoint.atomic import MARK
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.errors import TSTError
@@ -420,14 +420,16 @@ def test_targets(dense, copied, tmp_path, capsys):
     (tmp_path / "out" / "mine").write_text("keep")
     assert "add --force to replace it" in refused(capsys, "boundary", copied, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "keep"
-    assert tool("boundary", copied, tmp_path / "out", "--force") == 0 and sorted(
-        os.listdir(tmp_path / "out")
-    ) == [
+    with pytest.warns(UserWarning, match="did not write there: it is .*out.old-1 now"):
+        assert tool("boundary", copied, tmp_path / "out", "--force") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        MARK,
         "iter_0000006",
         "latest_checkpointed_iteration.txt",
     ]
+    assert os.listdir(tmp_path / "out.old-1") == ["mine"]
     assert "outside the source" in refused(capsys, "boundary", copied, copied.parent, "--force")
-    assert sorted(os.listdir(tmp_path)) == ["ck", "out"]
+    assert sorted(os.listdir(tmp_path)) == ["ck", "out", "out.old-1"]
 
 
 def test_too_little_space(copied, tmp_path, capsys, monkeypatch):
@@ -477,63 +479,6 @@ def test_killed_at_any_moment(dense, tmp_path):
         Checkpoint(source), Checkpoint(target)
     )
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def test_killed_over_an_existing_target(dense, tmp_path, monkeypatch):
-    """The target is the old or the new one, whole; between its two renames the old one lies beside,
-    and the next try begins with putting it back.
-    """
-    source, target = at(dense, 6), tmp_path / "out"
-
-    def replace():
-        return tool("boundary", source, target, "--force")
-
-    assert replace() == 0
-    new = contents(target)
-    assert tool("boundary", source, target, "--drop-optimizer", "--force") == 0
-    old, spare = contents(target), Path(shutil.copytree(target, tmp_path / "spare"))
-    assert old != new
-    touched, _ = in_a_fork(replace)
-    seen = set()
-    for before_the_end in (1, 2, 3, 4, 6, 8, 12, 16, touched // 2):
-        for path in tmp_path.iterdir():
-            if path != spare:
-                shutil.rmtree(path)
-        shutil.copytree(spare, target)
-        in_a_fork(replace, touched - before_the_end)
-        if target.exists():
-            seen.add("old" if contents(target) == old else "new")
-            assert contents(target) in (old, new)
-        else:
-            (aside,) = tmp_path.glob(".out.old-*")
-            assert contents(aside) == old
-    assert "old" in seen
-
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(spare, target, dirs_exist_ok=True)
-    rename, renamed = os.rename, []
-
-    def dies_in_between(*paths):
-        if len(renamed) == 1 and str(paths[1]) == str(target):
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*paths)
-        renamed.append(paths)
-
-    monkeypatch.setattr(os, "rename", dies_in_between)
-    in_a_fork(replace, -1)
-    monkeypatch.undo()
-    (aside,) = tmp_path.glob(".out.old-*")
-    assert not target.exists() and contents(aside) == old
-    assert replace() == 0 and contents(target) == new
-    assert sorted(os.listdir(tmp_path)) == ["out", "spare"]
 
 
 MEASURED = """

@@ -107,7 +107,7 @@ def shards_of(chunk):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.utils import unwrap_model
 
-    if type(chunk).__name__ == "FullyShardedDataParallel":
+    if type(chunk).__name__.startswith("FullyShardedDataParallel"):  # 0.20: ...V1, ...V2
         return
     state = unwrap_model(chunk).sharded_state_dict(
         metadata={"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}

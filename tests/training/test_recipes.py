@@ -383,6 +383,7 @@ def test_prepare_data(tmp_path):
             OUT=str(tmp_path / "out"),
             TOKENIZER=str(tmp_path / "tokenizer"),
             WORKERS="1",
+            PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
         )
         command = ["bash", str(EXAMPLES / "prepare_data.sh"), *corpora]
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)

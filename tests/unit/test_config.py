@@ -536,9 +536,12 @@ def test_override_cannot_change_what_lies_behind(message, given):
     "name",
     [
         "use_mup",
+        "mtp_num_layers",
         "defer_embedding_wgrad_compute",
         "overlap_moe_expert_parallel_comm",
         "use_megatron_fsdp",
+        "use_torch_fsdp2",
+        "fp8_output_proj",
     ],
 )
 def test_what_the_fused_linear_loss_does_not_work_with(name):

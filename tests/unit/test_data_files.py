@@ -170,6 +170,21 @@ def test_negative_ids(tmp_path):
         check_data_files([prefix], 512)
 
 
+def test_the_vocabulary_of_documents_far_behind(tmp_path):
+    """More documents than are looked at, one token of the last outside the vocabulary."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix, count = str(tmp_path / "many"), 600
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    for i in range(count):
+        builder.add_document(np.array([1, 2, 700 if i == count - 1 else 3]), [3])
+    builder.finalize(prefix + ".idx")
+    check_data_files([prefix], 701)
+    check_data_files([prefix], None)
+    with pytest.raises(TSTError, match=f"got 700 in document {count - 1}"):
+        check_data_files([prefix], 700)
+
+
 def test_output_folders(tmp_path):
     check_output_folder("--save", str(tmp_path / "new" / "folder"))
     assert (tmp_path / "new" / "folder").is_dir() and not os.listdir(tmp_path / "new" / "folder")

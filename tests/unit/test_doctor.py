@@ -124,8 +124,8 @@ def test_a_megatron_out_of_range_and_a_machine_without_a_device(packages):
     text = " ".join(text.split())
     assert code == 1 and "2 faults: training would fail" in text
     assert (
-        "megatron-core: expected >=0.18,<0.20, got 0.17.1. `pip install "
-        "'megatron-core>=0.18,<0.20'`." in text
+        "megatron-core: expected >=0.18,<0.21, got 0.17.1. `pip install "
+        "'megatron-core>=0.18,<0.21'`." in text
     )
     assert "set MEGATRON_TST_CPU=1: on CPU with gloo" in text
 
@@ -239,7 +239,7 @@ def test_a_changed_seam_is_named(monkeypatch):
     probes.probe_megatron(found)
     assert (
         judges.judge_seams(found).state == "ok"
-        and judges.judge_megatron(found, ">=0.18,<0.20").state == "ok"
+        and judges.judge_megatron(found, ">=0.18,<0.21").state == "ok"
     )
     owner = seams.EMBEDDING.owner()
     monkeypatch.setattr(owner, "forward", lambda self, ids: None)
@@ -535,11 +535,11 @@ def test_what_could_not_be_looked_at_is_not_blamed(monkeypatch):
 @pytest.mark.parametrize(
     "version, wanted",
     [
-        ("0.18.0", ">=0.18,<0.20"),
-        ("0.17.9", ">=0.18,<0.20"),
-        ("0.19.2+1a2b3c", ">=0.18,<0.20"),
-        ("0.20.0", ">=0.18,<0.20"),
-        ("1.0", ">=0.18,<0.20"),
+        ("0.18.0", ">=0.18,<0.21"),
+        ("0.17.9", ">=0.18,<0.21"),
+        ("0.19.2+1a2b3c", ">=0.18,<0.21"),
+        ("0.20.0", ">=0.18,<0.21"),
+        ("1.0", ">=0.18,<0.21"),
         ("2.6.0+cpu", ">=2.6"),
         ("2.10.0", ">=2.6"),
         ("2.5.1", ">=2.6"),
@@ -585,9 +585,9 @@ def test_python_and_untested_megatron():
     assert judges.judge_python((3, 12, 1), ">=3.12").state == "ok"
     assert judges.judge_python((3, 11, 2), ">=3.12").found == "3.11.2"
     megatron = {"version": "0.19.1", "tested": ["0.18.2", "0.19.2"], "problems": [], "seams": 16}
-    assert judges.judge_megatron(megatron, ">=0.18,<0.20").state == "note"
+    assert judges.judge_megatron(megatron, ">=0.18,<0.21").state == "note"
     row = judges.judge_megatron(
-        {"error": "ModuleNotFoundError: No module named 'einops'"}, ">=0.18,<0.20"
+        {"error": "ModuleNotFoundError: No module named 'einops'"}, ">=0.18,<0.21"
     )
     assert row.state == "FAULT" and "einops" in row.found
     assert (

@@ -114,6 +114,38 @@ def test_gradient_goes_into_main_grad():
     close(added, grads["output_layer.weight"], 2**-7)  # largest seen 2e-3
 
 
+@pytest.mark.parametrize("buffer", [False, True])
+def test_many_small_gradients_of_the_weight_add_up(monkeypatch, buffer):
+    """All rows alike, a chunk each: sums in 16 bits would stand still at 256 times the first."""
+    from megatron_tst.ops import chunks
+    from megatron_tst.ops.linear_loss import deferred_logits, loss_of_deferred
+
+    rows, layer = 1024, gpt(dtype=torch.bfloat16).output_layer
+    torch.manual_seed(3)
+    one, label = torch.randn(1, 1, 32).bfloat16(), torch.tensor([[[5, 7, 5]]])
+    if buffer:
+        weight = layer.weight
+        weight.main_grad = torch.zeros(weight.shape)
+        weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, False
+    monkeypatch.setitem(chunks.LINEAR_LOSS, "cpu", V * 2)
+
+    def weight_gradient(n):
+        layer.weight.grad = None
+        if buffer:
+            layer.weight.main_grad.zero_()
+        with deferred_logits(layer):
+            deferred, _ = layer(one.expand(n, 1, 32))
+        labels = label.expand(n, 1, 3)
+        loss_of_deferred(
+            deferred, labels, torch.ones(3), loss="mce", kernel="torch"
+        ).sum().backward()
+        return (layer.weight.main_grad if buffer else layer.weight.grad).float().clone()
+
+    first = weight_gradient(1)
+    assert first.abs().max() > 0.1
+    close(weight_gradient(rows), rows * first, 2**-8)  # largest seen 0: one rounding of either
+
+
 @pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4), "bias"])
 def test_refuses_other_output_layers(layer):
     from megatron_tst.ops.linear_loss import deferred_logits
@@ -185,3 +217,34 @@ def rank_compares_with_the_separate_layer(sequence_parallel):
 @pytest.mark.parametrize("size, sequence_parallel", [(2, False), (2, True), (4, True)])
 def test_tensor_and_sequence_parallel(fork_server, size, sequence_parallel):
     fork_server.call(rank_compares_with_the_separate_layer, sequence_parallel, nproc=size)
+
+
+def test_logits_of_another_type_are_refused(megatron):
+    """--output-logit-dtype (0.20): the fused loss has no logits to make of that type."""
+    from types import SimpleNamespace
+
+    from megatron_tst.checks.conflicts import check_fused_linear_loss
+    from megatron_tst.errors import TSTError
+
+    def arguments(logits):
+        return SimpleNamespace(params_dtype=torch.bfloat16, logit_dtype=logits)
+
+    check_fused_linear_loss(SimpleNamespace(params_dtype=torch.bfloat16))  # before 0.20
+    model = gpt(dtype=torch.bfloat16)
+    given = batch(torch.randint(0, V, (2, L * S + 1)), S)
+    patch.apply(TSTConfig(bag_size=S, iters=1, fused_linear_loss=True))
+    for same in (None, torch.bfloat16):
+        check_fused_linear_loss(arguments(same))
+        model.output_layer.output_dtype = same
+        assert model(**given).isfinite().all()
+    refused = (
+        r"--output-logit-dtype with --tst-fused-.*: expected torch.bfloat16, got torch.float32"
+    )
+    with pytest.raises(TSTError, match=refused):
+        check_fused_linear_loss(arguments(torch.float32))
+    model.output_layer.output_dtype = torch.float32
+    with pytest.raises(ValueError, match="expected logits of the hidden states' type torch.bfl"):
+        model(**given)
+    with torch.no_grad():
+        model.output_layer.output_dtype = None  # as before: validation is stock
+        assert model(**given).isfinite().all()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.numeric
 V, L, S, B = 96, 8, 3, 2
 
 
-def mtp_model(depth):
+def mtp_model(depth, **settings):
     """GPTModel with `depth` heads of multi-token prediction."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -28,7 +28,7 @@ def mtp_model(depth):
 
     MTPLossLoggingHelper.tracker.clear()  # the class's, with the depth of the first model
     torch.manual_seed(0)
-    changes = config(mtp_num_layers=depth, mtp_loss_scaling_factor=0.3)
+    changes = config(mtp_num_layers=depth, mtp_loss_scaling_factor=0.3, **settings)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     return GPTModel(
         config=changes,
@@ -53,6 +53,84 @@ def test_tokens_and_labels_move_by_one_bag(patched):
     flat = bags.view(B, -1)
     rolled, _ = roll_tensor(flat, shifts=-1, dims=-1)
     assert torch.equal(rolled[:, :-1], flat[:, 1:]) and not rolled[:, -1].any()
+
+
+@pytest.mark.parametrize(
+    "tensor, dims, rolled_along",
+    [
+        (torch.arange(B * L * S).view(B, L, S), -1, 1),
+        (torch.arange(B * L * S).view(B, L, S), 2, 1),
+        (torch.arange(B * L * S).view(B, L, S), 1, 1),
+        (torch.arange(B * L * S).view(B, L, S), 0, 0),
+        (torch.arange(B * L * S).view(B, L, S).int(), -1, 1),
+        (torch.randn(B, 32, L), -1, 2),  # hidden states, whose sequence is last
+        (torch.randn(B, 32, L).bfloat16(), -1, 2),
+        (torch.rand(B, 32, L) < 0.5, -1, 2),
+        (torch.randn(B, L), -1, 1),
+        (torch.arange(2 * B * L * S).view(2, B, L, S), -1, 3),
+    ],
+    ids=lambda value: str(value.dtype)[6:] if torch.is_tensor(value) else str(value),
+)
+def test_tokens_and_labels_alone_are_rolled_as_bags(
+    megatron, monkeypatch, tensor, dims, rolled_along
+):
+    """Of all that Megatron rolls, by a roll_tensor of 0.20, which may leave the sum out."""
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    from megatron_tst.loop import patch
+
+    stock = mtp.roll_tensor
+    want, total = stock(tensor, dims=rolled_along)
+
+    def roll_tensor(
+        tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None, return_sum=True
+    ):
+        rolled, total = stock(tensor, shifts, dims, cp_group, packed_seq_params)
+        return rolled, total if return_sum else None
+
+    monkeypatch.setattr(mtp, "roll_tensor", roll_tensor)
+    patch.apply()
+    try:
+        for further in ({}, dict(return_sum=True), dict(return_sum=False)):
+            got, summed = mtp.roll_tensor(tensor, shifts=-1, dims=dims, **further)
+            assert torch.equal(got, want) and got.dtype == want.dtype
+            assert summed == (total if further.get("return_sum", True) else None)
+        assert mtp.roll_tensor(None)[0] is None
+    finally:
+        patch.remove()
+
+
+@pytest.mark.parametrize("bag_size", [None, S])
+def test_hidden_states_are_mixed_as_in_stock(megatron, monkeypatch, bag_size):
+    """Hidden state mixing (--mtp-hsm): what is mixed into a head are older hidden states, each
+    rolled by one position, whether a position is a token or a bag. One position is left out of the
+    sequence of all of them, not one channel of all positions.
+    """
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    from megatron_tst.loop import patch
+
+    if not hasattr(TransformerConfig, "mtp_hsm"):
+        pytest.skip("NOT RUN: Megatron mixes hidden states from 0.20 on")
+    rolled, mix = [], mtp._mix_hidden_state_history
+
+    def seen(older, newest, **named):
+        rolled.append((older.detach(), newest.detach()))
+        return mix(older, newest, **named)
+
+    monkeypatch.setattr(mtp, "_mix_hidden_state_history", seen)
+    patch.apply()
+    try:
+        model = mtp_model(2, mtp_hsm=True)
+        model.train()
+        arguments = batch(torch.randint(0, V, (B, L * (bag_size or 1) + 1)), bag_size)
+        model(**arguments, loss_mask=torch.ones(B, L)).sum().backward()
+    finally:
+        patch.remove()
+    ((older, newest),) = rolled
+    assert older.shape[-3:] == newest.shape == (L, B, 32)
+    assert not older[:, -1].any() and older[:, :-1].abs().sum(-1).all()
 
 
 def rank_rolls():

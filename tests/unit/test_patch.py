@@ -2,6 +2,7 @@
 trace.
 """
 
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +17,7 @@ from megatron_tst.loop import patch, seams
 
 
 @pytest.fixture(autouse=True)
-def clean(megatron):
+def clean(megatron, monkeypatch):  # taken down before monkeypatch, which puts stock back
     yield
     patch.remove()
 
@@ -72,19 +73,161 @@ def test_a_renamed_seam_raises_and_leaves_nothing_patched(monkeypatch, seam):
     assert len(patch.apply().seams) == len(SEAMS)
 
 
-def test_a_changed_signature_raises(monkeypatch):
+# What a Megatron that is not known yet could have made of a function: the seam, the function (it is
+# handed the real one), and what is wrong with it, or None where we rely on nothing that changed.
+def relabelled(stock):
+    return lambda self, logits, labels: stock(self, labels, logits)
+
+
+def loss_with_a_mask(stock):
+    return lambda self, labels, logits, loss_mask: stock(self, labels, logits)
+
+
+def loss_with_an_option(stock):
+    return lambda self, labels, logits, scale=None: stock(self, labels, logits)
+
+
+def loss_by_name(stock):
+    return lambda self, *, labels, logits: stock(self, labels, logits)
+
+
+def loss_of_anything(stock):
+    return lambda *positional, **named: stock(*positional, **named)
+
+
+def roll_that_may_sum(stock):
+    def roll_tensor(
+        tensor, shifts=-1, dims=-1, cp_group=None, packed_seq_params=None, return_sum=True
+    ):
+        rolled, total = stock(tensor, shifts, dims, cp_group, packed_seq_params)
+        return rolled, total if return_sum else None
+
+    return roll_tensor
+
+
+def roll_with_a_mandatory_layout(stock):
+    def roll_tensor(tensor, layout, shifts=-1, dims=-1):
+        return stock(tensor, shifts, dims)
+
+    return roll_tensor
+
+
+def roll_of_an_axis(stock):
+    return lambda tensor, shifts=-1, axis=-1: stock(tensor, shifts, axis)
+
+
+def forward_reordered(stock):
+    return lambda self, labels, input_ids, **rest: stock(
+        self, input_ids=input_ids, labels=labels, **rest
+    )
+
+
+def forward_of_targets(stock):
+    return lambda self, input_ids, targets: stock(self, input_ids, labels=targets)
+
+
+def log_with_the_clock(stock):
+    return lambda loss_dict, total_loss_dict, learning_rate, iteration, *, is_first_iteration: None
+
+
+def log_iteration_first(stock):
+    return lambda iteration, loss_dict, total_loss_dict, learning_rate, is_first_iteration: None
+
+
+def log_that_does_not_know_the_first(stock):
+    return lambda loss_dict, total_loss_dict, learning_rate, iteration: None
+
+
+def evaluate_by_name(stock):
+    return lambda *, model, data: stock(model, data)
+
+
+def batch_in_tokens(stock):
+    return lambda batch, tp_rank, tokens: stock(batch, tp_rank=tp_rank)
+
+
+def pretrain_reordered(stock):
+    return lambda forward_step_func, train_valid_test_dataset_provider, *, config: None
+
+
+def pretrain_renamed(stock):
+    return lambda cfg_container, provider, forward_step_func: None
+
+
+def helpers_somewhere(stock):
+    return lambda folder: None
+
+
+@pytest.mark.parametrize(
+    "seam, changed, problem",
+    [
+        (
+            seams.LOSS,
+            relabelled,
+            r"the parameters \(self, labels, logits\) by position, got "
+            r"\(self, logits, labels\)",
+        ),
+        (seams.LOSS, loss_with_a_mask, r"a default of loss_mask, got \(self, labels, logits, "),
+        (seams.LOSS, loss_by_name, r"the parameters \(self, labels, logits\) by position"),
+        (seams.LOSS, loss_of_anything, r".* by position, got \(\*positional, \*\*named\)"),
+        (seams.LOSS, loss_with_an_option, None),
+        (seams.MTP_ROLL, roll_that_may_sum, None),
+        (seams.MTP_ROLL, roll_with_a_mandatory_layout, None),  # what it is given is handed on
+        (seams.MTP_ROLL, roll_of_an_axis, "to take dims by name"),
+        (seams.GPT_FORWARD, forward_reordered, None),  # labels are found by name
+        (seams.GPT_FORWARD, forward_of_targets, "to take labels by name"),
+        (seams.TRAINING_LOG, log_with_the_clock, None),
+        (seams.TRAINING_LOG, log_iteration_first, r"the parameters \(loss_dict, "),
+        (seams.TRAINING_LOG, log_that_does_not_know_the_first, "to take is_first_iteration"),
+        (seams.EVALUATE, evaluate_by_name, None),
+        (seams.SKIPPED_BATCH, batch_in_tokens, "to take broadcast_src_rank, broadcast_group, "),
+        (seams.PRETRAIN, pretrain_reordered, None),
+        (seams.PRETRAIN, pretrain_renamed, "to take train_valid_test_dataset_provider by name"),
+        (seams.BUILD_HELPERS, helpers_somewhere, r"a default of folder, got \(folder\)"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_we_rely_on_in_a_signature_is_compared(monkeypatch, seam, changed, problem):
+    before = seam.function()
+    there = changed(before)
+    monkeypatch.setattr(seam.owner(), seam.attribute, there)
+    replacement = {seam: lambda stock: lambda *positional, **named: "ours"}
+    if problem:
+        with pytest.raises(patch.PatchError, match=rf"{re.escape(str(seam))}: expected {problem}"):
+            patch.install(replacement)
+        assert seam.function() is there and patch.status() == patch.Status()
+    else:
+        patch.install(replacement)
+        assert seam.function()() == "ours"
+        patch.remove()
+
+
+def test_a_function_that_takes_more_is_handed_it_and_bags_refuse_it(monkeypatch):
+    """Ours is called as Megatron calls its own: what it does not know goes to the stock function.
+    With bags nobody would do what is asked.
+    """
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
+    stock, asked = LanguageModule.compute_language_model_loss, []
     monkeypatch.setattr(
-        LanguageModule, "compute_language_model_loss", lambda self, logits, labels: None
+        LanguageModule,
+        "compute_language_model_loss",
+        lambda self, labels, logits, scale=None: (asked.append(scale), stock(self, labels, logits))[
+            1
+        ],
     )
-    with pytest.raises(
-        patch.PatchError,
-        match=r"expected parameters \('self', 'labels', 'logits'\), got \('self', 'logits', "
-        r"'labels'\)",
-    ):
-        patch.apply()
-    assert patch.status().seams == ()
+    patch.apply()
+    model, logits = gpt(), torch.randn(8, 2, 96)
+    loss = model.compute_language_model_loss
+    ids = torch.randint(0, 96, (2, 8, 3))
+    want = loss(ids[..., 0], logits.clone())
+    assert torch.equal(loss(ids[..., 0], logits.clone(), scale="half"), want)
+    assert asked == [None, "half"] and loss(ids, logits).shape == (2, 8)
+    for name in ("scale", "something"):
+        with pytest.raises(patch.PatchError, match=f"no further arguments, got {name}"):
+            loss(ids, logits, **{name: 1})
+    with pytest.raises(patch.PatchError, match="VocabParallelEmbedding.forward with bags"):
+        model.embedding.word_embeddings(ids, "half")
 
 
 def test_remove_does_not_drop_somebody_elses_patch(monkeypatch):
@@ -127,7 +270,7 @@ def test_a_users_script_is_never_left_half_patched(script):
     stock, seam = script.get_batch_on_this_tp_rank, seams.batches_of(vars(script))
     both = {seams.EMBEDDING: patch._embedding, seam: lambda stock: lambda batch: batch}
     script.get_batch_on_this_tp_rank = lambda data_iterator: None  # of another Megatron
-    with pytest.raises(patch.PatchError, match=r"users_script.* got \('data_iterator',\)"):
+    with pytest.raises(patch.PatchError, match=r"users_script.* got \(data_iterator\)"):
         patch.install(both)
     del script.get_batch_on_this_tp_rank
     with pytest.raises(patch.PatchError, match="users_script.*expected to exist"):

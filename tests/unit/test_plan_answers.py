@@ -480,7 +480,7 @@ def test_a_hugging_face_config(tmp_path, capsys):
         (json.dumps(HF | {"model_type": "mamba"}), "model_type: expected llama or"),
         (
             json.dumps({k: v for k, v in HF.items() if k != "hidden_size"}),
-            "KeyError: 'hidden_size'",
+            "hidden_size: expected a whole number of at least 1 and at most",
         ),
         (json.dumps(HF | {"mlp_only_layers": [0]}), "experts in every layer, or in none"),
     ):

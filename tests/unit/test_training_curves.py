@@ -215,7 +215,12 @@ def test_plot_says_in_json_what_it_read(tmp_path, capsys):
         "flops": None,  # this log does not say the model's width
         "seconds": pytest.approx(3.4),
         "parameters": 1000,
+        "test_loss": None,
+        "nan_from": None,
+        "skipped_iterations": 0,
+        "notes": [],
     }
+    assert found["notes"] == []
     assert (base["boundary"], base["raw_tokens"], base["parameters"]) == (None, 640, None)
     # the loss that both reach is 3.0, at iteration 20 of either
     (steps, tokens, seconds) = found["speed_ups"]

@@ -1,0 +1,103 @@
+"""Free space in --save's folder, looked at before anything is trained: a run that cannot write its
+first checkpoint loses everything until then.
+
+The size of a checkpoint is arithmetic: the weights in the run's precision and, unless
+--no-save-optim, the optimizer's fp32 weights and moments. megatron_tst/model_size.py counts the
+weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+
+from megatron_tst.errors import refuse, warn
+from megatron_tst.model_size import parameters
+
+_UNITS = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
+
+
+def checkpoint_bytes(args: argparse.Namespace) -> int | None:
+    """Bytes of one checkpoint, all ranks together; None of a model that model_size does not count.
+
+    Args:
+        args: Megatron's, validated, with padded_vocab_size.
+    """
+    uncounted = ("hybrid_layer_pattern", "multi_latent_attention", "heterogeneous_block_specs")
+    mixed = getattr(args, "moe_layer_freq", 1) != 1 or getattr(args, "mtp_num_layers", None)
+    if mixed or any(getattr(args, name, None) for name in uncounted):
+        return None
+    each = args.params_dtype.itemsize
+    if not getattr(args, "no_save_optim", False):
+        aware = getattr(args, "use_precision_aware_optimizer", False)
+
+        def size(name):
+            return getattr(args, name).itemsize if aware else 4
+
+        if args.params_dtype.itemsize < 4:  # else the weights are the optimizer's own
+            each += size("main_params_dtype")
+        each += size("exp_avg_dtype")
+        each += size("exp_avg_sq_dtype") if args.optimizer == "adam" else 0
+    return parameters(args)[0] * each
+
+
+def check_space(args: argparse.Namespace) -> None:
+    """Refuse a --save folder without space for one checkpoint, warn of one without space for all
+    that the run keeps. Of several nodes, whose folder may hold a part alone, it only warns.
+
+    Args:
+        args: Megatron's, validated, with padded_vocab_size.
+
+    Raises:
+        TSTError: no space for one checkpoint, on one node.
+    """
+    folder = getattr(args, "save", None)
+    size = checkpoint_bytes(args) if folder and "://" not in folder else None
+    if not size:
+        return
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        one, there = in_units(size, free)
+        what, do = f"--save {folder}", "Free some, or save elsewhere."
+        if args.world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
+            refuse(what, f"{one} free for a checkpoint", there, do)
+        warn(f"{what}: a checkpoint takes {one}, and {there} are free")
+        return
+    kept = kept_checkpoints(args, folder)
+    if free < kept * size:
+        wanted, there = in_units(kept * size, free)
+        warn(
+            f"--save {folder}: {kept} more checkpoints of {in_units(size)[0]} take {wanted}, and "
+            f"{there} are free. Raise --save-interval, or give --save-retain-interval"
+        )
+
+
+def kept_checkpoints(args: argparse.Namespace, folder: str) -> int:
+    """How many checkpoints a run leaves in its folder, beside those that are there already."""
+    batches = (args.train_samples or 0) // args.global_batch_size
+    iterations = args.train_iters or batches
+    every = getattr(args, "save_interval", None) or iterations
+    kept = -(-iterations // max(1, every))
+    if retained := getattr(args, "save_retain_interval", None):
+        kept = min(kept, iterations // retained + 2)  # the newest two as well
+    there = [name for name in os.listdir(folder) if re.fullmatch(r"iter_\d{7}", name)]
+    return max(1, kept - len(there))
+
+
+def in_units(*sizes: int) -> list[str]:
+    """Byte counts in a unit that shows how they differ.
+
+    >>> in_units(1_500_000_000, 20_000_000)
+    ['1.5 GB', '0.02 GB']
+    >>> in_units(1_500_000_001, 1_500_000_000)
+    ['1,500,000,001 bytes', '1,500,000,000 bytes']
+    """
+    for unit, of in _UNITS:
+        if max(sizes) >= of:
+            shown = [f"{size / of:.3g} {unit}" for size in sizes]
+            if len(set(shown)) == len(set(sizes)):
+                return shown
+            break
+    return [f"{size:,} bytes" for size in sizes]

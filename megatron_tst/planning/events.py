@@ -1,0 +1,167 @@
+"""TensorBoard's event files of a run, as Megatron and TST write them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from types import ModuleType
+
+from megatron_tst.errors import optional, refuse
+from megatron_tst.planning.logs import about_losses
+from megatron_tst.planning.runs import Run
+
+TAG = "lm loss validation"
+
+
+def read_events(path: Path) -> Run:
+    """The scalars and arguments that Megatron and TST write to TensorBoard; times are of the clock,
+    evaluation included.
+
+    Each start of a run writes a file of its own. Where a later one begins, what earlier ones have
+    from there on is left out.
+
+    Args:
+        path: an event file, or the folder of a run's.
+
+    Raises:
+        TSTError: no event files, or tensorboard is not installed.
+    """
+    reader = optional("tensorboard.backend.event_processing.event_accumulator", "tensorboard")
+    files = sorted(path.glob("*tfevents*")) if path.is_dir() else [path]
+    if not files:
+        inside = sorted({str(file.parent) for file in path.glob("*/**/*tfevents*")})
+        got = f"none there, but in {', '.join(inside[:3])}" if inside else "none"
+        refuse(path, "TensorBoard's event files", got, "Give the folder of one run.")
+    run, times = Run(), {}
+    found = [part for file in files if (part := _scalars(reader, file))]
+    parts = sorted(found, key=lambda part: part["began"])
+    for part in parts:
+        _add(run, part, times)
+    if not parts:
+        refuse(path, "scalars of Megatron", "none", "Give the folder of --tensorboard-dir.")
+    if run.train or run.nan:
+        run.total = run.last
+    first = min(times, default=0)
+    run.seconds = {at: time - times[first] for at, time in times.items() if at > first}
+    if times and not run.seconds:
+        run.seconds = {first: 0.0}
+    run.fill_raw_tokens()
+    run.notes += about_losses(run)
+    return run
+
+
+def _scalars(reader: ModuleType, file: Path) -> dict | None:
+    """{"began": time of the first event, "scalars": {tag: [event]}, "texts": {name: text}}"""
+    log = logging.getLogger("tensorboard")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # of a file that is cut off it is what came before that counts
+    try:
+        events = reader.EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0})
+        events.Reload()
+        tags = events.Tags()
+        scalars = {tag: events.Scalars(tag) for tag in tags["scalars"]}
+        texts = {
+            tag.removesuffix("/text_summary"): events.Tensors(tag)[0].tensor_proto.string_val
+            for tag in tags["tensors"]
+            if tag.endswith("/text_summary")
+        }
+    except OSError:
+        raise
+    except Exception as error:
+        got = f"one that cannot be read ({type(error).__name__})"
+        refuse(file, "an event file of TensorBoard", got, "Give a log of the run.")
+    finally:
+        log.setLevel(level)
+    if not scalars:
+        return None
+    return {
+        "began": min(event.wall_time for events in scalars.values() for event in events),
+        "scalars": scalars,
+        "texts": {
+            name: value[0].decode(errors="replace") for name, value in texts.items() if value
+        },
+    }
+
+
+def _add(run: Run, part: dict, times: dict[int, float]) -> None:
+    """Put what one start has written behind what earlier ones have."""
+    scalars = part["scalars"]
+    arguments = run.arguments | part["texts"]
+    began = min((event.step for event in scalars.get("lm loss", [])), default=None)
+    if began is not None and began <= run.last:
+        last, dated = run.last, (run.train, run.excess, run.validation, run.test, run.raw_tokens)
+        for losses in (*dated, *run.sets.values(), times):
+            for later in [step for step in losses if step >= began]:
+                del losses[later]
+        run.nan = {step for step in run.nan if step < began}
+        run.nan_validation = {step for step in run.nan_validation if step < began}
+        if run.boundary is not None and run.boundary >= began:
+            run.boundary = None
+        run.notes.append(
+            f"iterations {began} to {last} were done again from iteration {began - 1}: what came "
+            f"first is left out"
+        )
+    run.arguments = arguments
+    _put(run.train, run.nan, {e.step: e.value for e in scalars.get("lm loss", [])})
+    _put(run.excess, set(), {e.step: e.value for e in scalars.get("mce minus bag entropy", [])})
+    times |= {e.step: e.wall_time for e in scalars.get("lm loss", [])}
+    run.raw_tokens |= {e.step: int(e.value) for e in scalars.get("tst raw tokens", [])}
+    bagged = [e.step for e in scalars.get("tst bag size", []) if e.value > 1]
+    run.boundary = max(bagged, default=run.boundary)
+    for tag, events in scalars.items():
+        if tag == TAG or (tag.startswith(f"{TAG}-") and not tag.endswith((" vs samples", " ppl"))):
+            name = tag.removeprefix(TAG).removeprefix("-")
+            losses = run.sets.setdefault(name, {}) if name else run.validation
+            validation, test = _of_validation(run, events)
+            _put(losses, run.nan_validation, validation)
+            if not name:  # of several test sets none is the test loss
+                _put(run.test, set(), test)
+    if len({event.value for event in scalars.get("batch-size", [])}) > 1:
+        run.varying_batch = True
+
+
+def _put(losses, nan, found):
+    """Finite losses to `losses`, the steps of others to `nan`."""
+    for step, value in found.items():
+        losses.pop(step, None)
+        nan.discard(step)
+        if math.isfinite(value):
+            losses[step] = value
+        else:
+            nan.add(step)
+
+
+def _of_validation(run: Run, events: list) -> tuple[dict[int, float], dict[int, float]]:
+    """(validation, test) losses by step. Megatron gives both the same tag: after training it
+    evaluates the validation set once more, then the test set, at the last step.
+    """
+    by_step: dict[int, list[float]] = {}
+    for event in events:
+        by_step.setdefault(event.step, []).append(event.value)
+    last = max(by_step)
+    values, in_training = by_step[last], _in_training(run, last)
+    if in_training is None:  # of two we do not know whether the second is the test set's
+        in_training, values = int(len(values) > 1), values if len(values) > 2 else values[:1]
+    validation = {step: losses[-1] for step, losses in by_step.items()} | {last: values[-1]}
+    after = len(values) - in_training
+    if after >= 2:
+        return validation | {last: values[-2]}, {last: values[-1]}
+    if len(by_step) == after == 1 and _no_validation(run):
+        return {}, {last: values[-1]}
+    return validation, {}
+
+
+def _in_training(run: Run, step: int) -> int | None:
+    """How many evaluations Megatron makes at a step while it trains; None: not known."""
+    names = ("eval_interval", "start_eval_at_iter")
+    interval, start = (run.arguments.get(name, "") for name in names)
+    if not (interval.isdecimal() and int(interval)):
+        return None
+    return int(step % int(interval) == 0 and not (start.isdecimal() and step < int(start)))
+
+
+def _no_validation(run: Run) -> bool:
+    """Whether --split gives the validation set nothing."""
+    parts = run.arguments.get("split", "").split(",")
+    return len(parts) == 3 and parts[1].strip() in ("0", "0.0")
