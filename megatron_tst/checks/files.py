@@ -17,10 +17,10 @@ _WHOLE, _SAMPLE, _SAMPLES = 256 << 20, 64 << 10, 1024  # bytes of a .bin, of a b
 def check_data_files(prefixes: list[str], vocab_size: int | None) -> None:
     """Refuse indexed datasets that are missing, damaged, or made with a larger vocabulary.
 
-    The first rank of each node reads the whole index, a thousand million documents in the time that
-    20 GB take, and the token ids: all of a .bin of up to 256 MiB, of a larger one 1024 blocks that
-    are spread evenly from its first byte to its last, 64 MiB together. The others look at the
-    sizes.
+    The first rank of each node reads the whole index (20 GB for a thousand million documents, half
+    a minute of a core) and the token ids: all of a .bin of up to 256 MiB, of a larger one 1024
+    blocks that are spread evenly from its first byte to its last, 64 MiB together. The others look
+    at the sizes.
 
     Args:
         prefixes: paths without .bin and .idx; object-storage ones are left to Megatron.
