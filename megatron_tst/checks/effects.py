@@ -65,6 +65,11 @@ _LOAD = Need(
     lambda config, args: "--finetune" if getattr(args, "finetune", False) else "none",
     lambda config, args: bool(getattr(args, "load", None)) and not getattr(args, "finetune", False),
 )
+_WEIGHTS = Need(
+    "--load beside it",
+    lambda config, args: "none",
+    lambda config, args: bool(getattr(args, "load", None)),
+)
 _TEXT = Need(
     "a corpus",
     lambda config, args: "--mock-data",
@@ -87,6 +92,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "fused_linear_loss": (_BAGS,),
     "stock_index": (_BAGS, _TEXT),
     "max_epochs": (_BAGS, _TEXT),
+    "verify_load": (_WEIGHTS,),
 }
 
 

@@ -26,6 +26,7 @@ GIVEN = {
     "fused_linear_loss": True,
     "stock_index": "somewhere",
     "max_epochs": 9,
+    "verify_load": True,
 }
 
 
@@ -41,7 +42,7 @@ def test_every_flag_is_in_the_table_and_in_this_test():
     assert flags == set(TSTConfig.__dataclass_fields__)
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("name", GIVEN.keys() - {"verify_load"})
 @pytest.mark.parametrize("bag_size", [None, 1])
 def test_without_bags(name, bag_size):
     settings = {} if bag_size is None else dict(bag_size=bag_size)
@@ -56,6 +57,7 @@ def test_without_bags(name, bag_size):
 @pytest.mark.parametrize(
     "settings, changes, message",
     [
+        (dict(verify_load=True), {}, "--tst-verify-load: expected --load beside it, got none"),
         (dict(switch_slope=0.1), {}, "--tst-switch-slope: expected --tst-switch auto .* got fixed"),
         (dict(switch_window=0.05), {}, "--tst-switch-window: expected --tst-switch auto"),
         (dict(superpose="input", loss="mce-alt"), {}, "--tst-loss: expected .* got input"),
