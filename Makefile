@@ -11,6 +11,8 @@
 # make test-te          set up .venv-te: the real Transformer Engine, without a GPU. WHEELS=FOLDER
 #                       has a wheel of transformer-engine-torch. Else it is compiled, with a CUDA 13
 #                       toolkit and a C++ compiler, in about 20 minutes of a core
+# make mutation         set up, then put in faults one at a time and see that a test fails at each:
+#                       tests/mutation/README.md. Hours; MODULES="schedule ops" are some of it
 # make bench            set up, then measure the superposition step against the ordinary one
 # make matrix           set up, then write docs/parallelism.md's table
 # make style            ruff, and the import contracts of pyproject.toml
@@ -28,7 +30,7 @@ RUN = $(VENV)/bin/python
 
 .PHONY: setup demo test test-slow test-wheel test-processors test-main test-bridge test-modelopt
 .PHONY: test-te checkout-of-megatron
-.PHONY: bench matrix style clean
+.PHONY: mutation bench matrix style clean
 
 setup: $(VENV)/.ready
 
@@ -104,6 +106,16 @@ test-te: .venv-te/.ready
 	.venv-te/bin/python -m pip install --quiet --disable-pip-version-check --upgrade "pip<27"
 	.venv-te/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/peers/transformer_engine.txt
 	sh tests/peers/install_transformer_engine.sh .venv-te/bin/python "$(WHEELS)"
+	@touch $@
+
+MUTATION = build/mutation/packages
+
+mutation: setup $(MUTATION)/.ready
+	$(RUN) tests/mutation/run.py --bugs
+	$(RUN) tests/mutation/run.py --packages $(MUTATION) $(MODULES)
+
+$(MUTATION)/.ready: tests/mutation/requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --upgrade --target $(MUTATION) --requirement $<
 	@touch $@
 
 bench: setup

@@ -247,7 +247,7 @@ def _rope_scaling(args) -> dict | None:
         if args.rope_scaling_factor != ROPE_FACTOR:
             warnings.warn(
                 f"megatron_tst: --rope-scaling-factor {args.rope_scaling_factor:g} in the "
-                "checkpoint: Megatron 0.18 and 0.19 build their models "
+                "checkpoint: Megatron 0.18 to 0.20 build their models "
                 f"with {ROPE_FACTOR:g} whatever it says, so that is exported",
                 stacklevel=4,
             )

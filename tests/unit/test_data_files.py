@@ -69,15 +69,25 @@ def test_vocabulary_mismatch(copied):
         check_data_files([copied], 500)
 
 
-def test_the_vocabulary_of_documents_far_behind(tmp_path):
-    """More documents than are looked at, one token of the last outside the vocabulary."""
+@pytest.mark.parametrize("looked_at", ["all of it", "samples of it"])
+def test_the_vocabulary_of_documents_far_behind(tmp_path, monkeypatch, looked_at):
+    """One token of the last document outside the vocabulary, far behind the first block of tokens
+    that is looked at. A large file is looked at here and there, its end too.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_tst.checks import files
 
     prefix, count = str(tmp_path / "many"), 600
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
     for i in range(count):
         builder.add_document(np.array([1, 2, 700 if i == count - 1 else 3]), [3])
     builder.finalize(prefix + ".idx")
+    monkeypatch.setattr(files, "_BLOCK", 64)
+    if looked_at == "samples of it":
+        monkeypatch.setattr(files, "_WHOLE", 100)
+        monkeypatch.setattr(files, "_SAMPLE", 20)
+        monkeypatch.setattr(files, "_SAMPLES", 5)
     check_data_files([prefix], 701)
     check_data_files([prefix], None)
     with pytest.raises(TSTError, match=f"got 700 in document {count - 1}"):

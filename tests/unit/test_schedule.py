@@ -219,6 +219,83 @@ def test_reads_as_is_what_is_read(run, data):
     assert new.reads_as(plan, consumed) == plan.reads_as(new, consumed)
 
 
+def test_the_fields_of_every_phase():
+    """8, 4, then recovery, in batches of 4: by hand. Recovery's stride is all of its long samples,
+    so that its batches spread over them; its last long sample is read in part.
+    """
+    plan = Schedule((8, 4, 1), (4, 12, 20), seq_length=2, global_batch_size=4)
+    assert [dataclasses.astuple(phase) for phase in plan.phases] == [
+        (SUPERPOSITION, 8, 8, 0, 4, 0, 1, 4),
+        (SUPERPOSITION, 4, 4, 4, 12, 4, 2, 4),
+        (RECOVERY, 1, 1, 16, 20, 10, 8, 3),
+    ]
+    assert [phase.end for phase in plan.phases] == [4, 16, 36]
+    assert [phase.block for phase in plan.phases] == [4, 8, 24]
+    assert [phase.long_samples for phase in plan.phases] == [4, 6, 3]
+    assert plan.superposed_phases == plan.phases[:2]
+    assert (plan.superposition_samples, plan.recovery_samples, plan.train_samples) == (16, 20, 36)
+    assert (plan.long_samples, plan.width, plan.long_sample_length) == (13, 8, 16)
+    assert (
+        plan.described == "bag size 8 for 1 iterations, bag size 4 for 3 iterations, recovery for 5"
+    )
+
+
+def test_recovery_shorter_than_a_long_sample():
+    plan = Schedule((8, 4, 1), (4, 12, 4), seq_length=2, global_batch_size=4)
+    assert (plan.phases[2].stride, plan.phases[2].long_samples) == (1, 1)
+    assert [plan.locate(index)[1:] for index in range(16, 20)] == [(10, i) for i in range(4)]
+    assert [plan.phase_at(consumed).first_sample for consumed in (0, 4, 15, 16, 20)] == [
+        0,
+        4,
+        4,
+        16,
+        16,
+    ]
+
+
+def test_a_schedule_stays_as_it_is():
+    plan = Schedule((8, 4, 1), (4, 12, 4), seq_length=2, global_batch_size=4)
+    for part, name in ((plan, "samples"), (plan.phases[0], "stride")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, name, 1)
+    for sizes, samples in (((4, 1), (8,)), ((4, 1), (8, 8, 8))):
+        with pytest.raises(AssertionError):
+            Schedule(sizes, samples, seq_length=2, global_batch_size=4)
+    for width in (6, 9):
+        with pytest.raises(AssertionError):
+            dataclasses.replace(plan, width=width)
+    assert dataclasses.replace(plan, width=16).phases[0].pieces == 2
+
+
+def test_which_samples_are_alike_in_a_phase_of_another_length():
+    """The examples of Phase.samples_as_in."""
+
+    def alike(sizes, one, other, phase):
+        ours, theirs = (
+            Schedule(sizes, samples, seq_length=2, global_batch_size=2).phases[phase]
+            for samples in (one, other)
+        )
+        assert ours.samples_as_in(theirs) == theirs.samples_as_in(ours)
+        return ours.samples_as_in(theirs)
+
+    assert alike((4, 1), (6, 10), (10, 6), 0) == 6
+    assert alike((4, 2, 1), (4, 6, 10), (4, 10, 6), 1) == 4
+    assert alike((4, 2, 1), (4, 6, 10), (4, 10, 6), 2) == 0
+
+
+def test_reads_as_says_no_from_the_first_sample_that_differs():
+    plan = Schedule((4, 2, 1), (4, 4, 8), seq_length=2, global_batch_size=2)
+
+    def answer(consumed, **changes):
+        return plan.reads_as(dataclasses.replace(plan, **changes), consumed)
+
+    other = dict(bag_sizes=(4, 4, 1))
+    assert [answer(consumed, **other) for consumed in (3, 4, 5, 6)] == [True, True, False, False]
+    for changes in (dict(seq_length=3), dict(width=8)):
+        assert [answer(consumed, **changes) for consumed in (0, 1, 16)] == [False] * 3
+    assert [answer(consumed) for consumed in (0, 4, 5, 16)] == [True] * 4
+
+
 def test_a_lengthened_recovery_reads_text_of_its_own():
     plan = Schedule.of(4, 3, 40, 2, 4)
     longer = plan.lengthened(12).lengthened(8)

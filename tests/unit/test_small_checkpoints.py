@@ -35,9 +35,10 @@ def written(folder, tensors, shards=1):
             (name, tensor.shape, (row, 0), tensor[row : row + size].clone())
             for row in range(0, len(tensor), size)
         ]
-    folder.mkdir()
-    write_checkpoint(folder, items, args, lambda done: None)
-    return Checkpoint(folder)
+    iteration = folder / "iter_0000002"
+    iteration.mkdir(parents=True)
+    write_checkpoint(iteration, items, args, lambda done: None)
+    return Checkpoint(iteration)
 
 
 def of_a_bf16_run(folder, shards=1):
@@ -136,7 +137,7 @@ def test_verify_finds_another_shape_of_the_same_values(pair):
 
 def test_verify_finds_what_only_one_of_them_has(pair, tmp_path):
     there, back = pair({"a": rows(), "b": rows()}, {"a": rows(), "c": rows()})
-    one, other = (f"only in {tmp_path / name}" for name in ("one", "other"))
+    one, other = (f"only in {tmp_path / name / 'iter_0000002'}" for name in ("one", "other"))
     assert there == back == {"b": one, "c": other}
 
 
