@@ -26,7 +26,7 @@ from megatron_tst import compat
 from megatron_tst.errors import TSTError, refuse
 
 _LAUNCHERS = {
-    *("torchrun", "python", "python3", "srun", "mpirun", "mpiexec", "accelerate", "deepspeed"),
+    *("torchrun", "srun", "mpirun", "mpiexec", "accelerate", "deepspeed"),
     *("env", "numactl", "nsys", "nohup", "time", "exec"),
 }
 # Modules that run another script, which is the word behind them.
@@ -133,7 +133,8 @@ def _launches(word, bare=False) -> bool:
     name = word if bare else os.path.basename(word)
     assigns = re.match(r"[A-Za-z_]\w*=", word) and not bare
     script = word.endswith(".py") and not word.startswith("-")
-    return bool(assigns) or name in _LAUNCHERS or script
+    python = re.fullmatch(r"python[\d.]*", name)
+    return bool(assigns or python) or name in _LAUNCHERS or script
 
 
 def _processes(launcher: list[str]) -> int | None:

@@ -174,6 +174,11 @@ def test_a_skipped_iteration_has_no_loss(read, line):
     assert curves.summary(run)["skipped_iterations"] == 1 and run.raw_tokens[6] == 6 * 32
 
 
+def test_a_mean_that_is_nan_though_some_iterations_were_skipped(read):
+    run = read([*HEAD, step(10, 5.0), step(20, None, skipped=3), step(30, None, skipped=10)])
+    assert run.nan == {20} and run.skipped == {20: 3, 30: 10}
+
+
 def test_a_loss_of_zero_is_one_where_nothing_was_skipped(read):
     assert read([*HEAD, *steps(1, 3), step(4, 0.0)]).train[4] == 0.0
 
@@ -254,6 +259,21 @@ def test_a_boundary_that_was_abandoned(read):
 def test_a_loss_that_was_nan_before_the_restart(read):
     run = read([*WHOLE, step(11), step(12), loaded(10), *steps(11, 12)])
     assert run.nan_from is None and sorted(run.train) == list(range(1, 13))
+
+
+def test_a_restart_with_another_layout(read):
+    """Parameters are those of the last start's ranks."""
+    wide = [*arguments(tensor_model_parallel_size=2)]
+    wide += [*parameters(6000), *parameters(5000, (1, 0, 0)), *steps(1, 10)]
+    run = read([*wide, *HEAD, loaded(10), *steps(11, 12)])
+    assert run.parameters == 10000 and run.flops == 6 * (10000 - TABLE) * 32
+    assert read([*WHOLE, loaded(10), *wide[-12:-10], *steps(11, 12)]).parameters is None
+
+
+def test_abandoned_evaluations_of_several_sets(tmp_path):
+    lines = [*HEAD, *steps(1, 10), valid(5, 3.0, name="-a"), valid(10, 2.0, name="-a"), loaded(5)]
+    (tmp_path / "log").write_text("\n".join([*lines, *steps(6, 7)]))
+    assert curves.read(tmp_path / "log", "a").validation == {5: 3.0}
 
 
 def test_a_log_that_begins_at_a_checkpoint(read):
@@ -520,6 +540,12 @@ def writer(tmp_path):
         ([(5, 5.5), (10, 5.25), (10, 5.0)], ARGUMENTS, {5: 5.5, 10: 5.0}, {}),
         ([(5, 5.5), (10, 5.25)], ARGUMENTS, {5: 5.5, 10: 5.25}, {}),
         ([(7, 5.5), (10, 5.0), (10, 4.0)], {"eval_interval": 7}, {7: 5.5, 10: 5.0}, {10: 4.0}),
+        (
+            [(10, 5.0), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 11},
+            {10: 5.0},
+            {10: 4.0},
+        ),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,0,10"}, {}, {10: 4.0}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,10,0"}, {10: 4.0}, {}),
         ([(5, 5.5), (10, 5.25), (10, 5.0), (10, 4.0)], {}, {5: 5.5, 10: 5.0}, {10: 4.0}),
