@@ -308,7 +308,7 @@ def check_spelling(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
             meant = f"--{name.lstrip('-').lower().replace('_', '-')}"
             near = [flag for flag in ours if flag.startswith(meant) and meant != "--tst"]
             near = near or difflib.get_close_matches(meant, ours, n=1, cutoff=0.5)
-            do = f"Did you mean {near[0]}?" if near else f"There are {', '.join(ours)}."
+            do = f"Did you mean {near[0]}?" if near else "`megatron-tst plan --help` lists them."
             refuse("the command line", "a flag of TST", name, do)
         value = after is not None and not re.match(r"-[^\d.]", after)
         if ours[name].nargs == 0 and (equals or value):

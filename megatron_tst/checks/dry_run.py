@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from megatron_tst import cpu
 from megatron_tst.checks import refusals
-from megatron_tst.config import TSTConfig, add_tst_arguments
+from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
 from megatron_tst.errors import TSTError
 from megatron_tst.hardware import ASSUMED_CUDA, GPUS
 from megatron_tst.model_size import LLAMA_3_VOCABULARY, padded_vocabulary, parameters
@@ -60,7 +60,7 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
     ):
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
-                args = arguments.parse_args(add_tst_arguments)
+                args = arguments.parse_args(lambda parser: _with_ours(parser, flags))
                 config = TSTConfig.from_args(args)
                 refusals.check_sequence_length(config, args)
                 arguments.validate_args(args)
@@ -91,6 +91,11 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
                     f"{str(error).strip() or where.line}"
                 ) from error
     return args
+
+
+def _with_ours(parser, flags):
+    check_spelling(add_tst_arguments(parser), flags)
+    return parser
 
 
 @contextlib.contextmanager

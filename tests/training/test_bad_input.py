@@ -225,7 +225,7 @@ def test_a_script_that_took_stock_pretrain_is_stopped(fork_server, corpus, tmp_p
         text.replace(
             "from megatron_tst import training",
             "from megatron.training import pretrain as stock\nfrom megatron_tst import training",
-        ).replace("    pretrain(config,", "    stock(config,")
+        ).replace("= pretrain, None", "= stock, None")
     )
     run = fork_server.train(*TINY, *TST, *data(corpus), script=str(script))
     refused(

@@ -73,8 +73,8 @@ VALID = "--train-data-path {corpus} --valid-data-path"
         *(
             pytest.param(words, marks=pytest.mark.slow)
             for words in (
-                "--data-path {corpus} {corpus} --split 99.7,0.3,0",
-                f"{VALID} {{small}}/of60 --full-validation",
+                "--data-path {corpus} {corpus} --split 98,2,0",
+                f"{VALID} {{small}}/of60",
                 f"{VALID} {{small}}/of400 {{small}}/of60 --multiple-validation-sets "
                 "--full-validation",
                 f"{VALID} 1 {{small}}/of400 2 {{small}}/of60 --test-data-path {{small}}/of60",

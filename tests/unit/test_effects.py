@@ -120,7 +120,7 @@ def test_flags_with_effect_are_let_through(settings, changes):
         ("--TST-ITERS 3", "Did you mean --tst-iters"),
         ("--tst-iter 3", "Did you mean --tst-iters"),
         ("--tst-exit", "got --tst-exit. Did you mean --tst-exit-at-boundary"),
-        ("--tst-xyzxyzxyz 3", "got --tst-xyzxyzxyz. docs/flags.md lists them"),
+        ("--tst-xyzxyzxyz 3", "got --tst-xyzxyzxyz. `megatron-tst plan --help` lists"),
         ("--tst", "expected a flag of TST, got --tst"),
         ("--tst-bag-size", "--tst-bag-size: expected a value, got none"),
         ("--tst-bag-size --tst-iters 3", "--tst-bag-size: expected a value, got none"),
