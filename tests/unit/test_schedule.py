@@ -296,9 +296,26 @@ def test_reads_as_says_no_from_the_first_sample_that_differs():
     assert [answer(consumed) for consumed in (0, 4, 5, 16)] == [True] * 4
 
 
+def test_reads_as_says_no_where_pieces_move():
+    """The example of Schedule.reads_as."""
+    plan = Schedule((4, 2, 1), (4, 6, 10), seq_length=2, global_batch_size=2)
+    longer = dataclasses.replace(plan, samples=(4, 10, 6))
+    answers = [plan.reads_as(longer, consumed) for consumed in (4, 8, 9)]
+    assert answers == [longer.reads_as(plan, consumed) for consumed in (4, 8, 9)]
+    assert answers == [True, True, False]
+
+
+def test_superposed_output_reads_one_token_a_position():
+    plan = Schedule((4, 1), (8, 8), seq_length=2, global_batch_size=4, single_tokens_in=True)
+    assert (plan.width, plan.long_sample_length, plan.long_samples) == (1, 2, 16)
+    assert [(p.bag_size, p.width, p.pieces) for p in plan.phases] == [(4, 1, 1), (1, 1, 1)]
+
+
 def test_a_lengthened_recovery_reads_text_of_its_own():
     plan = Schedule.of(4, 3, 40, 2, 4)
     longer = plan.lengthened(12).lengthened(8)
+    assert [phase.name for phase in longer.phases] == [SUPERPOSITION, *[RECOVERY] * 3]
+    assert longer.superposed_phases == plan.phases[:1]
     assert (
         longer.reads_as(plan, 40)
         and longer.train_samples == 60
