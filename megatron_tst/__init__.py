@@ -2,6 +2,10 @@
 
 Importing this package imports neither torch nor Megatron and patches nothing; each public name is
 loaded on first use.
+
+On a machine without a GPU set MEGATRON_TST_CPU=1 and call `megatron_tst.cpu.enable_if_asked()`
+before the first import of megatron. Recovery is stock code: its batches have no bag dimension
+(`PhasedDataset` gives such, `bag_view` says how).
 """
 
 from importlib import import_module

@@ -306,7 +306,8 @@ def check_spelling(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
             continue
         if name not in ours:
             meant = f"--{name.lstrip('-').lower().replace('_', '-')}"
-            near = difflib.get_close_matches(meant, ours, n=1, cutoff=0.5)
+            near = [flag for flag in ours if flag.startswith(meant) and meant != "--tst"]
+            near = near or difflib.get_close_matches(meant, ours, n=1, cutoff=0.5)
             do = f"Did you mean {near[0]}?" if near else "docs/flags.md lists them."
             refuse("the command line", "a flag of TST", name, do)
         value = after is not None and not re.match(r"-[^\d.]", after)

@@ -21,6 +21,8 @@ from torch.distributed.checkpoint import metadata
 
 from megatron_tst.errors import refuse
 
+_FOLDER = 0x10  # of MS-DOS, in a zip archive's attributes
+
 
 class MetadataUnpickler(pickle.Unpickler):
     """Reads a checkpoint's .metadata: torch's metadata classes, sizes, dtypes, plain containers."""
@@ -84,6 +86,9 @@ def check_archive(file: BinaryIO) -> None:
     except Exception as error:  # a damaged archive fails in many ways
         text = str(error).strip().partition("\n")[0]
         raise ValueError(f"damage ({type(error).__name__}: {text})") from error
+    # torch takes such a record for a folder, and leaves the memory for its values as it was
+    if any(entry.external_attr & _FOLDER for entry in entries):
+        raise ValueError("damage (a record that is marked as a folder)")
     if bad and all(entry.CRC == 0 for entry in entries):
         raise ValueError("none of its checksums (torch.serialization.set_crc32_options)")
     if bad:

@@ -43,6 +43,7 @@ def read_blends(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | No
     given = [
         flag
         for flag, there in (
+            ("--mock-data", of("mock_data")),
             ("--data-path", of("data_path") is not None),
             ("--data-args-path", of("data_args_path")),
             ("--per-split-data-args-path", of("per_split_data_args_path")),

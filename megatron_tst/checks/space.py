@@ -87,17 +87,17 @@ def kept_checkpoints(args: argparse.Namespace, folder: str) -> int:
 
 
 def in_units(*sizes: int) -> list[str]:
-    """Byte counts in a unit that shows how they differ.
+    """Byte counts in units, or as they are where that would hide that they differ.
 
     >>> in_units(1_500_000_000, 20_000_000)
-    ['1.5 GB', '0.02 GB']
+    ['1.5 GB', '20 MB']
     >>> in_units(1_500_000_001, 1_500_000_000)
     ['1,500,000,001 bytes', '1,500,000,000 bytes']
     """
-    for unit, of in _UNITS:
-        if max(sizes) >= of:
-            shown = [f"{size / of:.3g} {unit}" for size in sizes]
-            if len(set(shown)) == len(set(sizes)):
-                return shown
-            break
+    shown = [
+        next((f"{size / of:.3g} {unit}" for unit, of in _UNITS if size >= of), f"{size} bytes")
+        for size in sizes
+    ]
+    if len(set(shown)) == len(set(sizes)):
+        return shown
     return [f"{size:,} bytes" for size in sizes]

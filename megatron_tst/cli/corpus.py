@@ -3,15 +3,18 @@
     megatron-tst corpus --output corpus/python
     megatron-tst corpus --output corpus/notes --input notes README.md --vocab-size 8192
 
-Without --input: the Python standard library's sources and texts, which are on any machine. Each
-file is one document, ended by the end-of-document token, the last id, as Megatron's NullTokenizer
-expects. PREFIX.json says what was made, PREFIX.tokenizer.json is the tokenizer. Train with
---data-path PREFIX --tokenizer-type NullTokenizer --vocab-size VOCAB_SIZE. The files are whole or
-absent, also after a kill. Needs pip install 'megatron-tst[demo]'.
+Without --input: the Python standard library's sources and texts, which are on any machine. A file
+that is named is read whatever its ending, below a folder those of text are. Each file counts once
+and is one document, ended by the end-of-document token, the last id, as Megatron's NullTokenizer
+expects. Files that are empty or not UTF-8 are left out, counted and said. PREFIX.json says what was
+made, PREFIX.tokenizer.json is the tokenizer. Train with --data-path PREFIX --tokenizer-type
+NullTokenizer --vocab-size VOCAB_SIZE. The files are whole or absent, also after a kill. Needs
+pip install 'megatron-tst[demo]'.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from megatron_tst.cli.screen import Parser, call, progress_bar
@@ -23,8 +26,8 @@ def parser(prog: str) -> Parser:
     it.add_argument("--output", required=True, type=Path, metavar="PREFIX")
     it.add_argument(
         "--input",
-        type=Path,
-        nargs="*",
+        type=_named,
+        nargs="+",
         default=[],
         help="files or folders; default: the Python standard library",
     )
@@ -49,6 +52,12 @@ def main(argv: list[str] | None = None, prog: str = "megatron-tst corpus") -> in
     return call(parser(prog), _run, argv)
 
 
+def _named(text: str) -> Path:
+    if not text:  # a variable of a shell that is not set; Path("") is the folder we stand in
+        raise argparse.ArgumentTypeError("expected files or folders, got ''. Name them")
+    return Path(text)
+
+
 def _run(options):
     from megatron_tst.data import corpus
 
@@ -61,8 +70,9 @@ def _run(options):
             force=options.force,
             progress=progress,
         )
+    left_out = corpus.LeftOut(made["left_out"]).said("; ")
     print(
         f"{options.output}: {made['documents']} documents, {made['tokens']} tokens, vocabulary "
-        f"{made['vocab_size']}"
+        f"{made['vocab_size']}{left_out}"
     )
     return 0

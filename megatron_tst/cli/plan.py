@@ -6,22 +6,33 @@ and what the paper measured.
 
 Megatron's flags of model, batch, layout, FP8 and decay (--num-layers, --train-iters, ...) and TST's
 (--tst-bag-size, ...) have their names and meaning from training. --preset, --hf-config or they give
-the shape. Nothing is trained. Exit code 0: a plan. 2: the run is impossible, or a value makes no
-sense; what is wrong is said, with what to do.
+the shape. Other flags of Megatron's may stand beside them, and a launcher and a script before them:
+paste the whole line that starts a run. What a plan does not use is named. Nothing is trained. Exit
+code 0: a plan. 2: the run is impossible, or a value makes no sense; what is wrong is said, with
+what to do.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 
 from megatron_tst.cli.screen import Parser, call
 from megatron_tst.errors import refuse
-from megatron_tst.planning import flags, recipes
+from megatron_tst.planning import flags, launch_line, recipes
+
+
+class _Parser(Parser):
+    """Of a launch line it parses what a plan uses."""
+
+    def parse_args(self, args, namespace=None):
+        return super().parse_args(launch_line.read(args, self).argv, namespace)
 
 
 def main(argv: list[str] | None = None, prog: str = "megatron-tst plan") -> int:
     """Plan, or print a recipe. -> exit code"""
-    parser = Parser(prog, __doc__, allow_abbrev=False)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _Parser(prog, __doc__, allow_abbrev=False)
     flags.add_arguments(parser).add_argument(
         "--print",
         nargs="*",

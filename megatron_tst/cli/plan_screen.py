@@ -33,6 +33,7 @@ def show(plan: dict) -> None:
             f"{len(plan['faults'])} fault{'s' * (len(plan['faults']) > 1)}: the run is impossible",
             plan["faults"],
         )
+        _not_used(plan)
         return
     run, model = plan["run"], plan["model"]
     active = (
@@ -54,6 +55,7 @@ def show(plan: dict) -> None:
     _print(rows)
     _lines("What speaks against it", plan["against"])
     _lines("Warnings at start-up", plan["warnings"])
+    _not_used(plan)
     if "sweep" in plan:
         print()
         _print(_sweep(plan))
@@ -89,6 +91,11 @@ def _lines(title, sentences):
         )
 
 
+def _not_used(plan):
+    if plan["not_used"]:
+        print(f"\nNot used by a plan: {' '.join(plan['not_used'])}")
+
+
 def _phases(plan) -> Table:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     table.add_column("phase")
@@ -108,6 +115,15 @@ def _phases(plan) -> Table:
 
 def _text(plan):
     text = plan["text"]
+    read = [
+        f"\n{row['corpus']}: {tokens(row['tokens'])} to train on, read {row['times']:.3g} times"
+        for row in text["readings"]
+    ]
+    label, said = _whether_it_suffices(plan, text)
+    return label, said + "".join(read)
+
+
+def _whether_it_suffices(plan, text):
     needs = (
         f"\n{tokens(text['needed'])} needed, {text['ratio']:.2f} times what "
         f"{plan['run']['steps']:,} plain steps read"

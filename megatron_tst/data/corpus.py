@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import stat
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,9 @@ END = "<|end|>"
 TEXT = {".py", ".txt", ".rst", ".md", ".c", ".h", ".cpp", ".cu", ".json", ".toml"}
 FILES = (".bin", ".json", ".tokenizer.json", ".idx")  # in the order in which they get their names
 SMALLEST = 300  # token ids: 256 bytes, the end of a document and some merges
+LARGEST = 1 << 20  # token ids; the largest tokenizers have a fourth of it
+# Training takes the square of the longest word: a file that is one word is cut for it.
+_LONG_WORD = re.compile(r"\S{1000}|\s{1000}")
 _BATCH = 64  # documents that are tokenized at once
 
 
@@ -62,19 +67,25 @@ def make(
         progress: called with (files done, files in all); each is read once and tokenized once.
 
     Returns:
-        what PREFIX.json holds.
+        what PREFIX.json holds, and `left_out`: a reason -> (number of files, the first of them).
 
     Raises:
-        TSTError: no text, too little text for so many ids, tokenizers is not installed, and
-            atomic.new_files's.
+        TSTError: an input that is not there, no text, too little text for so many ids, tokenizers
+            is not installed, and atomic.new_files's.
     """
     if vocab_size < SMALLEST:
         expected = f"at least {SMALLEST} (256 bytes and some merges)"
         refuse("--vocab-size", expected, vocab_size, "Ask for more.")
+    if vocab_size > LARGEST:
+        refuse("--vocab-size", f"at most {LARGEST:,} token ids", f"{vocab_size:,}", "Lower it.")
+    if prefix.name in ("", ".."):
+        do = "Give the beginning of the files' names, as corpus/mine."
+        refuse("--output", "a prefix", repr(str(prefix)), do)
     roots = list(roots)
-    files = find_files(roots or [Path(sysconfig.get_path("stdlib"))])
+    left_out = LeftOut()
+    files = find_files(roots or [Path(sysconfig.get_path("stdlib"))], prefix, left_out)
     if not files:
-        got = f"none in {' '.join(map(str, roots))}"
+        got = f"none in {' '.join(map(str, roots))}{left_out.said(', ')}"
         refuse("--input", f"text files ({' '.join(sorted(TEXT))})", got, "Name others.")
     random.Random(seed).shuffle(files)
 
@@ -82,7 +93,8 @@ def make(
         return _as_made(folder / prefix.name)
 
     with new_files(prefix, FILES, force, files, ours) as folder:
-        return build(files, folder / prefix.name, vocab_size, progress)
+        summary = build(files, folder / prefix.name, vocab_size, progress, left_out)
+    return summary | {"left_out": dict(left_out)}
 
 
 def _others(prefix):
@@ -106,19 +118,92 @@ def _as_made(prefix):
         return False
 
 
-def find_files(roots: Iterable[Path]) -> list[Path]:
-    """Text files below `roots`, sorted; installed third-party packages are left out of a folder
-    that holds them, unless it is named itself.
+class LeftOut(dict):
+    """Files of the input that are no documents: a reason -> (how many, the first of them)."""
+
+    def add(self, reason: str, path: Path) -> None:
+        """Count a file; the first is the first by name."""
+        count, first = self.get(reason, (0, str(path)))
+        self[reason] = count + 1, min(first, str(path))
+
+    def said(self, before: str = "") -> str:
+        """All of them as half a sentence, behind `before`; "" where nothing was left out."""
+        if not self:
+            return ""
+        rows = [f"{count} {reason} (the first: {first})" for reason, (count, first) in self.items()]
+        text = f"{before}left out: {', '.join(rows)}"
+        return text.encode(errors="backslashreplace").decode()  # names may be no UTF-8
+
+
+def find_files(
+    roots: Iterable[Path], prefix: Path | None = None, left_out: LeftOut | None = None
+) -> list[Path]:
+    """The files to read, each once, whatever links lead to it: those that are named, whatever their
+    ending, and text files below a folder, sorted. Installed third-party packages are left out of a
+    folder that holds them, unless it is named itself.
+
+    Args:
+        prefix: what is below a folder and belongs to this corpus is not read.
+        left_out: gets the files that are no text by their ending.
+
+    Raises:
+        TSTError: a root that is not there or is neither file nor folder, or belongs to the prefix.
     """
-    found = []
+    left_out = LeftOut() if left_out is None else left_out
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    own = {_identity(Path(f"{prefix}{ending}")) for ending in FILES if prefix} - {None}
     for root in roots:
-        candidates = [root] if root.is_file() else sorted(root.rglob("*"))
-        found += [
-            p
-            for p in candidates
-            if p.suffix in TEXT and p.is_file() and "site-packages" not in p.relative_to(root).parts
-        ]
+        identity = _identity(root)
+        if identity is None:
+            refuse("--input", "files and folders that exist", root, "Correct the path.")
+        if identity in own:
+            do = "Choose another --output."
+            refuse("--input", "text from elsewhere", f"{root}, which --output replaces", do)
+        if root.is_dir():
+            candidates = sorted(_below(root, left_out))
+        elif root.is_file():
+            candidates = [root]
+        else:
+            refuse("--input", "files and folders", f"{root}, which is neither", "Leave it out.")
+        for path in candidates:
+            identity = _identity(path)
+            if identity in seen or identity in own:
+                continue
+            if path != root and path.suffix not in TEXT:
+                left_out.add("of other endings", path)
+            elif not path.is_file():
+                left_out.add("that are no files", path)
+            else:
+                found.append(path)
+                seen.add(identity)
     return found
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of what a path leads to; None: nothing is there, or nobody may look."""
+    try:
+        about = path.stat()
+    except (OSError, ValueError):
+        return None
+    return about.st_dev, about.st_ino
+
+
+def _below(root: Path, left_out: LeftOut) -> Iterator[Path]:
+    """All files below a folder; each folder once, also where links make a loop."""
+    seen = {_identity(root)}
+
+    def unreadable(error):
+        left_out.add("in folders that cannot be read", Path(error.filename))
+
+    for folder, inside, names in os.walk(root, followlinks=True, onerror=unreadable):
+        inside[:] = [name for name in inside if name not in ("site-packages", "__pycache__")]
+        for name in list(inside):
+            identity = _identity(Path(folder, name))
+            if identity in seen:
+                inside.remove(name)
+            seen.add(identity)
+        yield from (Path(folder, name) for name in names)
 
 
 def build(
@@ -126,11 +211,13 @@ def build(
     prefix: Path,
     vocab_size: int,
     progress: Callable[[int, int], None] = lambda done, of: None,
+    left_out: LeftOut | None = None,
 ) -> dict:
     """Train the tokenizer on `files` and write PREFIX's FILES, in place. -> what PREFIX.json holds
 
     Raises:
-        TSTError: too little text for so many ids, or tokenizers is not installed.
+        TSTError: no text in the files, too little text for so many ids, or tokenizers is not
+            installed.
     """
     tokenizers = optional("tokenizers", "megatron-tst[demo]")
     compat.hide_broken_transformer_engine()
@@ -139,11 +226,17 @@ def build(
     ):  # of what Megatron does without a GPU's libraries
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    texts = []
+    texts, left_out = [], LeftOut() if left_out is None else left_out
     for number, path in enumerate(files, 1):
-        if text := read(path):
+        text, reason = read(path)
+        if reason:
+            left_out.add(reason, path)
+        else:
             texts.append(text)
         progress(number, 2 * len(files))
+    if not texts:
+        do = "Name others, or convert them to UTF-8."
+        refuse("--input", "files of text", f"none{left_out.said(', ')}", do)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -151,8 +244,10 @@ def build(
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    pieces = (piece for text in texts for piece in _pieces(text))
+    tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_special_tokens([END])
+    tokenizer.encode_special_tokens = True  # a text that has these letters does not end there
     end = tokenizer.token_to_id(END)
     if end != vocab_size - 1:
         got = f"a text that is too small for {vocab_size}: it gives {end + 1}"
@@ -180,9 +275,35 @@ def build(
     return summary
 
 
-def read(path: Path) -> str:
-    """The file as text; files that are not UTF-8 (test data) or empty are left out as ''."""
+def _pieces(text: str) -> Iterator[str]:
+    """The text in one piece, or cut behind each thousand letters of an endless word."""
+    start = 0
+    for match in _LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def read(path: Path) -> tuple[str, str]:
+    """(the file as text, with "\\n" at the end of lines; why it is left out, or "")"""
     try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        return ""
+        # without waiting for a writer, where it has become a FIFO since
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return "", "that are no files"
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read()
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return "", "that cannot be read"
+    if not content:
+        return "", "empty"
+    if b"\0" in content:
+        return "", "not text (null bytes: UTF-16, or binary)"
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "", "not in UTF-8"
+    return text.replace("\r\n", "\n").replace("\r", "\n"), ""

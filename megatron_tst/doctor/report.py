@@ -17,7 +17,8 @@ ON_CPU = (
     f"{cpu.SWITCH}=1 torchrun --standalone -m megatron_tst.pretrain_gpt {cpu.FLAGS} --mock-data "
     "--tokenizer-type NullTokenizer --vocab-size 512 --num-layers 2 --hidden-size 32 "
     "--num-attention-heads 4 --seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 "
-    "--global-batch-size 4 --train-iters 10 --lr 1e-3 --eval-iters 0 --log-interval 1 "
+    "--global-batch-size 4 --train-iters 10 --lr 1e-3 --eval-iters 0 --eval-interval 10 "
+    "--log-interval 1 "
     "--tst-bag-size 4 --tst-iters 3"
 )
 

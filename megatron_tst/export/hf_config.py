@@ -155,7 +155,7 @@ class _Config:
             got = self.kind if isinstance(self.kind, str) else shown(self.kind)
             refuse(f"{path}: model_type", " or ".join(DEFAULTS), got, do)
         for key, allowed in _SAME.items():
-            value = found.get(key)
+            value = found.get(key, allowed[0])
             # True is 1 and False 0 in Python, but not in a config.json
             if not any(value == one and type(value) is type(one) for one in allowed):
                 self.refuse(key, " or ".join(map(shown, allowed)), shown(value))

@@ -119,8 +119,9 @@ def _add_arguments(stock):
 def _validate_args(stock):
     def validate_args(args, *rest, **named):
         with one_line_errors():
-            # Megatron's own assertion names no numbers
+            # Megatron's own assertions name no numbers and no flags
             check_sequence_length(TSTConfig.from_args(args), args)
+            read_blends(args)
         result = stock(args, *rest, **named)
         with one_line_errors():
             mend(args)
@@ -155,7 +156,7 @@ def _pretrain(*positional, **named):
     args = get_args()
     mend(args)
     config = check(args)
-    found = _check_data(args, config)
+    found = _check_data(args, config, call.arguments["train_valid_test_dataset_provider"])
     if config.enabled and args.rank == 0:
         check_space(args)
     patch.install({seams.BUILD_HELPERS: build_dataset_helpers})
@@ -259,13 +260,18 @@ def build_dataset_helpers(stock: Callable) -> Callable:
     return compile_helpers
 
 
-def _check_data(args, config) -> list[text.Reading]:
+def _check_data(args, config, provider) -> list[text.Reading]:
     """Look at the data arguments, the files that they name and, with TST, at how often each corpus
     is read. -> the latter; empty where that is not counted
     """
     if getattr(args, "mock_data", False):
         return []
     blend, per_split = read_blends(args)
+    # a script that does not ask for Megatron's data flags has data of its own
+    asks = "get_blend_and_blend_per_split" in getattr(inspect.unwrap(provider), "__globals__", {})
+    if asks and not blend and not per_split:
+        do = "Name the text to train on, or try with --mock-data."
+        refuse("--data-path", "a corpus, here or in another of Megatron's data flags", "none", do)
     prefixes = [prefix for part in [blend, *(per_split or [])] if part for prefix in part[0]]
     exact = args.vocab_size if args.tokenizer_type == "NullTokenizer" else None
     check_data_files(prefixes, exact or getattr(args, "padded_vocab_size", None))

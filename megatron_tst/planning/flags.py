@@ -5,18 +5,19 @@ for --hf-config.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 from pathlib import Path
 
 from megatron_tst.config import TSTConfig, add_tst_arguments
-from megatron_tst.errors import TSTError, refuse
+from megatron_tst.errors import refuse
 from megatron_tst.hardware import GPUS
+from megatron_tst.json_file import read_json
 from megatron_tst.model_size import LLAMA_3_VOCABULARY
-from megatron_tst.planning import arithmetic, paper, recipes
+from megatron_tst.planning import arithmetic, launch_line, paper, recipes
 
 LARGEST = 10**12
+LEAST_SHARE = 1e-6  # of the peak: below it the days of a run are no figures
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MODEL = (
     "num_layers",
@@ -63,7 +64,7 @@ def whole(text: str) -> int:
 
 
 def positive(text: str) -> float:
-    """A number above 0, with or without K, M, B, T.
+    """A number above 0, with or without K, M, B, T: 105B, 105 B, 105b.
 
     Raises:
         argparse.ArgumentTypeError: it is none.
@@ -104,7 +105,7 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--data-path",
         nargs="+",
         metavar=("PREFIX", "..."),
-        help="or count them in Megatron's dataset, and time its reading for a second",
+        help="or count them in Megatron's dataset, say how often each corpus is read, and time it",
     )
     group.add_argument(
         "--gpus", type=whole, metavar="N", help="GPUs (default: the paper's, else 8)"
@@ -145,6 +146,7 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "micro_batch_size",
         "lr_decay_iters",
         "lr_wsd_decay_iters",
+        "train_samples",
     ):
         theirs.add_argument(f"--{name.replace('_', '-')}", type=whole)
     for name in (
@@ -155,6 +157,7 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     ):
         theirs.add_argument(f"--{name.replace('_', '-')}", type=whole, default=1)
     theirs.add_argument("--make-vocab-size-divisible-by", type=whole, default=128)
+    theirs.add_argument("--split")
     for name in (
         "swiglu",
         "group_query_attention",
@@ -175,31 +178,29 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return p
 
 
-class _Flags(argparse.ArgumentParser):
-    def error(self, message):
-        raise TSTError(message)
-
-
 def parser() -> argparse.ArgumentParser:
     """Of the flags alone; a mistake is a TSTError."""
-    return add_arguments(_Flags(allow_abbrev=False))
+    return add_arguments(launch_line.Flags(allow_abbrev=False))
 
 
 def read(
     argv: list[str], p: argparse.ArgumentParser | None = None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The run that the flags describe, completed, and the flags of its preset or config.json.
+    """The run that the flags describe, completed, and the flags of its preset or config.json. The
+    run has `not_used` beside Megatron's arguments: flags that say nothing to a plan.
 
     Args:
-        argv: the command line.
+        argv: the command line, or the one that starts the run.
         p: the parser of a verb, after add_arguments; none: of the flags alone.
 
     Raises:
         TSTError: a value that makes no sense, or one that is missing.
     """
     p, base, namespace = p or parser(), [], argparse.Namespace()
+    line = launch_line.read(argv, p)
+    argv = line.argv if line.gpus is None else ["--gpus", str(line.gpus), *line.argv]
     given = p.parse_args(argv)
-    if given.preset and given.hf_config:
+    if given.preset and given.hf_config is not None:
         refuse("--preset and --hf-config", "one of the two", "both", "Leave one out.")
     if given.preset:
         groups = recipes.groups(given.preset, {"GPU": given.gpu or "b200"})
@@ -217,12 +218,17 @@ def read(
             namespace.max_position_embeddings
         ) = None
         namespace.gpu, namespace.gpus = "b200", paper.GPUS[given.preset]
-    elif given.hf_config:
-        base = _of_hugging_face(Path(given.hf_config))
+    elif given.hf_config is not None:
+        base, vocabulary = _of_hugging_face(Path(given.hf_config))
         namespace, _ = p.parse_known_args(base)
-        namespace.vocab_size = json.loads(Path(given.hf_config).read_text())["vocab_size"]
+        namespace.vocab_size = vocabulary
     before = dict(vars(namespace))
     args = p.parse_args(argv, namespace)
+    args.not_used = line.not_used
+    for name, value in line.values.items():  # the rules for layouts and TST look at more of them
+        if not hasattr(args, name):
+            setattr(args, name, value)
+    _steps_of_samples(given, args)
     if given.preset and any(getattr(args, name) != before[name] for name in _MODEL):
         args.preset = None  # another model: nothing of it was measured
     for name in _SHAPE:
@@ -231,8 +237,12 @@ def read(
             refuse(f"--{name.replace('_', '-')}", "a value", "none", do)
     args.micro_batch_size = args.micro_batch_size or 1
     args.gpu, args.gpus = args.gpu or "h100", args.gpus or 8
-    if args.mfu and args.mfu > 1:
+    if args.mfu and not LEAST_SHARE <= args.mfu <= 1:
         refuse("--mfu", "a share in (0, 1]", f"{args.mfu:g}", "Give 0.4 for 40 %.")
+    peak = GPUS[args.gpu].peak_tflops
+    if args.tflops and not LEAST_SHARE <= args.tflops / peak <= 8:  # 4 bits: up to 8 times bf16's
+        expected = f"what {args.gpu} reaches, whose bf16 peak is {peak:g} TFLOP/s"
+        refuse("--tflops", expected, f"{args.tflops:g}", "Give what Megatron prints.")
     if args.mfu and args.tflops:
         refuse("--mfu and --tflops", "one of the two", "both", "Leave one out.")
     if not args.kv_channels and args.hidden_size % args.num_attention_heads:
@@ -267,6 +277,9 @@ def read(
             "Change one of them.",
         )
     arithmetic.complete(args)
+    if not args.ffn_hidden_size:
+        do = "Give --ffn-hidden-size, or a larger --hidden-size."
+        refuse("--hidden-size", "a model with an MLP", f"{args.hidden_size} with --swiglu", do)
     if given.preset:
         args.lr_decay_iters, args.lr_wsd_decay_iters = (
             args.lr_decay_iters or args.train_iters,
@@ -275,30 +288,27 @@ def read(
     return args, base
 
 
-def _of_hugging_face(file: Path) -> list[str]:
-    from megatron_tst.export import import_hf
+def _steps_of_samples(given, args):
+    """--train-samples in place of --train-iters, as Megatron has them."""
+    if given.train_samples is None:
+        return
+    both = "--train-iters and --train-samples"
+    if given.train_iters is not None:
+        refuse(both, "one of the two", "both", "Leave one out.")
+    batch = args.global_batch_size
+    if batch is not None and given.train_samples < batch:
+        expected = f"at least a step of --global-batch-size {batch}"
+        refuse("--train-samples", expected, given.train_samples, "Raise it.")
+    args.train_iters = given.train_samples // batch if batch else None
 
-    try:
-        args = import_hf.arguments(json.loads(file.read_text()))
-    except OSError as error:
-        refuse(
-            "--hf-config",
-            "a config.json that can be read",
-            f"{file}: {error.strerror}",
-            "Give its path.",
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        got = f"{file}: {type(error).__name__}: {error}"
-        refuse(
-            "--hf-config",
-            "the config.json of a model",
-            got,
-            "Give the one that lies beside its weights.",
-        )
-    except TSTError as error:
-        raise TSTError(f"--hf-config {file}: {error}") from error
-    except ValueError as error:
-        refuse("--hf-config", "a JSON file", f"{file}: {error}", "Download it again.")
+
+def _of_hugging_face(file: Path) -> tuple[list[str], int]:
+    """-> flags of a config.json, rows of its embedding"""
+    from megatron_tst.export import hf_config
+
+    do = "Give the config.json that lies beside a model's weights."
+    config = read_json(file, do=do)
+    args = hf_config.arguments(config, file)
     if not all(args.moe_layer_freq) and args.num_experts:
         refuse(
             "--hf-config",
@@ -306,7 +316,7 @@ def _of_hugging_face(file: Path) -> list[str]:
             "some layers without",
             "Plan it by flags, as if every layer had them.",
         )
-    return shlex.split(" ".join(import_hf.flags(args)))
+    return shlex.split(" ".join(hf_config.flags(args))), args.vocab_size
 
 
 def paste(
@@ -331,6 +341,8 @@ def paste(
         "json",
         "print",
         "vocab_size",
+        "split",
+        "train_samples",
     ]
     for needed, names in (
         (args.group_query_attention, ["num_query_groups"]),

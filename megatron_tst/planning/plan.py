@@ -9,14 +9,16 @@ import math
 import random
 import time
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from megatron_tst.checks import layout
+from megatron_tst.checks import layout, text
+from megatron_tst.checks.blends import Blend, read_blend, training_blend
 from megatron_tst.config import TSTConfig
-from megatron_tst.errors import refuse
+from megatron_tst.errors import TSTError, refuse
 from megatron_tst.hardware import ASSUMED_CUDA, GPUS
-from megatron_tst.planning import arithmetic, evidence, flags
-from megatron_tst.schedule import RECOVERY
+from megatron_tst.planning import arithmetic, evidence, flags, launch_line
+from megatron_tst.schedule import RECOVERY, Schedule
 
 
 def examine(
@@ -50,20 +52,20 @@ def examine(
     checks, warned = layout.checks(args, config, GPUS[args.gpu].capability, ASSUMED_CUDA)
     rows = [asdict(check) for check in checks]
     if faults := [check.fault for check in checks if check.fault]:
-        return {"faults": faults, "checks": rows}, args
-    measured = (
-        measure(args.data_path, config.schedule(args).long_sample_length)
-        if args.data_path
-        else None
-    )
-    args.tokens = args.tokens or (measured and measured["tokens"])
+        return {"faults": faults, "checks": rows, "not_used": args.not_used}, args
+    schedule = config.schedule(args)
+    measured, read = None, []
+    if args.data_path is not None:
+        blend, share = training_blend(args, read_blend(args.data_path, "--data-path"), None)
+        measured, corpora = measure(blend, share, schedule.long_sample_length)
+        read, repeated = _readings(corpora, schedule, config)
+        warned = [*warned, *repeated]
+        args.tokens = args.tokens or measured["tokens"]
     found = arithmetic.make(args, config)
-    found["loader"]["measured"] = measured
-    found["against"], found["warnings"], found["checks"] = (
-        evidence.against(found, config),
-        warned,
-        rows,
-    )
+    found["loader"]["measured"], found["text"]["readings"] = measured, read
+    found["against"], found["checks"] = evidence.against(found, config), rows
+    found["warnings"] = [*warned, *_other_models(args.not_used)]
+    found["not_used"] = args.not_used
     found["flags"] = flags.paste(
         args,
         config,
@@ -72,24 +74,74 @@ def examine(
     )
     if args.sweep:
         found["sweep"] = evidence.sweep(args, config)
+    if not all(map(math.isfinite, _figures(found))):
+        do = "Correct the flag that is too large or too small."
+        refuse("the run", "figures that are numbers", "some beyond all bounds", do)
     return found, args
 
 
-def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
-    """Count the tokens of a dataset and read it with Megatron's IndexedDataset for a while: one
-    process, random documents, as int64.
+def _readings(
+    corpora: Sequence[text.Corpus], schedule: Schedule, config: TSTConfig
+) -> tuple[list[dict], list[str]]:
+    """-> how often each corpus is read, ready for JSON; what training will say of it"""
+    text.check_fit(corpora, schedule)
+    found, said = text.readings(corpora, schedule), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            text.check_text(config, corpora, schedule)
+        except TSTError as error:
+            said.append(f"training refuses this run: {error}")
+    said += [str(warning.message).removeprefix("megatron_tst: ") for warning in caught]
+    rows = [
+        {
+            "corpus": reading.corpus.prefix,
+            "tokens": reading.corpus.tokens,
+            "read": round(reading.tokens),
+            "times": reading.times,
+        }
+        for reading in found
+    ]
+    return rows, said
+
+
+def _other_models(not_used: list[str]) -> list[str]:
+    names = [name for name in not_used if name in launch_line.CHANGING]
+    if not names:
+        return []
+    verb = "changes" if len(names) == 1 else "change"
+    return [f"{', '.join(names)} {verb} the run: the figures are those of the run without"]
+
+
+def _figures(found: object) -> Iterator[float]:
+    """All numbers in a plan."""
+    if isinstance(found, dict):
+        found = list(found.values())
+    if isinstance(found, (list, tuple)):
+        for value in found:
+            yield from _figures(value)
+    elif isinstance(found, float):
+        yield found
+
+
+def measure(
+    blend: Blend, share: tuple[float, float], length: int, seconds: float = 1.0
+) -> tuple[dict, list[text.Corpus]]:
+    """Count the tokens of a training set and read it with Megatron's IndexedDataset for a while:
+    one process, random documents, as int64.
 
     Args:
-        paths: as --data-path: a prefix, prefixes, or weights and prefixes. With weights `tokens` is
-            what lasts until the first corpus is used up.
+        blend: prefixes, and their weights or None. With weights `tokens` is what lasts until the
+            first corpus is used up.
+        share: where the training split begins and ends, in [0, 1].
         length: tokens of a long sample; of longer documents so many are read.
         seconds: how long to read for.
 
     Returns:
-        tokens of the dataset, and how fast they were read.
+        tokens of the dataset, and how fast they were read; its corpora.
 
     Raises:
-        TSTError: weights of 0, data that are not on this machine, or files that are damaged.
+        TSTError: data that are not on this machine, or files that are damaged.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not installed here
@@ -97,13 +149,10 @@ def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
 
         compat.hide_broken_transformer_engine()
         from megatron.core.datasets.indexed_dataset import IndexedDataset
-        from megatron.core.datasets.utils import get_blend_from_list
 
         from megatron_tst.checks.files import check_data_files
 
-    prefixes, weights = get_blend_from_list(paths)
-    if weights and not all(0 < weight < math.inf for weight in weights):
-        refuse("--data-path", "weights above 0", " ".join(paths), "Leave out what is not read.")
+    prefixes, weights = blend
     if remote := [prefix for prefix in prefixes if "://" in prefix]:
         refuse(
             "--data-path",
@@ -112,13 +161,14 @@ def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
             "Give --tokens in place of it.",
         )
     check_data_files(prefixes, None)
+    corpora = text.count(blend, share)
+    counts = [corpus.tokens for corpus in corpora]
+    lasts = sum(counts)
+    if weights:
+        lasts = min(count * sum(weights) / weight for count, weight in zip(counts, weights))
     datasets = [IndexedDataset(prefix, mmap=True) for prefix in prefixes]
-    counts = [int(dataset.sequence_lengths.sum(dtype="int64")) for dataset in datasets]
-    lasts = (
-        min(count * sum(weights) / weight for count, weight in zip(counts, weights) if weight)
-        if weights
-        else sum(counts)
-    )
+    if not lasts:
+        refuse("--data-path", "text in the training share", "none", "Raise it in --split.")
     draw, read, start = random.Random(0), 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
         dataset = draw.choices(datasets, weights or counts)[0]
@@ -127,10 +177,11 @@ def measure(paths: list[str], length: int, seconds: float = 1.0) -> dict:
             dataset.get(i, 0, min(length, int(dataset.sequence_lengths[i]))).astype("int64")
         )  # a copy: the file is mapped, not read
     itemsize = datasets[0].index.dtype_size
-    return {
+    about = {
         "tokens": int(lasts),
         "counted": sum(counts),
         "tokens_a_second": read / elapsed,
         "mb_a_second": read * itemsize / elapsed / 1e6,
         "seconds": seconds,
     }
+    return about, corpora

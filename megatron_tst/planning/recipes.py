@@ -7,6 +7,8 @@ from the model that the paper names; "ours": the paper does not say.
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -196,9 +198,17 @@ def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[
 
     def whole(variable: str, default: int) -> int:
         text = given.get(variable, str(default))
-        if not (text.isascii() and text.isdigit() and int(text)):
+        if not re.fullmatch(r"0*[1-9][0-9]{0,14}", text):
             refuse(variable, "a whole number above 0", repr(text), "Correct it.")
         return int(text)
+
+    def several(variable: str, default: int) -> str:
+        text = given.get(variable, str(default))
+        for part in text.split(","):
+            if not re.fullmatch(r"[0-9]{1,15}", part):
+                do = "Correct it."
+                refuse(variable, "a whole number, or several as 8,4", repr(text), do)
+        return text
 
     gpu = given.get("GPU", "h100")
     if gpu not in GPUS:
@@ -218,8 +228,11 @@ def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[
     if precision == "mxfp8" and gpu != "b200":
         do = "Hopper has no MXFP8: use PRECISION=fp8."
         refuse("PRECISION=mxfp8", "GPU=b200", f"GPU={gpu}", do)
-    tst_steps = given.get("TST_STEPS", str(recipe.tst_steps(steps)))
-    micro_batch, lr = given.get("MICRO_BATCH", str(fit.micro_batch)), given.get("LR", recipe.lr)
+    tst_steps = several("TST_STEPS", recipe.tst_steps(steps))
+    bag_size = several("BAG_SIZE", recipe.bag_size)
+    micro_batch, lr = whole("MICRO_BATCH", fit.micro_batch), given.get("LR", recipe.lr)
+    if not (re.fullmatch(r"[0-9.]+([eE][+-]?[0-9]+)?", lr) and _above_zero(lr)):
+        refuse("LR", "a number above 0, as 2e-4", repr(lr), "Correct it.")
     lines = {
         "model": (
             *recipe.model,
@@ -236,9 +249,7 @@ def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[
             "--optimizer adam --adam-beta1 0.9 --adam-beta2 0.95",  # paper, set-up
             "--weight-decay 0.1 --adam-eps 1e-8 --clip-grad 1.0 --seed 1234",  # ours: not given
         ),
-        "tst": (
-            f"--tst-bag-size {given.get('BAG_SIZE', recipe.bag_size)} --tst-iters {tst_steps}",
-        ),
+        "tst": (f"--tst-bag-size {bag_size} --tst-iters {tst_steps}",),
         # ours: the optimizer's state is spread over the data-parallel ranks and its communication
         # overlapped. Llama 3's vocabulary is a multiple of 128; padded to one whatever TP is, the
         # model is the same in every layout.
@@ -267,3 +278,10 @@ def shell(name: str, given: Mapping[str, str] | None = None) -> str:
         for group, flags in groups(name, given).items()
     ]
     return "\n".join([*arrays, f"VOCABULARY={LLAMA_3_VOCABULARY}"])
+
+
+def _above_zero(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False

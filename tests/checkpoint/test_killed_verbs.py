@@ -7,6 +7,7 @@ test_export_hf.py and test_convert.py.
 
 import functools
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -17,7 +18,7 @@ from support.runs import TINY, TST
 from support.trained import corpus_below, known
 
 from megatron_tst import cli
-from megatron_tst.checkpoint import atomic
+from megatron_tst.checkpoint import atomic, rewrite, write
 from megatron_tst.export import nemo  # noqa: F401  before the forks
 from megatron_tst.planning import plots
 
@@ -94,6 +95,7 @@ class Verb:
 
     def put(self, kind):
         """Before it runs. -> what is in the place then"""
+        assert self.new  # found out in this place
         self.empty()
         if kind == "ours":
             code, _ = stopped(lambda: self())
@@ -258,3 +260,80 @@ def test_files_are_not_written_over_what_they_are_made_of(sources, tmp_path, cap
     assert cli.main([name, "--output", str(target), *more]) == 2
     assert "outside the source" in capsys.readouterr().err
     assert Path(source).read_bytes() == before and os.listdir(tmp_path) == [source.name]
+
+
+@pytest.mark.parametrize(
+    "verb, file",
+    [
+        ("boundary", "__0_0.distcp"),
+        ("boundary", "__common_0.distcp"),
+        ("export-nemo", "__0_0.distcp"),
+        ("import-hf", "__0_0.distcp"),
+    ],
+    indirect=["verb"],
+)
+def test_what_was_written_is_read_back(verb, file, monkeypatch, capsys):
+    """A disk that keeps another byte than it was given."""
+    flush = atomic.flush
+
+    def faulty(written):
+        flush(written)
+        if written.name.endswith(f"/{file}"):
+            with open(written.name, "r+b") as again:
+                again.seek(os.path.getsize(written.name) // 2)
+                byte = again.read(1)
+                again.seek(-1, os.SEEK_CUR)
+                again.write(bytes([byte[0] ^ 1]))
+
+    for module in (atomic, rewrite, write):
+        monkeypatch.setattr(module, "flush", faulty)
+    verb.empty()
+    assert verb() == 2
+    error = capsys.readouterr().err
+    assert "as it was written, got other bytes. The disk is faulty" in error, error
+    assert not os.listdir(verb.place)
+
+
+@pytest.mark.parametrize("verb", VERBS, indirect=True)
+@pytest.mark.parametrize("bytes_", [500, 5000])
+def test_a_disk_that_fills_up(verb, bytes_, capfd):
+    """One sentence, and nothing left, folders above the target neither."""
+    verb.empty()
+    verb.target = verb.place / "above" / verb.target.name
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))
+        return verb()
+
+    code, _ = stopped(limited)
+    error = capfd.readouterr().err
+    assert code == 2 and error.count("\n") == 1, error
+    assert "expected a place that can be written to, got File too large. Make room" in error
+    assert not os.listdir(verb.place)
+
+
+@pytest.mark.parametrize("verb", VERBS, indirect=True)
+def test_a_file_for_a_folder_and_the_reverse(verb, capsys):
+    name = sorted(verb.new)[0].split("/")[0]
+    for what in ("file", "folder", "pipe", "dangling link"):
+        verb.empty()
+        place = verb.place / name
+        if what == "pipe":
+            os.mkfifo(place)
+        elif what == "dangling link":
+            place.symlink_to("none")
+        elif what == ("file" if verb.name in FOLDERS else "folder"):
+            place.mkdir() if what == "folder" else place.write_text("dear")
+        else:
+            continue
+        for force in ([], ["force"]):
+            assert verb(*force) == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "expected a new name or a" in error, error
+        assert os.listdir(verb.place) == [name]
+    verb.empty()
+    (verb.place / "file").write_text("dear")
+    verb.target = verb.place / "file" / verb.target.name
+    assert verb() == 2 and "expected a place that can be written to" in capsys.readouterr().err
+    assert os.listdir(verb.place) == ["file"]

@@ -200,7 +200,7 @@ def test_bag_size_one_is_stock(fork_server, corpus, tmp_path):
     stock.write_text("".join(lines).replace("if __name__", built + "if __name__"))
     want = fork_server.train(*TINY, *data(corpus), script=str(stock))
     assert want.ok and len(want.stock_losses) == 10, want.log[-3000:]
-    for flags in ([], ["--tst-bag-size", "1", "--tst-step-ratio", "0.3"]):
+    for flags in ([], ["--tst-bag-size", "1"]):
         got = fork_server.train(*TINY, *data(corpus), *flags)
         assert (
             got.stock_losses == want.stock_losses

@@ -2,12 +2,15 @@
 
 import os
 import shutil
+import struct
 import types
 
 import numpy as np
 import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_tst import cli
+from megatron_tst.checks import files
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.config import TSTConfig
 from megatron_tst.data import corpus as corpora
@@ -67,6 +70,104 @@ def test_vocabulary_mismatch(copied):
         match="vocabulary of .*: expected token ids below the tokenizer's 500, got 511 in document",
     ):
         check_data_files([copied], 500)
+
+
+def changed(prefix, part, at, value):
+    """Write a number into an index: into its lengths, pointers or documents, or a code."""
+    with open(prefix + ".idx", "r+b") as file:
+        code, sequences, _ = struct.unpack_from("<BQQ", file.read(34), 17)
+        place, kind = {
+            "code": (17, "<B"),
+            "lengths": (34 + 4 * at, "<i"),
+            "pointers": (34 + 4 * sequences + 8 * at, "<q"),
+            "documents": (34 + 12 * sequences + 8 * at, "<q"),
+        }[part]
+        file.seek(place)
+        file.write(struct.pack(kind, value))
+    assert code == 8  # unsigned 16 bit
+
+
+@pytest.mark.parametrize(
+    "part, at, value, message",
+    [
+        ("code", 0, 3, None),  # signed: all ids are small
+        ("code", 0, 4, r"text.bin: expected \d+ bytes|sequence 1 at byte"),
+        ("code", 0, 7, "expected token ids, which are whole numbers, got float32"),
+        (
+            "lengths",
+            3,
+            10,
+            r"expected sequence 4 at byte \d+, where the one before it ends, got at",
+        ),
+        ("lengths", 3, -10, "expected lengths of 0 and more, got -10 of sequence 3"),
+        ("pointers", 0, 2, "expected sequence 0 at byte 0, got at 2"),
+        (
+            "pointers",
+            3,
+            2,
+            r"expected sequence 3 at byte \d+, where the one before it ends, got at 2",
+        ),
+        ("documents", 0, 1, "expected documents from sequence 0 to 72, got .1, 72."),
+        ("documents", 5, 3, "expected document 5 at sequence 4 or behind it, got at 3"),
+        ("documents", 72, 71, "an index|cannot be read .AssertionError."),
+    ],
+)
+@pytest.mark.parametrize("block", [files._BLOCK, 4])
+def test_an_index_that_does_not_fit_together(copied, monkeypatch, part, at, value, message, block):
+    monkeypatch.setattr(files, "_BLOCK", block)
+    changed(copied, part, at, value)
+    if message is None:
+        check_data_files([copied], 512)
+        return
+    with pytest.raises(TSTError, match=message):
+        check_data_files([copied], 512)
+
+
+def test_longer_files(copied):
+    for suffix, message in (
+        (".idx", r"text.idx: expected \d+ bytes for its numbers"),
+        (".bin", ""),
+    ):
+        with open(copied + suffix, "ab") as file:
+            file.write(bytes(6))
+        with pytest.raises(TSTError, match=message or "bytes as its index says"):
+            check_data_files([copied], 512)
+        os.truncate(copied + suffix, os.path.getsize(copied + suffix) - 6)
+    check_data_files([copied], 512)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_one_id_outside_the_vocabulary(copied, monkeypatch, whole, where):
+    """Wherever it is; a file too large to be read whole is looked at from its first block to its
+    last.
+    """
+    if not whole:
+        monkeypatch.setattr(files, "_WHOLE", 0)
+        monkeypatch.setattr(files, "_SAMPLE", 4096)
+        monkeypatch.setattr(files, "_SAMPLES", 251)
+    size = os.path.getsize(copied + ".bin")
+    check_data_files([copied], 512)
+    with open(copied + ".bin", "r+b") as file:
+        file.seek({"first": 0, "middle": size // 4 * 2, "last": size - 2}[where])
+        file.write(struct.pack("<H", 40000))
+    document = {"first": "0", "middle": r"\d\d", "last": "71"}[where]
+    with pytest.raises(
+        TSTError, match=f"below the tokenizer's 512, got 40000 in document {document}"
+    ):
+        check_data_files([copied], 512)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the first of the node looks for all
+    check_data_files([copied], 512)
+
+
+def test_negative_ids(tmp_path):
+    prefix = str(tmp_path / "text")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
+    builder.add_document(np.array([4, -7, 3], dtype=np.int32), [2, 1])
+    builder.finalize(prefix + ".idx")
+    check_data_files([prefix], None)
+    with pytest.raises(TSTError, match="got -7 in document 0"):
+        check_data_files([prefix], 512)
 
 
 @pytest.mark.parametrize("looked_at", ["all of it", "samples of it"])

@@ -573,7 +573,7 @@ def test_an_event_file_that_is_none(tmp_path, content):
         (["a={empty}"], "expected training lines of Megatron with `lm loss`, got none."),
         (["a={nan}"], "got none with a loss (NaN from iteration 1 on). Give"),
         (["a={log},{early}"], "validation losses at the same iterations in every run of a"),
-        (["a={log}", "--output", "{log}/x.png"], "--output: expected a place that can be written"),
+        (["a={log}", "--output", "{log}/x.png"], "expected a place that can be written to"),
         (["a={log}", "--validation-set", "b"], "--validation-set: expected a run with several"),
     ],
 )

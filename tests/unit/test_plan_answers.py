@@ -250,7 +250,7 @@ def test_all_faults_at_once():
         ),
         (
             ["--hf-config", "/nowhere/config.json"],
-            "--hf-config: expected a config.json that can be read",
+            "/nowhere/config.json: expected a JSON file, got no such file. Give the config.json",
         ),
         (["--data-path", "/nowhere/text"], "--data-path: expected /nowhere/text.bin"),
         (
@@ -259,10 +259,10 @@ def test_all_faults_at_once():
         ),
         (
             ["--data-path", "1", "a", "b", "c"],
-            "--data-path: expected 1.bin and 1.idx, got no file 1.idx.",
+            "--data-path: expected a weight before each prefix, or before none, got 1 a b c.",
         ),
         (["--data-path", "-1", "a", "2", "b"], "--data-path: expected weights above 0"),
-        (["--no-such-flag", "3"], "unrecognized arguments: --no-such-flag"),
+        (["--no-such-flag", "3"], "expected a flag of plan or of Megatron's, got --no-such"),
         (
             ["--hidden-size", "100"],
             "--hidden-size: expected a multiple of --num-attention-heads = 8, got 100.",
@@ -475,8 +475,8 @@ def test_a_hugging_face_config(tmp_path, capsys):
         found["model"]["parameters"] > 2 * found["model"]["active_parameters"] - 2 * 256 * 32000 * 2
     )
     for content, message in (
-        ("[1]", "expected the config.json of a model"),
-        ("{", "expected a JSON file"),
+        ("[1]", "expected a JSON object in it, got [1]"),
+        ("{", "config.json: expected JSON, got "),
         (json.dumps(HF | {"model_type": "mamba"}), "model_type: expected llama or"),
         (
             json.dumps({k: v for k, v in HF.items() if k != "hidden_size"}),
@@ -495,21 +495,58 @@ def test_a_hugging_face_config(tmp_path, capsys):
 def test_a_dataset_is_counted_and_read(corpus, capsys):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    count = sum(len(document) for document in IndexedDataset(str(corpus)))
-    measured = plan.measure([str(corpus)], 64, seconds=0.05)
-    assert measured["tokens"] == measured["counted"] == count and measured["tokens_a_second"] > 1e4
+    documents = [len(document) for document in IndexedDataset(str(corpus))]
+    count = sum(documents)
+    prefix, all_of_it = str(corpus), (0.0, 1.0)
+    measured, (one,) = plan.measure(([prefix], None), all_of_it, 64, seconds=0.05)
+    assert measured["tokens"] == measured["counted"] == count == one.tokens
+    assert measured["tokens_a_second"] > 1e4
     assert measured["mb_a_second"] == pytest.approx(
         measured["tokens_a_second"] * 2 / 1e6
     )  # 512 ids: two bytes each
-    assert plan.measure(["3", str(corpus), "1", str(corpus)], 64, seconds=0.01)["tokens"] == int(
+    blend = [prefix, prefix], [3.0, 1.0]
+    assert plan.measure(blend, all_of_it, 64, seconds=0.01)[0]["tokens"] == int(
         count * 4 / 3
     )  # until the first is used up
-    code, text = screen_of(capsys, *SMALL, "--data-path", str(corpus))
+    run = [*SMALL, "--data-path", prefix]
+    code, text = screen_of(capsys, *run)
     assert code == 0 and "measured here" in text and "do NOT suffice" in " ".join(text.split())
-    assert planned(*SMALL, "--data-path", str(corpus))["text"]["available"] == count
-    assert (
-        planned(*SMALL, "--data-path", str(corpus), "--tokens", "1T")["text"]["available"] == 10**12
+    # Megatron's default split is 969, 30, 1, and it cuts between documents
+    found = planned(*run)["text"]
+    train = sum(documents[: round(0.969 * len(documents))])
+    assert found["available"] == train < count
+    assert planned(*run, "--split", "1,1,0")["text"]["available"] == sum(
+        documents[: round(0.5 * len(documents))]
     )
+    assert planned(*run, "--tokens", "1T")["text"]["available"] == 10**12
+
+
+def test_how_often_each_corpus_is_read(corpus, capsys):
+    run, other = [*SMALL, "--data-path", "3", str(corpus), "1"], f"{corpus.parent}/./{corpus.name}"
+    found = planned(*run, other, "--split", "1")
+    one, two = found["text"]["readings"]
+    assert one["times"] == pytest.approx(3 * two["times"]) and one["corpus"] == str(corpus)
+    assert one["read"] + two["read"] == pytest.approx(found["text"]["raw_tokens"])
+    assert one["times"] == pytest.approx(one["read"] / one["tokens"]) and one["times"] > 4
+    (refusal,) = [said for said in found["warnings"] if "training refuses" in said]
+    assert "--tst-max-epochs: expected no corpus to be read more than 4 times" in refusal
+    allowed = planned(*run, other, "--tst-max-epochs", "1e9")["warnings"]
+    assert any("Megatron repeats it" in said for said in allowed)
+    _, text = screen_of(capsys, *run, other)
+    assert f"{one['corpus']}: " in text and "to train on, read " in text
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--tst-bag-size", "100000"], "--tst-bag-size: expected at most "),
+        (["--split", "0,1,0"], "--split: expected up to three numbers, the first above 0"),
+        (["--split", ""], "--split: expected up to three numbers"),
+    ],
+)
+def test_a_dataset_that_does_not_do(corpus, capsys, more, message):
+    code, text = screen_of(capsys, *SMALL, "--data-path", str(corpus), *more)
+    assert code == 2 and message in text and len(text.splitlines()) == 1
 
 
 def test_a_reader_that_is_too_slow_is_said(capsys):
@@ -542,6 +579,7 @@ def test_the_keys():
         "checks",
         "flags",
         "sweep",
+        "not_used",
     }
     assert set(found["text"]) >= {
         "raw_tokens",

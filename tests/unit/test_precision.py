@@ -159,9 +159,14 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
             "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 1000",
         ),
         (
-            H100,
+            H100,  # whole, it is a multiple
             dict(num_experts=8, moe_ffn_hidden_size=1040, expert_tensor_parallel_size=2),
             "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 520",
+        ),
+        (
+            H100,
+            dict(num_experts=8, ffn_hidden_size=4112, expert_tensor_parallel_size=2),
+            "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 2056",
         ),
         (
             H100,

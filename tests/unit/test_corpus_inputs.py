@@ -1,0 +1,206 @@
+"""What `megatron-tst corpus` reads: each file once. What it does not read is counted and said."""
+
+import json
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+
+from megatron_tst import cli
+from megatron_tst.data import corpus
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+
+
+@pytest.fixture
+def here(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(3):
+        words = [random.Random(i).choice(TEXT.split()) + str(j % 97) for j in range(400)]
+        (folder / f"good{i}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture
+def made(tmp_path, capsys):
+    """-> exit code, stdout, stderr without its progress bar"""
+
+    def run(*inputs, more=(), output="out"):
+        call = ["corpus", "--output", str(tmp_path / output), "--vocab-size", "300", *more]
+        code = cli.main([*call, *(("--input", *map(str, inputs)) if inputs else ())])
+        out, err = capsys.readouterr()
+        return code, out.strip(), [line for line in err.splitlines() if "error:" in line]
+
+    return run
+
+
+def refused(answer, *parts):
+    code, out, errors = answer
+    assert code == 2 and not out and len(errors) == 1, answer
+    assert all(part in errors[0] for part in parts), errors
+
+
+def test_all_is_read(here, made):
+    code, out, _ = made(here)
+    assert code == 0 and out.endswith("vocabulary 300") and ": 3 documents" in out
+
+
+@pytest.mark.parametrize("name", ["god0.txt", "missing/", "broken", "good0.txt/below"])
+def test_an_input_that_is_not_there_among_others(here, made, name):
+    (here / "broken").symlink_to(here / "nowhere")
+    refused(made(here / "good0.txt", here / name), "--input: expected files and folders that exist")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+def test_an_input_that_is_no_file(here, made, kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's name may have a hundred letters
+    if kind == "fifo":
+        os.mkfifo("odd")
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind("odd")
+    else:
+        os.symlink("/dev/zero", "odd")
+    refused(
+        made(here / "good0.txt", "odd"), "expected files and folders, got odd, which is neither"
+    )
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("naïve café".encode("latin-1"), "not in UTF-8"),
+        ("text".encode("utf-16"), "not text (null bytes: UTF-16, or binary)"),
+        ("text".encode("utf-16-le"), "not text (null bytes: UTF-16, or binary)"),
+        ("日本".encode("shift-jis"), "not in UTF-8"),
+        (bytes(range(256)), "not text (null bytes: UTF-16, or binary)"),
+        (b"", "empty"),
+    ],
+)
+def test_what_is_left_out_is_counted_and_named(here, made, content, reason):
+    for name in ("x.txt", "y.txt"):
+        (here / name).write_bytes(content)
+    code, out, _ = made(here)
+    assert code == 0 and ": 3 documents" in out
+    assert out.endswith(f"; left out: 2 {reason} (the first: {here / 'x.txt'})")
+    refused(made(here / "x.txt", output="only"), "expected files of text, got none, left out: 1")
+
+
+def test_reasons_stand_side_by_side(here, made):
+    (here / "page.html").write_text("x")
+    (here / "gone.md").symlink_to(here / "nowhere")
+    os.mkfifo(here / "pipe.txt")
+    (here / os.fsdecode(b"\xff.csv")).write_text("x")
+    _, out, _ = made(here)
+    assert "2 of other endings (the first: " in out and "2 that are no files (the first: " in out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads everything")
+def test_what_may_not_be_read(here, made):
+    (here / "secret.txt").write_text("x")
+    (here / "secret.txt").chmod(0)
+    assert "1 that cannot be read (the first:" in made(here)[1]
+
+
+def test_a_file_that_cannot_be_read(here):
+    assert corpus.read(here) == ("", "that are no files")
+    assert corpus.read(here / "missing") == ("", "that cannot be read")
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        ["good0.txt"],
+        ["./good0.txt", "../in/good0.txt"],
+        [""],
+        ["link.txt"],
+        ["hard.txt"],
+        ["loop"],
+    ],
+)
+def test_a_file_counts_once(here, made, again, monkeypatch):
+    (here / "link.txt").symlink_to("good0.txt")
+    os.link(here / "good1.txt", here / "hard.txt")
+    (here / "loop").symlink_to(here)
+    monkeypatch.chdir(here)
+    code, out, _ = made(".", *(name or here for name in again))
+    assert code == 0 and ": 3 documents" in out
+
+
+def test_folders_behind_links_are_read(here, made, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/more.txt").write_text(TEXT)
+    (here / "there").symlink_to(tmp_path / "elsewhere")
+    assert ": 4 documents" in made(here)[1]
+
+
+def test_a_named_file_is_read_whatever_its_ending(here, made):
+    (here / "page.html").write_text(TEXT)
+    assert ": 4 documents" in made(here, here / "page.html")[1]
+
+
+def test_it_does_not_read_its_own_output(here, made, tmp_path):
+    output = "in/out"
+    first = made(here, output=output)
+    assert ": 3 documents" in first[1]
+    again = made(here, output=output, more=["--force"])
+    assert again == first
+    answer = made(here / "out.json", here, output=output, more=["--force"])
+    refused(answer, "expected text from elsewhere", "which --output replaces")
+    assert {path.name for path in here.iterdir()} >= {"out.bin", "out.idx", "out.json"}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--vocab-size", "0"], "--vocab-size: expected at least 300"),
+        (["--vocab-size", "-5"], "--vocab-size: expected at least 300"),
+        (["--vocab-size", str(10**23)], "--vocab-size: expected at most 1,048,576 token ids"),
+        (["--vocab-size", "1e6"], "invalid int value: '1e6'"),
+        (["--vocab-size", ""], "invalid int value: ''"),
+        (["--vocab-size", "100000"], "expected as many ids as the text gives"),
+        (["--output", ""], "--output: expected a prefix, got '.'"),
+        (["--output", ".."], "--output: expected a prefix, got '..'"),
+    ],
+)
+def test_values_that_make_no_sense(here, made, more, message):
+    refused(made(here, more=more), message)
+
+
+@pytest.mark.parametrize("inputs", [["--input"], ["--input", ""]])
+def test_an_empty_list_is_not_the_standard_library(made, inputs):
+    refused(made(more=inputs), "--input: expected")
+
+
+def test_no_documents_at_all(tmp_path, made):
+    (tmp_path / "empty").mkdir()
+    refused(made(tmp_path / "empty"), "expected text files (", "got none in ")
+    (tmp_path / "empty/a.html").write_text("x")
+    refused(made(tmp_path / "empty"), "left out: 1 of other endings (the first: ")
+
+
+@pytest.mark.parametrize("word", ["a", " ", "random"])
+def test_one_endless_word_does_not_take_forever(here, made, word):
+    letters = random.Random(0).choices("abcdefghij", k=200_000)
+    (here / "long.txt").write_text("".join(letters) if word == "random" else word * 200_000)
+    assert ": 4 documents" in made(here)[1]
+
+
+def test_lines_marks_and_end_tokens_of_a_text(here, made, tmp_path):
+    """A mark at the begin is no letter, a line ends as in Unix, "<|end|>" ends no document."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer
+
+    for path in here.iterdir():
+        path.unlink()
+    (here / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode() + b"one\r\ntwo<|end|>three\rfour")
+    (here / "b.txt").write_text(" ".join(f"{word}{i}" for i, word in enumerate(TEXT.split())))
+    assert made(here)[0] == 0
+    data, end = IndexedDataset(str(tmp_path / "out")), 299
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out.tokenizer.json"))
+    texts = [tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) for ids in data]
+    assert TEXT + "one\ntwo<|end|>three\nfour" in texts
+    assert all(np.flatnonzero(ids == end).tolist() == [len(ids) - 1] for ids in data)
+    assert json.loads((tmp_path / "out.json").read_text())["end_of_document"] == end

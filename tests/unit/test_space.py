@@ -1,0 +1,142 @@
+"""Free space is looked at before a run saves."""
+
+import argparse
+import shutil
+import warnings
+
+import pytest
+import torch
+
+from megatron_tst.checks import space
+from megatron_tst.errors import TSTError
+
+GB = 10**9
+
+
+def arguments(folder, **changes):
+    """A dense model of 1,181,952 weights."""
+    fine = dict(
+        save=str(folder),
+        params_dtype=torch.float32,
+        optimizer="adam",
+        hidden_size=128,
+        kv_channels=32,
+        num_attention_heads=4,
+        num_query_groups=None,
+        group_query_attention=False,
+        qk_layernorm=False,
+        untie_embeddings_and_output_weights=True,
+        padded_vocab_size=2048,
+        num_experts=None,
+        swiglu=False,
+        ffn_hidden_size=512,
+        num_layers=3,
+        train_iters=100,
+        train_samples=None,
+        global_batch_size=4,
+        save_interval=10,
+        world_size=1,
+    )
+    return argparse.Namespace(**fine | changes)
+
+
+WEIGHTS = 3 * (4 * 128 * 128 + 2 * 128 + 2 * 128 * 512) + 128 + 2 * 128 * 2048
+
+
+@pytest.mark.parametrize(
+    "changes, each",
+    [
+        ({}, 12),
+        (dict(params_dtype=torch.bfloat16), 14),
+        (dict(no_save_optim=True), 4),
+        (dict(params_dtype=torch.float16, no_save_optim=True), 2),
+        (dict(optimizer="sgd"), 8),
+        (
+            dict(
+                params_dtype=torch.bfloat16,
+                use_precision_aware_optimizer=True,
+                main_params_dtype=torch.float16,
+                exp_avg_dtype=torch.bfloat16,
+                exp_avg_sq_dtype=torch.uint8,
+            ),
+            7,
+        ),
+    ],
+)
+def test_bytes_of_a_checkpoint(tmp_path, changes, each):
+    assert space.checkpoint_bytes(arguments(tmp_path, **changes)) == each * WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(hybrid_layer_pattern="M*"),
+        dict(multi_latent_attention=True),
+        dict(moe_layer_freq=2),
+        dict(mtp_num_layers=1),
+    ],
+)
+def test_models_that_are_not_counted_are_let_through(tmp_path, changes, monkeypatch):
+    looked(monkeypatch, 0)
+    space.check_space(arguments(tmp_path, **changes))
+
+
+def looked(monkeypatch, free):
+    usage = shutil._ntuple_diskusage(10 * GB, 10 * GB - free, free)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage)
+
+
+def warned(args):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        space.check_space(args)
+    return " ".join(str(warning.message) for warning in caught)
+
+
+def test_no_space_for_one_checkpoint(tmp_path, monkeypatch):
+    size = 12 * WEIGHTS
+    looked(monkeypatch, size - 1)
+    with pytest.raises(
+        TSTError,
+        match=rf"--save .*: expected {size:,} bytes free for a checkpoint, got {size - 1:,} bytes",
+    ):
+        space.check_space(arguments(tmp_path))
+    looked(monkeypatch, size // 3)
+    with pytest.raises(TSTError, match="expected 13.4 MB free for a checkpoint, got 4.46 MB. Free"):
+        space.check_space(arguments(tmp_path))
+    # of several nodes each may have a folder of its own
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert "takes 13.4 MB, and 4.46 MB are free" in warned(arguments(tmp_path, world_size=2))
+    space.check_space(arguments(tmp_path, save=None))
+    space.check_space(arguments(tmp_path, save="s3://bucket/x"))
+
+
+def test_no_space_for_all_checkpoints(tmp_path, monkeypatch):
+    size = 12 * WEIGHTS
+    looked(monkeypatch, 10 * size)
+    assert warned(arguments(tmp_path)) == ""
+    looked(monkeypatch, 9 * size)
+    said = warned(arguments(tmp_path))
+    assert "10 more checkpoints of 13.4 MB take 134 MB, and 120 MB are free. Raise" in said
+    assert warned(arguments(tmp_path, save_retain_interval=20)) == ""
+    assert warned(arguments(tmp_path, save_interval=None)) == ""
+    (tmp_path / "iter_0000010").mkdir()  # a restart: one of the ten is there
+    assert warned(arguments(tmp_path)) == ""
+    samples = dict(train_iters=None, train_samples=400)
+    looked(monkeypatch, 8 * size)
+    assert "9 more checkpoints" in warned(arguments(tmp_path, **samples))
+
+
+@pytest.mark.parametrize(
+    "sizes, shown",
+    [
+        ((5, 3), ["5 bytes", "3 bytes"]),
+        ((2 * GB, 1), ["2 GB", "1 bytes"]),
+        ((2 * GB + 1, 2 * GB), ["2,000,000,001 bytes", "2,000,000,000 bytes"]),
+        ((3 * 10**12,), ["3 TB"]),
+        ((7, 7), ["7 bytes", "7 bytes"]),
+        ((10**6, 10**6), ["1 MB", "1 MB"]),
+    ],
+)
+def test_units_show_the_difference(sizes, shown):
+    assert space.in_units(*sizes) == shown
