@@ -281,6 +281,8 @@ def test_which_samples_are_alike_in_a_phase_of_another_length():
     assert alike((4, 1), (6, 10), (10, 6), 0) == 6
     assert alike((4, 2, 1), (4, 6, 10), (4, 10, 6), 1) == 4
     assert alike((4, 2, 1), (4, 6, 10), (4, 10, 6), 2) == 0
+    small, large = (Schedule((4, 2, 1), (8, 16, 8), 2, batch).phases[1] for batch in (2, 4))
+    assert small.samples_as_in(large) == large.samples_as_in(small) == 0
 
 
 def test_reads_as_says_no_from_the_first_sample_that_differs():
@@ -291,7 +293,7 @@ def test_reads_as_says_no_from_the_first_sample_that_differs():
 
     other = dict(bag_sizes=(4, 4, 1))
     assert [answer(consumed, **other) for consumed in (3, 4, 5, 6)] == [True, True, False, False]
-    for changes in (dict(seq_length=3), dict(width=8)):
+    for changes in (dict(seq_length=3), dict(seq_length=1), dict(width=8)):
         assert [answer(consumed, **changes) for consumed in (0, 1, 16)] == [False] * 3
     assert [answer(consumed) for consumed in (0, 4, 5, 16)] == [True] * 4
 
@@ -366,7 +368,7 @@ def test_neighbours_of_a_batch_come_from_different_long_samples():
 
 def test_locate_refuses_what_is_outside():
     plan = Schedule.of(2, 1, 4, 2, 2)
-    for index in (-1, plan.train_samples):
+    for index in (-1, plan.train_samples, plan.train_samples + 1):
         with pytest.raises(IndexError, match="expected 0 <= index"):
             plan.locate(index)
 
