@@ -89,6 +89,7 @@ def known():
     )
     programs = [
         "tests/**/conftest.py",
+        "tests/mutation/run.py",
         *(f"{folder}/**/*" for folder in FOLDERS if folder != "tests"),
     ]
     for path in (path for pattern in programs for path in ROOT.glob(pattern)):
