@@ -5,7 +5,7 @@
 # make test-processors  set up, then run the numeric tests as other processors would compute them
 # make test-main        set up .venv-main, whose Megatron is the checkout of Megatron-LM that
 #                       MEGATRON_LM names (its main branch), then run there the tests that meet
-#                       Megatron most: 15 minutes on two idle cores
+#                       Megatron most, in about 11 minutes
 # make test-bridge      set up .venv-bridge: Megatron-Bridge loads, resumes, exports what we export
 # make test-modelopt    set up .venv-modelopt: ModelOpt's export against ours, and `quantize`
 # make test-te          set up .venv-te: the real Transformer Engine, without a GPU. WHEELS=FOLDER

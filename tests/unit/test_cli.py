@@ -136,8 +136,14 @@ def test_python_m_and_the_console_script_are_the_same_function():
         (["plot", "/nowhere"], "plot: error: a run: expected NAME=LOG with an existing log"),
         (["plot", "a=/nowhere"], "plot: error: a run: expected NAME=LOG with an existing log"),
         (["demo", "--device", "tpu"], "demo: error: argument --device: invalid choice: 'tpu'"),
-        (["demo", "--out", "/proc/x"], "demo: error: /proc/x/gpt: expected a place that can be written to"),
-        (["import-hf", "/nowhere", "x"], "import-hf: error: /nowhere/config.json: expected a JSON file, got no"),
+        (
+            ["demo", "--out", "/proc/x"],
+            "demo: error: /proc/x/gpt: expected a place that can be written to",
+        ),
+        (
+            ["import-hf", "/nowhere", "x"],
+            "import-hf: error: /nowhere/config.json: expected a JSON file, got no",
+        ),
         (
             ["import-hf", "x", "y", "--layer-spec", "z"],
             "import-hf: error: --layer-spec: expected local or transformer_engine, got z",

@@ -281,6 +281,8 @@ def test_which_samples_are_alike_in_a_phase_of_another_length():
     assert alike((4, 1), (6, 10), (10, 6), 0) == 6
     assert alike((4, 2, 1), (4, 6, 10), (4, 10, 6), 1) == 4
     assert alike((4, 2, 1), (4, 6, 10), (4, 10, 6), 2) == 0
+    small, large = (Schedule((4, 2, 1), (8, 16, 8), 2, batch).phases[1] for batch in (2, 4))
+    assert small.samples_as_in(large) == large.samples_as_in(small) == 0
 
 
 def test_reads_as_says_no_from_the_first_sample_that_differs():
@@ -291,14 +293,31 @@ def test_reads_as_says_no_from_the_first_sample_that_differs():
 
     other = dict(bag_sizes=(4, 4, 1))
     assert [answer(consumed, **other) for consumed in (3, 4, 5, 6)] == [True, True, False, False]
-    for changes in (dict(seq_length=3), dict(width=8)):
+    for changes in (dict(seq_length=3), dict(seq_length=1), dict(width=8)):
         assert [answer(consumed, **changes) for consumed in (0, 1, 16)] == [False] * 3
     assert [answer(consumed) for consumed in (0, 4, 5, 16)] == [True] * 4
+
+
+def test_reads_as_says_no_where_pieces_move():
+    """The example of Schedule.reads_as."""
+    plan = Schedule((4, 2, 1), (4, 6, 10), seq_length=2, global_batch_size=2)
+    longer = dataclasses.replace(plan, samples=(4, 10, 6))
+    answers = [plan.reads_as(longer, consumed) for consumed in (4, 8, 9)]
+    assert answers == [longer.reads_as(plan, consumed) for consumed in (4, 8, 9)]
+    assert answers == [True, True, False]
+
+
+def test_superposed_output_reads_one_token_a_position():
+    plan = Schedule((4, 1), (8, 8), seq_length=2, global_batch_size=4, single_tokens_in=True)
+    assert (plan.width, plan.long_sample_length, plan.long_samples) == (1, 2, 16)
+    assert [(p.bag_size, p.width, p.pieces) for p in plan.phases] == [(4, 1, 1), (1, 1, 1)]
 
 
 def test_a_lengthened_recovery_reads_text_of_its_own():
     plan = Schedule.of(4, 3, 40, 2, 4)
     longer = plan.lengthened(12).lengthened(8)
+    assert [phase.name for phase in longer.phases] == [SUPERPOSITION, *[RECOVERY] * 3]
+    assert longer.superposed_phases == plan.phases[:1]
     assert (
         longer.reads_as(plan, 40)
         and longer.train_samples == 60
@@ -349,7 +368,7 @@ def test_neighbours_of_a_batch_come_from_different_long_samples():
 
 def test_locate_refuses_what_is_outside():
     plan = Schedule.of(2, 1, 4, 2, 2)
-    for index in (-1, plan.train_samples):
+    for index in (-1, plan.train_samples, plan.train_samples + 1):
         with pytest.raises(IndexError, match="expected 0 <= index"):
             plan.locate(index)
 

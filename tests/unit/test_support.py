@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from support import processes
-from support.paths import environment
+from support.paths import ROOT, environment
 
 # it waits: for an instant after exec the kernel shows no environment of a new process
 LEAVES_ONE = """
@@ -27,3 +28,24 @@ def test_a_process_that_outlives_the_session_fails_it(tmp_path, seconds, code, w
     )
     assert done.returncode == code and "1 passed" in done.stdout, done.stdout
     assert done.stdout.count("sleep 300") == code, done.stdout
+
+
+MUTATION = ROOT / "tests/mutation"
+ROOMS = ("ops", "data", "checks", "checkpoint", "planning")
+
+
+def test_every_module_has_tests_that_mutants_of_it_are_shown_to():
+    table = tomllib.loads((MUTATION / "modules.toml").read_text())
+    files = [path for room in ROOMS for path in (ROOT / "megatron_tst" / room).glob("[!_]*.py")]
+    assert set(table) == {"schedule", *(f"{path.parent.name}.{path.stem}" for path in files)}
+    for row in table.values():
+        assert all((ROOT / test).is_file() for test in [*row["tests"], *row.get("and_then", [])])
+
+
+def test_faults_written_by_hand_fit_the_code():
+    """What they replace is there once, and so are the tests that are to see them."""
+    for name, bug in tomllib.loads((MUTATION / "bugs.toml").read_text()).items():
+        assert (ROOT / bug["file"]).read_text().count(bug["was"]) == 1, name
+        for test in bug["tests"]:
+            file, _, function = test.partition("::")
+            assert f"def {function}" in (ROOT / file).read_text(), name
