@@ -136,7 +136,7 @@ def test_python_m_and_the_console_script_are_the_same_function():
         (["plot", "/nowhere"], "plot: error: a run: expected NAME=LOG with an existing log"),
         (["plot", "a=/nowhere"], "plot: error: a run: expected NAME=LOG with an existing log"),
         (["demo", "--device", "tpu"], "demo: error: argument --device: invalid choice: 'tpu'"),
-        (["demo", "--out", "/proc/x"], "demo: error: --out: expected a folder that can be"),
+        (["demo", "--out", "/proc/x"], "demo: error: /proc/x/gpt: expected a place that can be"),
         (["import-hf", "/nowhere", "x"], "import-hf: error: /nowhere: expected a Hugging Face"),
         (
             ["import-hf", "x", "y", "--layer-spec", "z"],

@@ -115,7 +115,7 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     "arguments, message",
     [
         (["--output", "{new}", "--vocab-size", "10"], "expected at least 300"),
-        (["--output", "{corpus}"], "expected a new prefix, got .* which exists"),
+        (["--output", "{corpus}"], "expected a target that is not there yet, got an existing one"),
         (["--output", "{new}", "--input", "{empty}"], "expected text files .* got none"),
         (
             ["--output", "/proc/no/place", "--input", "{source}"],
@@ -136,7 +136,7 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
     import re
 
     assert re.search(message, captured.err) and captured.err.count("\n") == 1
-    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".corpus*"))
+    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".*"))
 
 
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
