@@ -19,6 +19,7 @@ from support.tiers import tiers
 from support.trained import RUNS, TP2, VOCAB, Trained, corpus_below, known
 
 from megatron_tst import cli
+from megatron_tst.checkpoint.atomic import MARK
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
 from megatron_tst.export import nemo  # noqa: F401  before the fork that is killed at work
@@ -376,6 +377,7 @@ def test_import_and_export_give_the_same_bytes(models, tmp_path, name):
     source = Checkpoint(tmp_path / "ck")
     gone = export(source, tmp_path / "hf", dtype="float32")
     assert {path.name for path in gone.iterdir()} == {path.name for path in came.iterdir()} | {
+        MARK,
         "README.md",
         "evaluate.md",
     }

@@ -513,7 +513,7 @@ def kills(tmp_path, write_it, prepare, check, times, signals=(signal.SIGKILL, si
             ended.add(code)
             if code == -signal.SIGKILL:
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(atomic, "_check_space", lambda *a: (_ for _ in ()).throw(Stop()))
+                    patch.setattr(atomic, "_work", lambda *a: (_ for _ in ()).throw(Stop()))
                     with pytest.raises((Stop, TSTError)):
                         write_it()
                 check(0, at)
