@@ -103,7 +103,6 @@ def new_files(
         for source in sources:
             if (target := replaced.get(_identity(source))) is not None:
                 _refuse_source(target, source, "the same file")
-        _check_space(prefix, 0)
     with _work(prefix, ours) as (part, whole, _):
         yield part
         (part / _OLD).mkdir()
@@ -271,9 +270,8 @@ def _identity(path):
 
 def _check_space(target, needed):
     folder = next(path for path in target.parents if path.exists())
-    disk, needed = shutil.disk_usage(folder), int(1.01 * needed) + (16 << 20)
-    if disk.total and disk.free < needed:  # /proc has none at all, and says what is wrong itself
-        sizes = needed, disk.free
+    sizes = needed, free = int(1.01 * needed) + (16 << 20), shutil.disk_usage(folder).free
+    if free < needed:
         expected, got = (f"{size / 1e9:.2f} GB" for size in sizes)
         if expected == got:
             expected, got = (f"{size:,} bytes" for size in sizes)

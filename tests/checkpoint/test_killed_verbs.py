@@ -140,7 +140,7 @@ def next_try(verb):
         raise InterruptedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(atomic, "_check_space", stop)
+        patch.setattr(atomic, "_work", stop)
         verb("force")
 
 

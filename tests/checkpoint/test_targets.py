@@ -223,6 +223,7 @@ def photographs(folder):
         "a file more",
         "a folder more",
         "another size",
+        "another size, before the mark",
         "the same size",
         "the same size and time",
         "a link for a file",
@@ -240,8 +241,10 @@ def test_what_this_tool_did_not_write_is_moved_aside(tmp_path, system, change, r
             (target / "below" / "notes").write_text("dear")
         elif change == "a folder more":
             (target / "iter_2").mkdir()
-        elif change == "another size":
+        elif change.startswith("another size"):
             (target / "weights").write_text("trained on")
+            if change.endswith("mark"):  # as copies of both may have it
+                os.utime(target / MARK)
         elif change == "the same size":
             (target / "weights").write_text("odd")
         elif change == "the same size and time":
@@ -510,7 +513,7 @@ def kills(tmp_path, write_it, prepare, check, times, signals=(signal.SIGKILL, si
             ended.add(code)
             if code == -signal.SIGKILL:
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(atomic, "_check_space", lambda *a: (_ for _ in ()).throw(Stop()))
+                    patch.setattr(atomic, "_work", lambda *a: (_ for _ in ()).throw(Stop()))
                     with pytest.raises((Stop, TSTError)):
                         write_it()
                 check(0, at)
@@ -582,6 +585,55 @@ def test_files_stopped_at_any_step(tmp_path, system, before, endings):
 
     ended = kills(tmp_path, write_it, prepare, check, 8)
     assert {-signal.SIGKILL, 128 + signal.SIGTERM} <= ended
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("before", ["ours", "foreign"])
+def test_stopped_while_the_target_is_away(tmp_path, monkeypatch, before, number):
+    """Without renameat2 there is such a moment. What was there comes back, at once or next time."""
+    monkeypatch.setattr(renames, "_renameat2", lambda *arguments: False)
+    target = tmp_path / "out"
+    write(target, "old") if before == "ours" else photographs(target)
+    old, sent = content(target), []
+
+    def stop_there():
+        if not target.exists() and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    code, _ = stopped(lambda: tool(lambda: write(target, force=True)), each=stop_there)
+    if number == signal.SIGKILL:
+        assert code == -number and not target.exists()
+        with pytest.raises(TSTError, match="an existing one"):
+            write(target)
+    else:
+        assert code == 128 + number
+    assert names(tmp_path) == ["out"] and content(target) == old
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("away", ["text.bin", "text.json", "text.idx"])
+def test_stopped_while_a_file_of_a_set_is_away(tmp_path, system, away, number):
+    endings = ".bin", ".json", ".idx"
+    write_files(tmp_path / "text", "old", endings=endings)
+    old, sent = content(tmp_path), []
+
+    def stop_there():
+        if not (tmp_path / away).exists() and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    def try_it():
+        return write_files(tmp_path / "text", force=True, endings=endings)
+
+    code, _ = stopped(lambda: tool(try_it), each=stop_there)
+    if number == signal.SIGKILL:
+        assert code == -number and not (tmp_path / "text.idx").exists()
+        with pytest.raises(TSTError, match="an existing one"):
+            write_files(tmp_path / "text", endings=endings)
+    else:
+        assert code == 128 + number
+    assert content(tmp_path) == old
 
 
 def leave(target, kind="part", text="half", **changes):

@@ -4,13 +4,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from support.runs import ROOT
 from support.tiers import tiers
 
+from megatron_tst.checkpoint.atomic import MARK
 from megatron_tst.planning import curves
 
 VERB = (sys.executable, "-m", "megatron_tst")
@@ -32,11 +35,15 @@ def run(*command, **environment):
 def test_demo(corpus, tmp_path, architecture):
     for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
         shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")
+    here = tmp_path / architecture
+    here.mkdir()
+    (here / "photo").write_text("dear")
     done = run(
         *VERB, "demo", "--out", tmp_path, "--iterations", "20", "--architecture", architecture
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    here = tmp_path / architecture
+    assert (tmp_path / f"{architecture}.old-1" / "photo").read_text() == "dear"
+    assert "did not write there: it is" in done.stderr and not (here / "photo").exists()
     assert (here / "loss.png").read_bytes().startswith(b"\x89PNG")
     tst = curves.read_log(here / "tst.log")
     assert (
@@ -64,13 +71,43 @@ def test_demo(corpus, tmp_path, architecture):
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_demo_ended_by_a_signal(corpus, tmp_path, number):
+    """Both runs end with it, and the next demo takes the place of what it has left."""
+    for suffix in (".bin", ".idx", ".json", ".tokenizer.json"):
+        shutil.copy(f"{corpus}{suffix}", tmp_path / f"corpus{suffix}")
+    here = tmp_path / "gpt"
+    for _ in range(2):
+        demo = subprocess.Popen(
+            [*VERB, "demo", "--out", tmp_path, "--iterations", "1000"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        deadline = time.time() + 240
+        while not (here / "tst.log").exists() or "iteration       10/" not in (
+            here / "tst.log"
+        ).read_text(errors="replace"):
+            assert demo.poll() is None and time.time() < deadline
+            time.sleep(0.2)
+        demo.send_signal(number)
+        assert demo.wait(60) == 128 + number
+        assert "did not write there" not in demo.stderr.read()
+        running = subprocess.run(["pgrep", "-f", str(here)], capture_output=True, text=True)
+        assert not running.stdout
+        assert sorted(os.listdir(here)) == [MARK, "baseline.log", "tst.log"]
+    assert not [name for name in os.listdir(tmp_path) if ".old-" in name or name[0] == "."]
+
+
 def test_demo_says_where_it_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     done = run(*VERB, "demo", "--out", tmp_path / "file" / "out")
     assert (
         done.returncode == 2
         and done.stderr.count("\n") == 1
-        and "expected a folder that can be written to" in done.stderr
+        and "expected a place that can be written to" in done.stderr
     )
 
 

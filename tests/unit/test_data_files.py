@@ -263,7 +263,7 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
     import re
 
     assert re.search(message, captured.err) and captured.err.count("\n") == 1
-    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".corpus*"))
+    assert not list(tmp_path.glob("new*")) and not list(tmp_path.glob(".*"))
 
 
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
