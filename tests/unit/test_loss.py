@@ -542,3 +542,37 @@ def rank_sweep(size, kernel):
 @pytest.mark.parametrize("size", [2, 4])
 def test_vocabulary_split_over_ranks_equals_the_whole(fork_server, size, kernel):
     fork_server.call(rank_sweep, size, kernel, nproc=size)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_that_share_their_memory(loss, inplace):
+    """Expanded logits: each row has a gradient of its own, which must not be written over
+    another's.
+    """
+    _, labels = draw((4,), 50, 3, ignored=0)
+    one, upstream = torch.randn(1, 50), torch.randn(4)
+
+    def run(z):
+        options = dict(loss=loss, inplace_backward=inplace)
+        return multi_hot_cross_entropy(z.expand(4, 50), labels, **options)
+
+    got, grad = grad_of(run, one, upstream)
+    want, want_grad = grad_of(
+        lambda z: reference.multi_hot_cross_entropy(z.expand(4, 50), labels, loss=loss),
+        one.double(),
+        upstream,
+    )
+    close(got, want, 1e-6)  # largest seen 1e-7
+    close(grad, want_grad, 1e-6)  # largest seen 1e-7
+
+
+def test_statistics_are_gathered_in_fp32_whatever_the_default_type(megatron):
+    local = torch.randn(4, 7)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = loss_module.of_all_ranks(local, torch.distributed.group.WORLD)
+    finally:
+        torch.set_default_dtype(before)
+    assert got.dtype == torch.float32 and torch.equal(got, local.unsqueeze(0))
