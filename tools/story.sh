@@ -14,7 +14,9 @@ export RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=0
 step() { echo "story: $*"; }
 fail() { echo "story: FAILED: $*" >&2; exit 1; }
 says() { grep -q -- "$2" "$1" || { tail -20 "$1" >&2; fail "$1: expected the line '$2'"; }; }
-train() { python -m megatron_tst.pretrain_gpt $(python -c 'from megatron_tst import demo; print(demo.CPU)') "$@"; }
+# the flags that Megatron needs on CPU
+read -ra CPU < <(python -c 'from megatron_tst import cpu; print(cpu.FLAGS)')
+train() { python -m megatron_tst.pretrain_gpt "${CPU[@]}" "$@"; }
 
 step "text: each first line of a docstring of Python's standard library is a document"
 mkdir text
