@@ -150,7 +150,9 @@ def put(place, what):
     elif what == "socket":
         socket.socket(socket.AF_UNIX).bind(str(place))
     elif what == "mount":
-        _bind(place.parent, place)
+        other = place.parent.parent / "other"
+        other.mkdir()
+        _bind(other, place)  # which os.path.ismount does not see
     else:
         leads = {"link to a folder": "folder", "link to a file": "file", "dangling link": "none"}
         (place.parent / "folder").mkdir()
