@@ -387,7 +387,11 @@ def _finish(folder, order=()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
                 files[str(path.relative_to(folder))] = os.fstat(file.fileno())
-    about = {"written by": "megatron-tst", "files": {name: files[name].st_size for name in files}}
+    about = {
+        "written by": "megatron-tst",
+        "folders": sorted(str(path.relative_to(folder)) for path in folders[1:]),
+        "files": {name: files[name].st_size for name in sorted(files)},
+    }
     about |= {"order": {name: _state(files[name]) for name in order}} if order else {}
     write_json(folder / MARK, about)
     for path in reversed(folders):
@@ -409,7 +413,8 @@ def _marked(folder):
     try:
         if stat.S_ISREG(os.lstat(folder / MARK).st_mode):
             about = json.loads((folder / MARK).read_bytes())
-            return about if isinstance(about["files"], dict) else None
+            sound = isinstance(about["files"], dict) and isinstance(about["folders"], list)
+            return about if sound else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
@@ -422,16 +427,17 @@ def _written_here(folder):
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
         return False
     about = _marked(folder)
-    files, end = ({}, 0) if about is None else (about["files"], os.lstat(folder / MARK).st_ctime_ns)
-    folders = {parent for name in files for parent in Path(name).parents}
+    end = 0 if about is None else os.lstat(folder / MARK).st_ctime_ns
     for path, found in _everything(folder):
-        name = path.relative_to(folder)
-        if stat.S_ISDIR(found.st_mode):
-            known = name in folders
-        elif str(name) == MARK:
-            known = about is not None
+        name = str(path.relative_to(folder))
+        if about is None:
+            known = False
+        elif stat.S_ISDIR(found.st_mode):
+            known = name in about["folders"]
+        elif name == MARK:
+            known = True
         else:
-            known = stat.S_ISREG(found.st_mode) and files.get(str(name)) == found.st_size
+            known = stat.S_ISREG(found.st_mode) and about["files"].get(name) == found.st_size
             known = known and found.st_ctime_ns <= end
         if not known:
             return False

@@ -150,7 +150,9 @@ def put(place, what):
     elif what == "socket":
         socket.socket(socket.AF_UNIX).bind(str(place))
     elif what == "mount":
-        _bind(place.parent, place)
+        other = place.parent.parent / "other"
+        other.mkdir()
+        _bind(other, place)  # which os.path.ismount does not see
     else:
         leads = {"link to a folder": "folder", "link to a file": "file", "dangling link": "none"}
         (place.parent / "folder").mkdir()
@@ -323,8 +325,9 @@ def test_a_kept_folder(tmp_path, system):
         with pytest.raises(KeyError), kept_folder(target) as folder:
             assert not names(folder)
             (folder / "log").write_text("what went wrong")
+            (folder / "empty" / "too").mkdir(parents=True)
             raise KeyError
-        assert names(tmp_path) == ["demo"] and names(target) == [MARK, "log"]
+        assert names(tmp_path) == ["demo"] and names(target) == [MARK, "empty", "log"]
     (target / "notes").write_text("dear")
     with kept_folder(target):
         pass
@@ -806,4 +809,5 @@ def test_mark_says_what_is_there(tmp_path):
         write(tmp_path / name)
     about = [(tmp_path / name / MARK).read_bytes() for name in "ab"]
     assert about[0] == about[1]
-    assert json.loads(about[0])["files"] == {"weights": 3, "below/config": 3}
+    said = json.loads(about[0])
+    assert said["files"] == {"weights": 3, "below/config": 3} and said["folders"] == ["below"]
