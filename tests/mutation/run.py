@@ -234,6 +234,11 @@ class Mutant:
     was: str
     is_: str
 
+    @classmethod
+    def read(cls, head: str, was: str, is_: str) -> Mutant:
+        """From the first three lines of an entry: "module function", "- was", "+ is"."""
+        return cls(*head.split(), was[2:].strip(), is_[2:].strip() or "(nothing)")
+
     def __str__(self) -> str:
         return f"{self.module} {self.function}\n- {self.was}\n+ {self.is_}"
 
@@ -255,9 +260,7 @@ def equivalents() -> dict[Mutant, str]:
             continue
         head, was, is_, *why = entry.split("\n")
         assert was.startswith("- ") and is_.startswith("+ ") and why, f"{EQUIVALENT}: {entry}"
-        module, function = head.split()
-        reason = " ".join(line.strip() for line in why)
-        found[Mutant(module, function, was[2:], is_[2:])] = reason
+        found[Mutant.read(head, was, is_)] = " ".join(line.strip() for line in why)
     return found
 
 
@@ -367,7 +370,7 @@ class Session:
                 continue
             counts["killed" if result.is_killed else "survived"] += 1
             head, was, is_ = result.diff.split("\n")
-            mutant = Mutant(*head.split(), was[2:], is_[2:])
+            mutant = Mutant.read(head, was, is_)
             mutants[mutant] = mutants.get(mutant, True) and result.is_killed
         return counts, mutants
 

@@ -576,3 +576,43 @@ def test_statistics_are_gathered_in_fp32_whatever_the_default_type(megatron):
     finally:
         torch.set_default_dtype(before)
     assert got.dtype == torch.float32 and torch.equal(got, local.unsqueeze(0))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_go_over_rows_that_lie_apart(loss):
+    """inplace_backward saves the memory of the gradient, for a part of each row too."""
+    wide, labels = draw((4,), 60, 3, ignored=0, few=53)
+    leaf = wide.clone().requires_grad_()
+    logits = (leaf * 1)[:, 7:]
+    multi_hot_cross_entropy(logits, labels, loss=loss, inplace_backward=True).sum().backward()
+    assert torch.equal(logits.detach(), leaf.grad[:, 7:]) and not leaf.grad[:, :7].any()
+
+
+def test_one_position_without_leading_dimensions():
+    logits, labels = draw((1,), 50, 3, ignored=0)
+    assert torch.equal(
+        multi_hot_cross_entropy(logits[0], labels[0]), multi_hot_cross_entropy(logits, labels)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "logits, labels, message",
+    [
+        (torch.tensor(1.0), torch.zeros(1, dtype=torch.int64), "expected logits"),
+        (torch.zeros(2, 3, 0), torch.zeros(2, 3, 1, dtype=torch.int64), "expected logits"),
+        (torch.zeros(2, 3, 5), torch.zeros(2, 3, 0, dtype=torch.int64), "expected labels"),
+    ],
+)
+def test_sizes_of_nothing_are_refused(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        multi_hot_cross_entropy(logits, labels)
+
+
+def test_there_is_no_second_derivative():
+    """An error, not the derivative of a gradient that autograd takes for a constant."""
+    logits, labels = draw((4,), 50, 3, ignored=0)
+    leaf = logits.requires_grad_()
+    loss = multi_hot_cross_entropy(leaf, labels).square().sum()
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
