@@ -85,13 +85,17 @@ class Checkpoint:
         if got != "torch_dist":
             expected = "a torch_dist checkpoint (metadata.json says so)"
             refuse(self.path, expected, got, "Save with --ckpt-format torch_dist.")
+        described = self.path / ".metadata"
+        if not described.is_file():  # a FIFO would be waited for
+            do = "It is incomplete: copy it again or use another iteration."
+            refuse(described, "readable metadata", "no file", do)
         try:
-            metadata = load_metadata((self.path / ".metadata").read_bytes())
+            metadata = load_metadata(described.read_bytes())
             check_description(metadata)
         except Exception as error:  # a truncated pickle fails in many ways
             got = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
             do = "It is incomplete or damaged: copy it again or use another iteration."
-            refuse(self.path / ".metadata", "readable metadata that fit together", got, do)
+            refuse(described, "readable metadata that fit together", got, do)
         compressed = [
             index.fqn
             for index, info in metadata.storage_data.items()
@@ -354,7 +358,7 @@ def checkpoint_to_load(path: str | os.PathLike) -> Checkpoint | None:
 def _tracked(path: Path) -> str:
     """The text of the tracker file: digits, "release", or nothing."""
     found = (path / TRACKER).read_bytes().strip()
-    if found and not found.isdigit() and found != b"release":
+    if found and not re.fullmatch(rb"[0-9]{1,18}|release", found):
         got = repr(found[:40].decode(errors="replace"))
         refuse(path / TRACKER, "an iteration", got, "Write the iteration to take into it.")
     return found.decode()

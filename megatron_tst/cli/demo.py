@@ -25,6 +25,8 @@ from megatron_tst.checkpoint.atomic import kept_folder
 from megatron_tst.cli.screen import Parser, call, progress_bar
 from megatron_tst.errors import TSTError, optional, refuse
 
+LEAST = 20  # iterations: of 10 a learning-rate schedule, a phase and a validation have too few
+
 
 def parser(prog: str) -> Parser:
     """The flags of this verb; `prog` is the command as it was called."""
@@ -39,7 +41,10 @@ def parser(prog: str) -> Parser:
     )
     it.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     it.add_argument(
-        "--iterations", type=int, default=demo.ITERATIONS, help=f"default: {demo.ITERATIONS}"
+        "--iterations",
+        type=int,
+        default=demo.ITERATIONS,
+        help=f"{LEAST} or more; default: {demo.ITERATIONS}",
     )
     it.add_argument("--seed", type=int, default=1)
     return it
@@ -55,6 +60,9 @@ def _run(options):
 
     from megatron_tst.planning import curves, plots
 
+    if options.iterations < LEAST:
+        do = "Fewer have no phases to show."
+        refuse("--iterations", f"{LEAST} or more", options.iterations, do)
     for package in ("tokenizers", "matplotlib"):  # said before minutes of training, not after
         optional(package, "megatron-tst[demo]")
     if options.device == "cuda":

@@ -18,7 +18,7 @@ import json
 import sys
 
 from megatron_tst.cli.screen import Parser, call
-from megatron_tst.errors import refuse
+from megatron_tst.errors import TSTError, refuse
 from megatron_tst.planning import flags, launch_line, recipes
 
 
@@ -54,7 +54,10 @@ def _run(parser: Parser, options, argv: list[str] | None) -> int:
         from megatron_tst.cli import plan_screen
 
         plan_screen.show(found)
-    return 2 if "faults" in found else 0
+    if faults := found.get("faults"):
+        more = f" The plan says {len(faults) - 1} more." if faults[1:] else ""
+        raise TSTError(faults[0] + more)
+    return 0
 
 
 def _print(parser: Parser, options) -> int:

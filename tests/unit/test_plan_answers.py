@@ -198,8 +198,11 @@ def test_an_impossible_run(capsys, argv, fault):
         and "the run is impossible" in text
         and len(text.splitlines()) < 30
     )
+    assert text.splitlines()[-1].startswith("megatron-tst plan: error: ")
     code, text = screen_of(capsys, *argv, "--json")
-    assert code == 2 and json.loads(text)["faults"] == planned(*argv)["faults"]
+    found, end = json.JSONDecoder().raw_decode(text)  # stdout, then the line on stderr
+    assert code == 2 and found["faults"] == planned(*argv)["faults"]
+    assert text[end:].count("\n") == 2 and found["faults"][0] in text[end:]
 
 
 def test_all_faults_at_once():
