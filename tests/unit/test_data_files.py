@@ -160,6 +160,12 @@ def test_one_id_outside_the_vocabulary(copied, monkeypatch, whole, where):
     check_data_files([copied], 512)
 
 
+def test_how_much_is_read():
+    """As check_data_files' docstring says."""
+    assert files._WHOLE == 256 * 2**20
+    assert (files._SAMPLES, files._SAMPLE * files._SAMPLES) == (1024, 64 * 2**20)
+
+
 def test_negative_ids(tmp_path):
     prefix = str(tmp_path / "text")
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
