@@ -307,7 +307,7 @@ def read(path: Path) -> tuple[str, str]:
     """(the file as text, with "\\n" at the end of lines; why it is left out, or "")"""
     try:
         # without waiting for a writer, where it has become a FIFO since
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return "", "that are no files"

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from megatron_tst import extension
 from megatron_tst.ops import torch_kernel
 from megatron_tst.ops.ablations import BagAblation
-from megatron_tst.ops.names import ABLATIONS, LOSSES, TARGET_WEIGHTINGS
+from megatron_tst.ops.names import ABLATIONS, LOSSES
 
 # g(i), i = 1..S from the bag's first token (paper, section 5); only ratios matter
 _PLACE_WEIGHT = {
@@ -36,7 +36,6 @@ _PLACE_WEIGHT = {
     "first-token": lambda i: (i == 1).to(i.dtype),
     "fitted-power-law": lambda i: 3.63 + 1.35 * i**-1.25,
 }
-assert tuple(_PLACE_WEIGHT) == TARGET_WEIGHTINGS
 
 
 @functools.cache  # asked for in every micro-batch; a copy to a GPU would wait for it
@@ -46,7 +45,7 @@ def target_weights(
     """Weights of the places in a bag, from its first token (paper, section 5).
 
     Args:
-        weighting: a name in TARGET_WEIGHTINGS.
+        weighting: a name in names.TARGET_WEIGHTINGS.
         bag_size: S.
         device: where they are to lie.
 

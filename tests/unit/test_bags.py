@@ -53,13 +53,16 @@ def test_last_bag_has_one_label_unless_the_loader_has_more():
         ),
         (torch.arange(13), "expected int64 token ids"),
         (torch.ones(1, 13), "expected int64 token ids"),
+        (torch.arange(52).view(1, 2, 26), "expected int64 token ids"),
+        (torch.tensor(3), "expected int64 token ids"),
     ],
 )
 def test_bag_view_refuses(raw, message):
     with pytest.raises(ValueError, match=message):
         bag_view(raw, 4, 3)
-    with pytest.raises(ValueError, match="bag_size >= 1"):
-        bag_view(raw, 4, 0)
+    for sizes in ((4, 0), (4, -1), (0, 3), (-1, -3)):
+        with pytest.raises(ValueError, match="bag_size >= 1"):
+            bag_view(raw, *sizes)
 
 
 def test_public_names():
@@ -104,12 +107,15 @@ def test_input_only_predicts_the_single_token_after_the_bag():
     got = superposed_sample(sample(torch.arange(9), mask), 4, 2, "input", torch.ones(2))
     assert got["tokens"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert got["labels"].tolist() == [2, 4, 6, 8] and got["loss_mask"].tolist() == [1, 0, 1, 1]
+    assert all(value.is_contiguous() for value in got.values())
 
 
 def test_output_only_predicts_the_next_bag_from_single_tokens():
     got = superposed_sample(sample(torch.arange(5)), 4, 3, "output", torch.ones(3))
     assert got["tokens"].tolist() == [0, 1, 2, 3]
     assert got["labels"].tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, IGNORE], [4, IGNORE, IGNORE]]
+    assert got["loss_mask"].dtype == torch.float32
+    assert all(value.is_contiguous() for value in got.values())
 
 
 def test_the_given_sample_is_left_as_it_was():
@@ -126,7 +132,8 @@ def test_the_given_sample_is_left_as_it_was():
 
 def test_ordinary_slices_are_stock_samples():
     raw = torch.arange(13)
-    parts = [ordinary_slice(sample(raw), k, 4) for k in range(3)]
+    parts = [ordinary_slice({**sample(raw), "dataset_id": 7}, k, 4) for k in range(3)]
+    assert all(p["dataset_id"] == 7 and p["loss_mask"].tolist() == [1] * 4 for p in parts)
     assert torch.equal(torch.cat([p["tokens"] for p in parts]), raw[:-1])
     assert torch.equal(torch.cat([p["labels"] for p in parts]), raw[1:])
     assert all(p["position_ids"].tolist() == [0, 1, 2, 3] for p in parts)

@@ -107,6 +107,27 @@ def test_what_may_not_be_read(here, made):
 def test_a_file_that_cannot_be_read(here):
     assert corpus.read(here) == ("", "that are no files")
     assert corpus.read(here / "missing") == ("", "that cannot be read")
+    os.mkfifo(here / "pipe")
+    (here / "text").write_text("a")
+    files = os.listdir("/proc/self/fd")
+    assert corpus.read(here / "pipe") == ("", "that are no files")  # and nobody writes to it
+    assert corpus.read(here / "text") == ("a", "")
+    assert os.listdir("/proc/self/fd") == files
+
+
+def test_a_folder_that_may_not_be_read(here, made, monkeypatch):
+    (here / "closed").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path) == str(here / "closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    code, out, _ = made(here)
+    reason = f"left out: 1 in folders that cannot be read (the first: {here / 'closed'})"
+    assert code == 0 and out.endswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +193,9 @@ def test_it_does_not_read_its_own_output(here, made, tmp_path):
     [
         (["--vocab-size", "0"], "--vocab-size: expected at least 300"),
         (["--vocab-size", "-5"], "--vocab-size: expected at least 300"),
+        (["--vocab-size", "299"], "--vocab-size: expected at least 300"),
+        (["--vocab-size", str(2**20 + 1)], "--vocab-size: expected at most 1,048,576 token ids"),
+        (["--vocab-size", str(2**20)], "expected as many ids as the text gives"),
         (["--vocab-size", str(10**23)], "--vocab-size: expected at most 1,048,576 token ids"),
         (["--vocab-size", "1e6"], "invalid int value: '1e6'"),
         (["--vocab-size", ""], "invalid int value: ''"),
@@ -219,3 +243,73 @@ def test_lines_marks_and_end_tokens_of_a_text(here, made, tmp_path):
     assert TEXT + "one\ntwo<|end|>three\nfour" in texts
     assert all(np.flatnonzero(ids == end).tolist() == [len(ids) - 1] for ids in data)
     assert json.loads((tmp_path / "out.json").read_text())["end_of_document"] == end
+
+
+@pytest.mark.parametrize("letter", ["a", " "])
+def test_pieces_of_an_endless_word(letter):
+    text = letter * 2500 + "x y\n" + letter * 1000
+    pieces = list(corpus._pieces(text))
+    assert "".join(pieces) == text and list(map(len, pieces[:2])) == [1000, 1000]
+    assert max(map(len, pieces)) <= 2000
+    assert list(corpus._pieces("one two")) == ["one two"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_is_made_is_said(here, tmp_path, monkeypatch, seed):
+    """The documents in the order of the seed, what PREFIX.json holds, and each step on the way."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from tokenizers import Tokenizer
+
+    monkeypatch.setattr(corpus, "_BATCH", 2)
+    prefix, steps = tmp_path / "new/out", []
+    (here / "empty.txt").write_text("")
+    (here / "more.txt").write_text(TEXT)
+    assert not corpus.is_there(prefix)
+    made = corpus.make(
+        prefix, [here], vocab_size=300, seed=seed, progress=lambda *step: steps.append(step)
+    )
+    assert corpus.is_there(prefix) and corpus.vocab_size(prefix) == 300
+    assert steps == [*((i, 10) for i in (1, 2, 3, 4, 5, 7, 9)), (10, 10)]
+    order = sorted(here.iterdir())
+    random.Random(seed).shuffle(order)
+    data = IndexedDataset(str(prefix))
+    tokenizer = Tokenizer.from_file(f"{prefix}.tokenizer.json")
+    texts = [tokenizer.decode(ids[:-1].tolist()) for ids in data]
+    assert texts == [path.read_text() for path in order if path.name != "empty.txt"]
+    assert made.pop("left_out") == {"empty": (1, str(here / "empty.txt"))}
+    assert (
+        made
+        == json.loads(prefix.with_name("out.json").read_text())
+        == {
+            "documents": 4,
+            "tokens": sum(map(len, data)),
+            "vocab_size": 300,
+            "end_of_document": 299,
+            "files": {
+                ending: os.path.getsize(f"{prefix}{ending}")
+                for ending in (".bin", ".tokenizer.json", ".idx")
+            },
+        }
+    )
+
+
+def test_what_make_has_written_is_known_again(here, tmp_path):
+    prefix = tmp_path / "out"
+    names = {ending: f"{prefix}{ending}" for ending in corpus.FILES}
+    corpus.make(prefix, [here], vocab_size=300)
+    assert corpus._as_made(prefix)
+    written, summary = os.stat(names[".json"]).st_mtime_ns, json.loads(open(names[".json"]).read())
+    os.utime(names[".bin"], ns=(written, written + 1))
+    assert not corpus._as_made(prefix)
+    os.utime(names[".bin"], ns=(written, written))
+    assert corpus._as_made(prefix)
+    os.truncate(names[".bin"], summary["files"][".bin"] - 1)
+    os.utime(names[".bin"], ns=(written, written))
+    assert not corpus._as_made(prefix)
+    os.unlink(names[".bin"])
+    assert corpus._as_made(prefix)
+    for content in ("", "{}", "[1]", '{"files": [1]}', '{"files": {}}', "[" * 100_000):
+        open(names[".json"], "w").write(content)
+        assert not corpus._as_made(prefix)
+    os.unlink(names[".json"])
+    assert not corpus._as_made(prefix)

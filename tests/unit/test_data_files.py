@@ -14,6 +14,7 @@ from megatron_tst.checks import files
 from megatron_tst.checks.files import check_data_files, check_output_folder
 from megatron_tst.config import TSTConfig
 from megatron_tst.data import corpus as corpora
+from megatron_tst.data import dataset
 from megatron_tst.data.dataset import phased_provider
 from megatron_tst.errors import TSTError
 from megatron_tst.schedule import Schedule
@@ -160,6 +161,12 @@ def test_one_id_outside_the_vocabulary(copied, monkeypatch, whole, where):
     check_data_files([copied], 512)
 
 
+def test_how_much_is_read():
+    """As check_data_files' docstring says."""
+    assert files._WHOLE == 256 * 2**20
+    assert (files._SAMPLES, files._SAMPLE * files._SAMPLES) == (1024, 64 * 2**20)
+
+
 def test_negative_ids(tmp_path):
     prefix = str(tmp_path / "text")
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
@@ -288,3 +295,109 @@ def test_provider_is_asked_for_long_training_samples_and_stock_validation():
         ([1, 17, None], 32, True, 1),
     ]
     assert (args.seq_length, args.create_attention_mask_in_dataloader) == (32, True)
+
+
+class Longs(list):
+    """Stands for a dataset of long samples: as many, and the indices of one or of a blend."""
+
+    def __init__(self, count, **indices):
+        super().__init__(range(count))
+        self.config = types.SimpleNamespace(sequence_length=128)
+        same = dict.fromkeys(("document_index", "sample_index", "shuffle_index"), np.arange(3))
+        vars(self).update(same | indices)
+
+
+def asking(args, config, schedule, train):
+    """A provider that is asked for [40, 17, None] -> (calls, what is kept, the training data)"""
+    calls, kept = [], []
+
+    def provider(sizes):
+        calls.append((list(sizes), args.seq_length, getattr(args, "data_cache_path", None)))
+        return train(sizes[0]), "valid", "test"
+
+    wrapped = phased_provider(
+        provider, args, config, lambda: schedule, lambda *pair: kept.append(pair)
+    )
+    found, *others = wrapped([40, 17, None])
+    assert others == ["valid", "test"]
+    return calls, kept, found
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_stock_index_is_written_by_the_first_rank(monkeypatch, rank):
+    args = types.SimpleNamespace(
+        seq_length=32,
+        create_attention_mask_in_dataloader=True,
+        data_cache_path="cache",
+        rank=rank,
+        padded_vocab_size=99,
+    )
+    schedule, written = Schedule.of(4, 6, 40, 32, 4), []
+    monkeypatch.setattr(dataset.stock_index, "write", lambda *given: written.append(given))
+    config = TSTConfig(bag_size=4, iters=6, stock_index="index")
+    calls, ((train, stock),), found = asking(args, config, schedule, Longs)
+    long, count = schedule.long_sample_length, schedule.long_samples
+    assert calls == [
+        ([count, 1, None], long, "cache"),
+        ([1, 17, None], 32, "cache"),
+        ([40, 1, None], 32, "index"),
+    ]
+    assert args.data_cache_path == "cache" and len(stock) == 40
+    assert written == ([(train.long_samples, stock, schedule)] if rank == 0 else [])
+    assert found is train and args.tst_long_samples == count
+    assert (train.vocab_size, len(train), "attention_mask" in train.mask) == (99, 40, True)
+    assert asking(args, config, schedule, lambda size: None)[1:] == ([], None)
+
+
+def blend(**changes):
+    """Of two corpora, the first has two thirds of the samples."""
+    parts = {"datasets": [Longs(99), Longs(99)]}
+    indices = dict(dataset_index=np.arange(99) % 3 // 2, dataset_sample_index=np.arange(99))
+    return lambda size: Longs(size, **parts | indices | changes)
+
+
+OTHER = np.array([0, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "before, later",
+    [
+        (Longs, lambda size: Longs(size, document_index=OTHER)),
+        (Longs, lambda size: Longs(size, sample_index=OTHER)),
+        (Longs, lambda size: Longs(size, shuffle_index=OTHER)),
+        (blend(), blend(dataset_index=np.arange(99) % 2)),
+        (blend(), blend(dataset_sample_index=np.arange(1, 100))),
+        (blend(), blend(datasets=[Longs(99), Longs(99, shuffle_index=OTHER)])),
+        (blend(), blend(datasets=[Longs(99, sample_index=OTHER), Longs(99)])),
+    ],
+)
+def test_a_longer_run_reads_its_data_in_the_order_of_the_first(before, later):
+    args = types.SimpleNamespace(
+        seq_length=32, create_attention_mask_in_dataloader=False, padded_vocab_size=None
+    )
+    schedule, config = Schedule.of(4, 6, 40, 32, 4), TSTConfig(bag_size=4, iters=6)
+
+    def asked(first, second, began):
+        args.tst_long_samples = began
+        return asking(args, config, schedule, lambda n: (first if n == began else second)(n))[0]
+
+    count = schedule.long_samples
+    for began in (None, 0, count, count + 5):  # nothing to compare
+        calls = asked(before, later, began)
+        assert [sizes for sizes, *_ in calls] == [[max(count, began or 0), 1, None], [1, 17, None]]
+        assert args.tst_long_samples == max(count, began or 0)
+    assert len(asked(before, before, count - 1)) == len(asked(later, later, count - 1)) == 3
+    message = f"--tst-override: expected at most the {count - 1} long samples of 128 tokens .* "
+    with pytest.raises(TSTError, match=f"{message}the run began with, got {count}"):
+        asked(before, later, count - 1)
+
+
+def test_a_corpus_of_which_nothing_was_read_may_come_in_any_order():
+    """Of a blend; and what lies behind the samples that were read does not count."""
+    only = dict(dataset_index=np.repeat([0, 1], [50, 49]))
+    first = blend(**only)(9)
+    other = blend(**only, datasets=[Longs(99), Longs(99, shuffle_index=OTHER)])(99)
+    other.dataset_sample_index = np.concatenate([np.arange(50), np.zeros(49)])
+    dataset._check_same_order(first, other, 50)
+    with pytest.raises(TSTError):
+        dataset._check_same_order(first, other, 51)

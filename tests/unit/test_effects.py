@@ -99,6 +99,8 @@ def test_combinations_without_effect(settings, changes, message):
         (dict(override=True), dict(load="x")),
         (dict(stock_index="x", max_epochs=9), {}),
         (dict(exit_at_boundary=True), {}),
+        (dict(superpose="input", kernel="torch", kernel_in_recovery=True), {}),
+        (dict(verify_load=True), dict(load="x", finetune=True)),
     ],
 )
 def test_flags_with_effect_are_let_through(settings, changes):

@@ -12,8 +12,8 @@ from support.close import close
 from support.losses import IGNORE, draw, grad_of
 
 from megatron_tst import extension
+from megatron_tst.ops import chunks, reference, torch_kernel
 from megatron_tst.ops import loss as loss_module
-from megatron_tst.ops import reference, torch_kernel
 from megatron_tst.ops.loss import target_weights
 from megatron_tst.ops.names import ABLATIONS, LOSSES, TARGET_WEIGHTINGS
 
@@ -428,6 +428,7 @@ def test_scale_of_the_weights_drops_out():
             multi_hot_cross_entropy(logits, labels, w, loss=loss) for w in (weights, 1000 * weights)
         )
         close(a, b, 1e-6)
+        assert torch.equal(multi_hot_cross_entropy(logits, labels, weights.double(), loss=loss), a)
 
 
 def test_fitted_weights_are_the_papers():
@@ -444,6 +445,23 @@ def test_strided_rows_and_leading_dimensions():
         multi_hot_cross_entropy(view, labels), multi_hot_cross_entropy(view.contiguous(), labels)
     )
     assert multi_hot_cross_entropy(view.transpose(0, 1), labels.transpose(0, 1)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_rows_of_one_number(loss):
+    """Columns that share their memory: a stride of 0 within the row."""
+    wide, labels = torch.randn(4, 60), torch.randint(0, 50, (4, 2))
+
+    def run(repeat):
+        options = dict(loss=loss, inplace_backward=True)
+        return grad_of(
+            lambda z: multi_hot_cross_entropy(repeat(z[:, :1]), labels, **options),
+            wide,
+            torch.randn(4, generator=torch.Generator().manual_seed(1)),
+        )
+
+    got, want = run(lambda z: z.expand(4, 50)), run(lambda z: z.repeat(1, 50))
+    assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize(
@@ -616,3 +634,25 @@ def test_there_is_no_second_derivative():
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize(
+    "device, row_bytes, rows",
+    [
+        ("cpu", 30, 3),
+        ("cuda", 30, 33),
+        ("meta", 30, 3),
+        ("cpu", 60, 1),
+        ("cpu", 101, 1),
+        ("cpu", 1, 100),
+        ("cpu", 0, 100),
+    ],
+)
+def test_rows_of_a_chunk(device, row_bytes, rows):
+    assert chunks.rows_of({"cpu": 100, "cuda": 1000}, device, row_bytes) == rows
+
+
+def test_sizes_of_chunks():
+    """Enough rows for whole matrix products, little beside a GPU's memory or a cache."""
+    for sizes in (chunks.TORCH_KERNEL, chunks.LINEAR_LOSS):
+        assert 1 << 20 <= sizes["cpu"] <= 64 << 20 and 1 << 28 <= sizes["cuda"] <= 1 << 30

@@ -14,6 +14,7 @@ from support.models import batch, gpt
 
 from megatron_tst import TSTConfig, extension
 from megatron_tst.loop import patch
+from megatron_tst.ops import main_grad
 
 pytestmark = pytest.mark.numeric
 
@@ -130,3 +131,31 @@ def test_the_first_recovery_step_under_cuda_graphs():
     want = buffers_after(torch.bfloat16, False, "fp32", steps[1:], 1.0)
     got = buffers_after(torch.bfloat16, False, "fp32", steps, 1.0, cuda_graphs="transformer_engine")
     assert want.keys() == got.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_which_weights_have_a_buffer():
+    weight = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+    main_grad.left_to_autograd(weight)
+    assert not hasattr(weight, "grad_added_to_main_grad") and main_grad.buffer_of(weight) is None
+    weight.main_grad = torch.zeros(2, 3)
+    assert main_grad.buffer_of(weight) is None  # nobody asks for the flag
+    weight.grad_added_to_main_grad = False
+    assert main_grad.buffer_of(weight) is weight.main_grad
+    weight.__fsdp_param__ = True
+    assert main_grad.buffer_of(weight) is None
+    del weight.__fsdp_param__
+    weight.main_grad = torch.zeros(2, 3, dtype=torch.bfloat16)
+    assert main_grad.buffer_of(weight) is None
+
+
+@pytest.mark.parametrize("tied", [None, False, True])
+def test_what_autograd_gets_in_the_place_of_a_gradient(tied):
+    weight = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+    if tied is not None:
+        weight.zero_out_wgrad = tied
+    given = main_grad.added(weight)
+    assert weight.grad_added_to_main_grad is True
+    assert (given.shape, given.dtype, given.device) == (weight.shape, weight.dtype, weight.device)
+    assert not given.requires_grad and (not tied or not given.any())
+    main_grad.left_to_autograd(weight)
+    assert weight.grad_added_to_main_grad is False

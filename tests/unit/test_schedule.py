@@ -388,6 +388,36 @@ def test_samples_of_another_length_and_foreign_tokens_are_refused():
         PhasedDataset(Stream(99, 8), plan, TSTConfig(4, iters=3))[0]
     with pytest.raises(TSTError, match="below the vocabulary size 100, got 111"):
         PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=100)[6]
+    with pytest.raises(TSTError, match="training sample 6: .* size 111, got 111"):
+        PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=111)[6]
+    assert PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=112)[6]
+
+
+def test_the_mask_is_megatrons_and_lengths_reach_prefetch_workers():
+    plan = Schedule.of(4, 3, 16, 4, 2)
+    data = PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), causal_mask=True)
+    hidden = [[[False, *[True] * 3], [False] * 2 + [True] * 2, [False] * 3 + [True], [False] * 4]]
+    for index in (0, 15):  # of bags, of recovery
+        mask = data[index]["attention_mask"]
+        assert mask.tolist() == hidden and mask.dtype == torch.bool
+    assert "attention_mask" not in dataset_of(plan)[0]
+    assert data._lengths.is_shared()
+
+
+def test_no_other_schedule_is_followed():
+    plan = Schedule.of(4, 3, 16, 4, 2)
+    exact = dataset_of(plan)
+    more_text = plan.lengthened(8)
+    for other in (
+        dataclasses.replace(plan, seq_length=5),
+        dataclasses.replace(plan, width=8),
+        more_text,
+        dataclasses.replace(plan, samples=(8, 8)),
+    ):
+        with pytest.raises((AssertionError, RuntimeError)):
+            exact.follow(other)
+    exact.follow(dataclasses.replace(plan, samples=(4, 12)))
+    assert exact.schedule.samples == (4, 12) and len(exact) == 16
 
 
 def test_ratio_becomes_iterations():

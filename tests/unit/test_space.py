@@ -47,6 +47,8 @@ WEIGHTS = 3 * (4 * 128 * 128 + 2 * 128 + 2 * 128 * 512) + 128 + 2 * 128 * 2048
     "changes, each",
     [
         ({}, 12),
+        (dict(moe_layer_freq=1, mtp_num_layers=None, hybrid_layer_pattern=None), 12),
+        (dict(no_save_optim=False, use_precision_aware_optimizer=False), 12),
         (dict(params_dtype=torch.bfloat16), 14),
         (dict(no_save_optim=True), 4),
         (dict(params_dtype=torch.float16, no_save_optim=True), 2),
@@ -74,11 +76,39 @@ def test_bytes_of_a_checkpoint(tmp_path, changes, each):
         dict(multi_latent_attention=True),
         dict(moe_layer_freq=2),
         dict(mtp_num_layers=1),
+        dict(heterogeneous_block_specs=True),
     ],
 )
 def test_models_that_are_not_counted_are_let_through(tmp_path, changes, monkeypatch):
     looked(monkeypatch, 0)
     space.check_space(arguments(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, kept",
+    [
+        ({}, 10),
+        (dict(save_interval=30), 4),
+        (dict(save_interval=None), 1),
+        (dict(save_interval=1000), 1),
+        (dict(train_iters=None, train_samples=400), 10),
+        (dict(train_iters=None, train_samples=403), 10),
+        (dict(train_iters=None, train_samples=404), 11),
+        (dict(train_iters=0, train_samples=0, save_interval=None), 1),
+        (dict(save_retain_interval=20), 7),
+        (dict(save_retain_interval=30), 5),
+        (dict(save_retain_interval=5), 10),
+    ],
+)
+def test_checkpoints_that_a_run_leaves(tmp_path, changes, kept):
+    args = arguments(tmp_path, **changes)
+    assert space.kept_checkpoints(args, tmp_path) == kept
+    for name in ("iter_10", "iter_00000100", "iter_0000010.old", "latest_checkpointed_iteration"):
+        (tmp_path / name).mkdir()
+    assert space.kept_checkpoints(args, tmp_path) == kept
+    for name in ("iter_0000010", "iter_0000020"):
+        (tmp_path / name).mkdir()
+    assert space.kept_checkpoints(args, tmp_path) == max(1, kept - 2)
 
 
 def looked(monkeypatch, free):
@@ -108,7 +138,14 @@ def test_no_space_for_one_checkpoint(tmp_path, monkeypatch):
         space.check_space(arguments(tmp_path))
     # of several nodes each may have a folder of its own
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert "takes 13.38 MB, and 4.46 MB are free" in warned(arguments(tmp_path, world_size=2))
+    said = warned(arguments(tmp_path, world_size=2))
+    assert "a checkpoint takes 13.38 MB, and 4.46 MB are free" in said and "more" not in said
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(TSTError, match="expected 13.38 MB free"):
+        space.check_space(arguments(tmp_path, world_size=2))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    with pytest.raises(TSTError, match="expected 13.38 MB free"):
+        space.check_space(arguments(tmp_path, world_size=2))
     space.check_space(arguments(tmp_path, save=None))
     space.check_space(arguments(tmp_path, save="s3://bucket/x"))
 
@@ -117,6 +154,8 @@ def test_no_space_for_all_checkpoints(tmp_path, monkeypatch):
     size = 12 * WEIGHTS
     looked(monkeypatch, 10 * size)
     assert warned(arguments(tmp_path)) == ""
+    looked(monkeypatch, size)
+    assert "take 134 MB, and 13.4 MB are free" in warned(arguments(tmp_path))
     looked(monkeypatch, 9 * size)
     said = warned(arguments(tmp_path))
     assert "10 more checkpoints of 13.38 MB take 133.80 MB, and 120.42 MB are free. Raise" in said
