@@ -155,7 +155,7 @@ def test_no_space_for_all_checkpoints(tmp_path, monkeypatch):
     looked(monkeypatch, 10 * size)
     assert warned(arguments(tmp_path)) == ""
     looked(monkeypatch, size)
-    assert "take 134 MB, and 13.4 MB are free" in warned(arguments(tmp_path))
+    assert "take 133.80 MB, and 13.38 MB are free" in warned(arguments(tmp_path))
     looked(monkeypatch, 9 * size)
     said = warned(arguments(tmp_path))
     assert "10 more checkpoints of 13.38 MB take 133.80 MB, and 120.42 MB are free. Raise" in said
