@@ -128,6 +128,8 @@ def test_several_validation_sets_are_apart(tmp_path, names):
     assert run.validation == {10: 2.0} and not run.test
     with pytest.raises(TSTError, match=f"--validation-set: expected one of {names[0]}, {names[1]}"):
         curves.read(tmp_path / "log")
+    (tmp_path / "first").write_text("\n".join([*HEAD, *steps(1, 10), valid(10, 3.0, name="-x")]))
+    assert curves.read(tmp_path / "first").validation == {10: 3.0}  # the only one
     (tmp_path / "one").write_text("\n".join(WHOLE))
     with pytest.raises(TSTError, match="expected a run with several sets"):
         curves.read(tmp_path / "one", names[0])
@@ -621,8 +623,9 @@ def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
     run = curves.read(path, "a")
     assert run.nan_from == 8 and run.validation == {10: 5.0} and run.final_validation is None
     assert run.raw_tokens == {} and run.flops is None and run.positions is None
+    assert curves.read(path).validation == {10: 5.0}  # the only one
     with pytest.raises(TSTError, match="expected one of a, which"):
-        curves.read(path)
+        curves.read(path, "b")
     with pytest.raises(TSTError, match="got none there, but in .*tb. Give the folder of one run"):
         curves.read(tmp_path)
 
