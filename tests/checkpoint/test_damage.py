@@ -419,6 +419,15 @@ def test_metadata_json(small, text, message):
         Checkpoint(small)
 
 
+def test_another_format_is_named(small):
+    (small / "metadata.json").unlink()
+    with pytest.raises(TSTError, match=r"says so\), got no metadata.json in it. Save with"):
+        Checkpoint(small)
+    (small / "mp_rank_00").mkdir()
+    with pytest.raises(TSTError, match="got one of --ckpt-format torch"):
+        Checkpoint(small)
+
+
 def test_trackers(small):
     folder = small.parent
     second = Path(shutil.copytree(small, folder / "iter_0000002"))
