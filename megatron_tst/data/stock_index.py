@@ -100,8 +100,6 @@ def _write_one(long, ordinary, positions, parts, schedule):
     assert wanted.max(initial=0) < len(sample_index) - 1
     # whoever asks for more than the run's samples gets other text
     rest = np.setdiff1d(np.arange(len(sample_index) - 1), wanted)
-    dtype = np.uint32 if len(sample_index) < 2**32 - 1 else np.int64
-    shuffle_index = np.concatenate([wanted, rest]).astype(dtype)
     kind, split = type(ordinary).__name__, ordinary.index_split.name
     base = f"{ordinary.unique_description_hash}-{kind}-{split}"
     return _replace(
@@ -109,7 +107,7 @@ def _write_one(long, ordinary, positions, parts, schedule):
         base,
         document_index=np.asarray(long.document_index),
         sample_index=sample_index,
-        shuffle_index=shuffle_index,
+        shuffle_index=np.concatenate([wanted, rest]),
     )
 
 

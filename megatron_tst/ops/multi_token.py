@@ -26,9 +26,8 @@ def rolls_bags(tensor: torch.Tensor | None, dims: int) -> bool:
             [b, H, L/cp] by the same function, floats with the sequence last.
         dims: the dimension to roll.
     """
-    if tensor is None or tensor.dim() != 3 or tensor.dtype not in _IDS:
-        return False
-    return dims % tensor.dim() == tensor.dim() - 1
+    bags = tensor is not None and tensor.dim() == 3 and tensor.dtype in _IDS
+    return bags and dims % 3 == 2
 
 
 def accepted_in_bags(

@@ -5,6 +5,7 @@ text: the same digits, and at the end the same bits."""
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from support.runs import ROOT, TINY, TST, data
@@ -210,6 +211,12 @@ def test_every_recovery_sample_is_the_one_that_tst_would_read(
         PhasedDataset(long, schedule, config),
     )
     assert len(again) >= total
+    for one in again.datasets if blend else [again]:  # every sample once
+        assert np.array_equal(np.sort(one.shuffle_index), np.arange(len(one.shuffle_index)))
+    for i in range(superposed):  # the first of the text of a sample of bags
+        assert torch.equal(
+            torch.as_tensor(again[i]["tokens"]), ours[i]["tokens"].flatten()[:length]
+        )
     for i in range(superposed, total):
         want, got = ours[i], again[i]
         assert all(

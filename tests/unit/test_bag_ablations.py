@@ -125,6 +125,12 @@ def test_logits_are_untouched_unless_asked(loss):
         total.backward()
 
 
+@pytest.mark.parametrize("label", [4, -1])
+def test_labels_outside_the_vocabulary_are_refused(loss, label):
+    with pytest.raises(ValueError, match=f"expected labels in 0..3 or -100, got {label}"):
+        multi_hot_cross_entropy(torch.zeros(2, 4), torch.full((2, 1), label), loss=loss)
+
+
 def test_the_extension_is_refused(loss):
     with pytest.raises(
         ValueError, match=f"expected kernel 'auto' or 'torch' with loss '{loss}', got 'extension'"

@@ -5,8 +5,10 @@ import types
 import warnings
 
 import pytest
+import torch
 
 from megatron_tst.checkpoint.phases import store
+from megatron_tst.checks import refusals
 from megatron_tst.checks.refusals import check_arguments
 from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.errors import TSTError
@@ -335,7 +337,13 @@ def test_warnings_outside_the_papers_range():
         "bag size 16: the paper found 4 to 8 robust, and up to 16 at 10B"
         in warned(TSTConfig(bag_size=16, step_ratio=0.3))[0]
     )
-    assert "bag size 2" in warned(TSTConfig(bag_size=2, step_ratio=0.3))[0]
+    for size in (2, 3, 9, 64):
+        (said,) = warned(TSTConfig(bag_size=size, step_ratio=0.3))
+        assert f"bag size {size}: " in said
+    assert len(warned(TSTConfig(bag_size=65, step_ratio=0.3))) == 2  # and long samples
+    for iters, shown in ((195, None), (405, None), (194, "0.194"), (406, "0.406")):
+        said = warned(TSTConfig(bag_size=6, iters=iters))
+        assert len(said) == bool(shown) and all(f"step ratio {shown}: " in one for one in said)
     assert "step ratio 0.500" in warned(TSTConfig(bag_size=6, iters=500))[0]
     with pytest.raises(TSTError, match="expected --tst-bag-size of 2 or more beside it, got 1"):
         warned(TSTConfig(step_ratio=0.3))
@@ -590,3 +598,12 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
         check_restorable(argparse.Namespace(**vars(args) | changes))
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     check_restorable(args)
+
+
+def test_the_gpu_is_asked_for_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(refusals.cpu, "asked_for", lambda: True)
+    assert refusals.this_gpu() is None
+    monkeypatch.setattr(refusals.cpu, "asked_for", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert refusals.this_gpu() == ((9, 0), "13.0")

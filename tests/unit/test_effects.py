@@ -156,6 +156,7 @@ def test_others_are_left_to_argparse(line):
     [
         (TSTConfig(10**23, iters=3), "--tst-bag-size: expected a run of at most 9,223,372,036,854"),
         (TSTConfig(2**45, iters=900), "raw tokens, which Megatron can count, got 35184372088832"),
+        (TSTConfig(2**45, iters=900), "at most 9,223,372,036,854,775,807 raw tokens"),
         (TSTConfig((10**9, 10**9 + 1), iters=(3, 3)), "got 1000000000,1000000001"),
         (
             TSTConfig(129, iters=3, superpose="output"),

@@ -154,6 +154,27 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
             r"queries, keys and values of a rank: expected a multiple of 16, got 648",
         ),
         (
+            H100,  # as many query groups as heads, whatever is set
+            dict(num_attention_heads=6, kv_channels=36, num_query_groups=1),
+            r"queries, keys and values of a rank: expected a multiple of 16, got 648",
+        ),
+        (
+            H100,
+            dict(num_attention_heads=4, kv_channels=40, tensor_model_parallel_size=4),
+            r"queries, keys and values of a rank: expected a multiple of 16, got 120",
+        ),
+        (
+            H100,
+            dict(
+                num_attention_heads=12,
+                kv_channels=20,
+                group_query_attention=True,
+                num_query_groups=2,
+                tensor_model_parallel_size=2,
+            ),
+            "--num-attention-heads x --kv-channels of a rank: expected a multiple of 16, got 120",
+        ),
+        (
             H100,
             dict(num_experts=8, moe_ffn_hidden_size=1000),
             "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 1000",
@@ -266,6 +287,25 @@ def test_gathering_parameters_in_fp8_passes_through(config):
     with warnings.catch_warnings(action="error"):
         refusals.check_arguments(config, args, lambda: B200)
     assert args == before
+
+
+def test_flags_that_a_version_does_not_have():
+    names = "fp8 fp8_recipe seq_length micro_batch_size tensor_model_parallel_size".split()
+    names += "hidden_size num_attention_heads ffn_hidden_size".split()
+    args = argparse.Namespace(**{name: getattr(arguments(), name) for name in names})
+    with pytest.warns(UserWarning) as caught:
+        check_precision(TST, args, H100)
+    (said,) = caught
+    assert "the first layer sees means of embeddings" in str(said.message)
+    args.fp8_recipe = "delayed"
+    with pytest.warns(UserWarning) as caught:
+        check_precision(TST, args, H100)
+    (said,) = caught
+    assert "Megatron's default" in str(said.message)
+    assert recipe_of(argparse.Namespace()) is None
+    assert recipe_of(argparse.Namespace(fp8="e4m3")) == "delayed"
+    assert recipe_of(argparse.Namespace(fp4="e2m1")) == "nvfp4"
+    assert recipe_of(argparse.Namespace(fp4="e2m1", fp4_recipe="custom")) == "custom"
 
 
 def test_recipe_and_tokens():

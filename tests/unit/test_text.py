@@ -162,6 +162,11 @@ def test_the_line_says_each_phase():
     )
 
 
+@pytest.mark.parametrize("times, shown", [(4, "4.00"), (0.1, "0.10"), (0.0994, "0.099")])
+def test_digits_of_how_often(times, shown):
+    assert text._times(times) == shown
+
+
 def check(tokens, config, schedule=None, weights=None):
     corpora = [
         text.Corpus(name, count, weights and weights[i])
