@@ -248,14 +248,15 @@ def test_everything_that_inspect_shows(tmp_path):
     about = describe(found)
     assert (about["phase"], about["raw tokens"]) == ("no TST", 16 * 8)
     assert "phases" not in about
-    legacy = rewrite.Changes(common={"args": argparse.Namespace()}, legacy=True)
+    bare = argparse.Namespace(consumed_train_samples=3)
+    legacy = rewrite.Changes(common={"args": bare}, legacy=True)
     legacy.keep = lambda name: not name.startswith("optimizer.")
     rewrite.rewrite(source, tmp_path / "old", legacy)
     about = describe(Checkpoint(tmp_path / "old"))
     assert about["format"] == "torch_dist, common.pt (<= 0.18)" and not about["optimizer"]
     nothing = "iteration", "global batch size", "sequence length"
     assert [about[name] for name in nothing] == [None] * 3
-    assert (about["consumed samples"], about["raw tokens"]) == (0, 0)
+    assert (about["consumed samples"], about["raw tokens"]) == (3, 0)
     assert about["tst settings"] == about["layout when saved"] == {}
 
 
