@@ -153,8 +153,10 @@ def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
         TSTError: with --seq-length and what it must be a multiple of.
     """
     length = getattr(args, "seq_length", None)
-    if not config.enabled or not length:
+    if not config.enabled or length is None:
         return
+    if length < 1:  # Megatron's index builder would divide by it, and kill the process
+        refuse("--seq-length", "at least 1 position", length, "Correct it.")
     cp = getattr(args, "context_parallel_size", 1)
     tp = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
     two = 2 * cp if cp > 1 else 1  # each context-parallel rank holds two chunks
