@@ -75,6 +75,8 @@ def check_arguments(
     schedule = config.schedule(args)
     _check_boundary(config, schedule, args)
     _check_bag_sizes(config, schedule)
+    if not schedule.train_samples:
+        refuse("--train-iters or --train-samples", "at least 1", 0, "Correct it.")
     ratio = schedule.superposition_samples / schedule.train_samples
     low, high = ROBUST_BAG_SIZES
     for size in config.bag_sizes:
