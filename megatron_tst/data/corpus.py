@@ -92,7 +92,7 @@ def make(
     for path in files:
         if path.suffix == ".jsonl":
             warn(
-                f"{path}: read as one document, JSON and all. Megatron's tools/preprocess_data.py "
+                f"{path}: read as one document, JSON and all. Megatron-LM's preprocess_data.py "
                 "makes a document of each line"
             )
 
