@@ -4,6 +4,7 @@ is cut.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,7 +27,15 @@ def differences(
         optimizer: the optimizer's state too.
 
     Memory: one shard of either.
+
+    Raises:
+        TSTError: an item of either is damaged, one that is no tensor too.
     """
+    for checkpoint in (one, other):
+        objects = set(checkpoint.objects)
+        for item in checkpoint.items:
+            if item.name in objects:
+                checkpoint.check(item)
     ours, others = (
         {name for name in c.tensors if optimizer or not name.startswith(OPTIMIZER)}
         for c in (one, other)
@@ -70,9 +79,17 @@ def _compare(one, item, other, candidates):
         mine = shard[tuple(cut for cut, _ in box)]
         theirs = other.tensor(candidate)[tuple(cut for _, cut in box)]
         covered += mine.numel()
-        if not torch.equal(mine, theirs):
-            largest = max(largest or 0.0, (mine.double() - theirs.double()).abs().max().item())
+        if not torch.equal(_bits(mine), _bits(theirs)):
+            a, b = mine.double(), theirs.double()
+            apart = (a - b).abs().nan_to_num(nan=math.inf)
+            apart[(a == b) | (a.isnan() & b.isnan())] = 0.0
+            largest = max(largest or 0.0, apart.max().item())
     return largest, covered == shard.numel()
+
+
+def _bits(tensor):
+    """Bytes: a NaN equals itself, and -0.0 is not 0.0."""
+    return tensor.contiguous().flatten().view(torch.uint8)
 
 
 def _shape(checkpoint, item):

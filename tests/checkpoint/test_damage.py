@@ -580,6 +580,33 @@ def test_verify_sees_dtypes_and_what_only_one_has(small, tmp_path):
     }
 
 
+def test_verify_compares_bits(tmp_path):
+    """Two checkpoints with the same NaN are the same, and a zero with a sign is another one."""
+    folders = []
+    for i, value in enumerate((0.0, -0.0, 1.0)):
+        folders.append(tmp_path / str(i) / "iter_0000001")
+        folders[-1].mkdir(parents=True)
+        items = [("norm", (2,), (0,), torch.tensor([float("nan"), value]))]
+        write_checkpoint(folders[-1], items, argparse.Namespace(), lambda done: None)
+    zero, signed, one = map(Checkpoint, folders)
+    assert differences(zero, zero) == {}
+    assert differences(zero, signed) == {"norm": "differs by up to 0"}
+    assert differences(zero, one) == {"norm": "differs by up to 1"}
+
+
+def test_verify_reads_what_is_no_tensor(small, tmp_path):
+    """Random-number states and the common state: damaged, they are no part of "the same"."""
+    shutil.copytree(small, tmp_path / "copy")
+    copy = Checkpoint(tmp_path / "copy")
+    (item,) = (item for item in copy.items if item.name in copy.objects)
+    with open(copy.path / item.file, "r+b") as file:
+        file.seek(item.offset + item.length // 2)
+        file.write(bytes(64))
+    for pair in ((copy, Checkpoint(small)), (Checkpoint(small), copy)):
+        with pytest.raises(TSTError, match="as it was written"):
+            differences(*pair)
+
+
 def test_new_rows_of_every_shard(tmp_path):
     """Tensor-parallel shards get rows of their own, those of the uncut table, and the optimizer's
     fp32 copy gets them unrounded.
