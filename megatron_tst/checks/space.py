@@ -95,9 +95,14 @@ def in_units(*sizes: int) -> list[str]:
     ['1,500,000,001 bytes', '1,500,000,000 bytes']
     """
     shown = [
-        next((f"{size / of:.3g} {unit}" for unit, of in _UNITS if size >= of), f"{size} bytes")
+        next((f"{_digits(size / of)} {unit}" for unit, of in _UNITS if size >= of), f"{size} bytes")
         for size in sizes
     ]
     if len(set(shown)) == len(set(sizes)):
         return shown
     return [f"{size:,} bytes" for size in sizes]
+
+
+def _digits(number: float) -> str:
+    """Three of them, and no exponent of ten."""
+    return f"{float(f'{number:.3g}'):g}"
