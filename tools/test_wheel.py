@@ -2,7 +2,8 @@
 
 Builds the wheel, installs it without extras into a new environment, and runs every verb in an empty
 folder: --help, plan, doctor, what a verb says whose extra is missing, and, with the demo's extra, a
-short demo and the verbs on its checkpoints. No output may name a file that only a checkout has.
+short demo and the verbs on its checkpoints. No output may name a file that only a checkout has. At
+last it runs story.sh, a user's whole way from text of one's own to text of the model's.
 Needs the network or pip's cache, about 6 GB in the temporary folder, and some minutes. No GPU.
 Exit code 1: something was not as it should be; it says what.
 """
@@ -46,6 +47,9 @@ def main() -> int:
         without_extras(here)
         pip(here, "install", "--constraint", ROOT / "constraints.txt", f"{wheel}[demo]")
         with_the_demo(here)
+        wanted = f"{wheel}[demo,hf]", "transformers"
+        pip(here, "install", "--constraint", ROOT / "constraints.txt", *wanted)
+        story(here)
     print("test_wheel: all is well")
     return 0
 
@@ -118,6 +122,14 @@ def with_the_demo(here: Path) -> None:
     lacks(here, "modelopt", *quantize, cpu="0")  # the shims for training on CPU are not for it
 
 
+def story(here: Path) -> None:
+    start, path = time.time(), f"{here / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "tools" / "story.sh"), str(here / "story")]
+    done = subprocess.run(command, cwd=here, env=_environment("1") | {"PATH": path})
+    print(f"test_wheel: {time.time() - start:5.1f} s  story.sh", flush=True)
+    expect(done.returncode == 0, "story.sh")
+
+
 def lacks(here: Path, extra: str, *arguments: str, cpu: str = "1") -> None:
     """A verb that needs an extra says which, in one line."""
     said = tst(here, *arguments, code=2, cpu=cpu)
@@ -128,12 +140,10 @@ def lacks(here: Path, extra: str, *arguments: str, cpu: str = "1") -> None:
 
 def tst(here: Path, *arguments: str, code: int = 0, cpu: str = "1") -> subprocess.CompletedProcess:
     """Run the command in the empty folder, with nothing of the checkout in its environment."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"MEGATRON_TST_CPU": cpu, "CUDA_VISIBLE_DEVICES": ""}
     start = time.time()
     command = [here / "venv" / "bin" / "megatron-tst", *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=here / "empty", env=environment
+        command, capture_output=True, text=True, cwd=here / "empty", env=_environment(cpu)
     )
     said = done.stdout + done.stderr
     print(
@@ -143,6 +153,11 @@ def tst(here: Path, *arguments: str, code: int = 0, cpu: str = "1") -> subproces
     expect("Traceback" not in said, said)
     expect(not OF_A_CHECKOUT.search(said), f"it names a file of the checkout:\n{said}")
     return done
+
+
+def _environment(cpu: str) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return environment | {"MEGATRON_TST_CPU": cpu, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def pip(here: Path, *arguments) -> None:

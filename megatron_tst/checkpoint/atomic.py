@@ -29,6 +29,7 @@ from typing import BinaryIO
 
 from megatron_tst.checkpoint.renames import exchange, left_over, rename_new, tag
 from megatron_tst.errors import refuse, warn
+from megatron_tst.sizes import sizes
 
 MARK = ".megatron_tst.json"  # in every folder that is written, last: its files and their sizes
 _ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -270,11 +271,9 @@ def _identity(path):
 
 def _check_space(target, needed):
     folder = next(path for path in target.parents if path.exists())
-    sizes = needed, free = int(1.01 * needed) + (16 << 20), shutil.disk_usage(folder).free
+    needed, free = int(1.01 * needed) + (16 << 20), shutil.disk_usage(folder).free
     if free < needed:
-        expected, got = (f"{size / 1e9:.2f} GB" for size in sizes)
-        if expected == got:
-            expected, got = (f"{size:,} bytes" for size in sizes)
+        expected, got = sizes(needed, free)
         do = "Make room or choose another disk."
         refuse(folder, f"{expected} of free space", got, do)
 

@@ -389,6 +389,9 @@ def _backend(folder: Path) -> str:
         about = json.loads((folder / "metadata.json").read_text())
         found = about["sharded_backend"]
         version = about.get("sharded_backend_version", 1)
+    except FileNotFoundError:
+        old = any(folder.glob("mp_rank_*"))
+        return "one of --ckpt-format torch (mp_rank_...)" if old else "no metadata.json in it"
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     if found == "torch_dist" and (version != 1 or version is True):

@@ -131,7 +131,8 @@ def training_blend(
     if split is None and getattr(args, "data_path", None):
         split = "969, 30, 1"  # Megatron's default, with --data-path alone
     shares = [_number(share) for share in re.findall(r"[.0-9]+", split or "")]
-    wrong = None in shares or re.search(r"(^|,)\s*-", split or "")
+    # Megatron takes the digits alone: 1 and 2 of 1e2
+    wrong = None in shares or re.search(r"(^|,)\s*-|[A-Za-z]", split or "")
     if wrong or not (0 < len(shares) <= len(SPLITS) and shares[0] > 0):
         do = "Give the shares of training, validation and test, as 99,1,0."
         refuse("--split", "up to three numbers, the first above 0", split or "none", do)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -169,3 +171,26 @@ def check_output_folder(flag: str, folder: str | None) -> None:
             f"{folder}: {error.strerror}",
             "Choose another one or mend its permissions.",
         )
+
+
+def check_load_folder(folder: str | None, step: int | None) -> None:
+    """Refuse a --load in which Megatron would not find what is meant. In an iteration's own folder
+    it finds no tracker file and begins from scratch.
+
+    Args:
+        folder: None, and object storage, are left alone.
+        step: --ckpt-step; None: the tracker file's.
+
+    Raises:
+        TSTError: it is an iteration's folder, or has no such iteration.
+    """
+    if not folder or "://" in folder:
+        return
+    path = Path(os.path.abspath(folder))
+    if re.fullmatch(r"iter_\d{7,}|release", path.name) and (path / "metadata.json").is_file():
+        do = f"Give {path.parent}, and --ckpt-step for another iteration than the last."
+        refuse("--load", "the folder that --save named", f"{folder}, a checkpoint in it", do)
+    if step is not None and path.is_dir() and not (path / f"iter_{step:07d}").is_dir():
+        there = sorted(int(p.name[5:]) for p in path.glob("iter_*") if p.name[5:].isdecimal())
+        expected = f"one of {', '.join(map(str, there[-9:]))}" if there else "an iteration"
+        refuse("--ckpt-step", f"{expected} in {folder}", step, "Correct it.")

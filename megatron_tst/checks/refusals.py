@@ -75,6 +75,8 @@ def check_arguments(
     schedule = config.schedule(args)
     _check_boundary(config, schedule, args)
     _check_bag_sizes(config, schedule)
+    if not schedule.train_samples:
+        refuse("--train-iters or --train-samples", "at least 1", 0, "Correct it.")
     ratio = schedule.superposition_samples / schedule.train_samples
     low, high = ROBUST_BAG_SIZES
     for size in config.bag_sizes:
@@ -153,8 +155,10 @@ def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
         TSTError: with --seq-length and what it must be a multiple of.
     """
     length = getattr(args, "seq_length", None)
-    if not config.enabled or not length:
+    if not config.enabled or length is None:
         return
+    if length < 1:  # Megatron's index builder would divide by it, and kill the process
+        refuse("--seq-length", "at least 1 position", length, "Correct it.")
     cp = getattr(args, "context_parallel_size", 1)
     tp = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
     two = 2 * cp if cp > 1 else 1  # each context-parallel rank holds two chunks

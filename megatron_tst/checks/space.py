@@ -15,8 +15,7 @@ import shutil
 
 from megatron_tst.errors import refuse, warn
 from megatron_tst.model_size import parameters
-
-_UNITS = ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)
+from megatron_tst.sizes import sizes
 
 
 def checkpoint_bytes(args: argparse.Namespace) -> int | None:
@@ -59,7 +58,7 @@ def check_space(args: argparse.Namespace) -> None:
         return
     free = shutil.disk_usage(folder).free
     if free < size:
-        one, there = in_units(size, free)
+        one, there = sizes(size, free)
         what, do = f"--save {folder}", "Free some, or save elsewhere."
         if args.world_size <= int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
             refuse(what, f"{one} free for a checkpoint", there, do)
@@ -67,9 +66,9 @@ def check_space(args: argparse.Namespace) -> None:
         return
     kept = kept_checkpoints(args, folder)
     if free < kept * size:
-        wanted, there = in_units(kept * size, free)
+        wanted, there = sizes(kept * size, free)
         warn(
-            f"--save {folder}: {kept} more checkpoints of {in_units(size)[0]} take {wanted}, and "
+            f"--save {folder}: {kept} more checkpoints of {sizes(size)[0]} take {wanted}, and "
             f"{there} are free. Raise --save-interval, or give --save-retain-interval"
         )
 
@@ -84,25 +83,3 @@ def kept_checkpoints(args: argparse.Namespace, folder: str) -> int:
         kept = min(kept, iterations // retained + 2)  # the newest two as well
     there = [name for name in os.listdir(folder) if re.fullmatch(r"iter_\d{7}", name)]
     return max(1, kept - len(there))
-
-
-def in_units(*sizes: int) -> list[str]:
-    """Byte counts in units, or as they are where that would hide that they differ.
-
-    >>> in_units(1_500_000_000, 20_000_000)
-    ['1.5 GB', '20 MB']
-    >>> in_units(1_500_000_001, 1_500_000_000)
-    ['1,500,000,001 bytes', '1,500,000,000 bytes']
-    """
-    shown = [
-        next((f"{_digits(size / of)} {unit}" for unit, of in _UNITS if size >= of), f"{size} bytes")
-        for size in sizes
-    ]
-    if len(set(shown)) == len(set(sizes)):
-        return shown
-    return [f"{size:,} bytes" for size in sizes]
-
-
-def _digits(number: float) -> str:
-    """Three of them, and no exponent of ten."""
-    return f"{float(f'{number:.3g}'):g}"

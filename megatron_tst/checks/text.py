@@ -15,6 +15,7 @@ left out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ def count(
 
 
 def readings(corpora: Sequence[Corpus], schedule: Schedule) -> list[Reading]:
-    """How much a run reads of each corpus.
+    """How much a run reads of each corpus; of one that a blend has twice, in all.
 
     Example: bags of 4 for 2 of 4 iterations of 1 sample of 8 positions: 64 tokens in bags, 16 in
     recovery, a quarter of them from the second corpus.
@@ -113,10 +114,15 @@ def readings(corpora: Sequence[Corpus], schedule: Schedule) -> list[Reading]:
     alone = len(corpora) == 1
     parts = [1 if alone else c.weight or long_samples(c, schedule) for c in corpora]
     phases = [phase.samples * phase.width * schedule.seq_length for phase in schedule.phases]
-    return [
-        Reading(corpus, tuple(tokens * part / sum(parts) for tokens in phases))
-        for corpus, part in zip(corpora, parts)
-    ]
+    found: dict[str, Reading] = {}
+    for corpus, part in zip(corpora, parts):
+        tokens = [tokens * part / sum(parts) for tokens in phases]
+        place = os.path.realpath(corpus.prefix)  # named twice, it is still one text
+        if place in found:
+            tokens = map(sum, zip(tokens, found[place].by_phase))
+            corpus = found[place].corpus
+        found[place] = Reading(corpus, tuple(tokens))
+    return list(found.values())
 
 
 def long_samples(corpus: Corpus, schedule: Schedule) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 
 from megatron_tst import compat
 from megatron_tst.checkpoint.atomic import new_files, write_json, write_text
-from megatron_tst.errors import optional, refuse
+from megatron_tst.errors import optional, refuse, warn
 
 END = "<|end|>"
 TEXT = {".py", ".txt", ".rst", ".md", ".c", ".h", ".cpp", ".cu", ".json", ".toml"}
@@ -89,6 +89,13 @@ def make(
         refuse("--input", f"text files ({' '.join(sorted(TEXT))})", got, "Name others.")
     random.Random(seed).shuffle(files)
 
+    for path in files:
+        if path.suffix == ".jsonl":
+            warn(
+                f"{path}: read as one document, JSON and all. Megatron-LM's preprocess_data.py "
+                "makes a document of each line"
+            )
+
     def ours(folder):
         return _as_made(folder / prefix.name)
 
@@ -143,7 +150,8 @@ def find_files(
     folder that holds them, unless it is named itself.
 
     Args:
-        prefix: what is below a folder and belongs to this corpus is not read.
+        prefix: what is below a folder and belongs to this corpus is not read. What belongs to
+            another one is left out.
         left_out: gets the files that are no text by their ending.
 
     Raises:
@@ -170,7 +178,9 @@ def find_files(
             identity = _identity(path)
             if identity in seen or identity in own:
                 continue
-            if path != root and path.suffix not in TEXT:
+            if path != root and _of_a_corpus(path):
+                left_out.add("of another corpus", path)
+            elif path != root and path.suffix not in TEXT:
                 left_out.add("of other endings", path)
             elif not path.is_file():
                 left_out.add("that are no files", path)
@@ -178,6 +188,15 @@ def find_files(
                 found.append(path)
                 seen.add(identity)
     return found
+
+
+def _of_a_corpus(path: Path) -> bool:
+    """Whether it is what `make` writes beside an index."""
+    names = (path.name.removesuffix(ending) for ending in FILES if path.name.endswith(ending))
+    return any(
+        name and all(path.with_name(name + ending).exists() for ending in (".bin", ".idx"))
+        for name in names
+    )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -162,6 +162,8 @@ class _Config:
         kinds = self.get("layer_types", (list, type(None)), default=None) or ()
         if others := [kind for kind in kinds if kind != "full_attention"]:
             self.refuse("layer_types", "full_attention in all layers", shown(others[0]))
+        if kinds and len(kinds) != (layers := self.size("num_hidden_layers", _LAYERS)):
+            self.refuse("layer_types", f"one for each of the {layers} layers", len(kinds))
 
     def get(self, key, kind, **more):
         """The value, the default where the key is absent."""
@@ -212,8 +214,12 @@ def _rope(model) -> dict:
         found["interpolation"] = int(factor) if factor != 1 else None
     elif kind == "llama3":
         whole = model.size("max_position_embeddings")
-        given = {"original_max_position_embeddings": whole} | rope
-        wrong |= any(given.get(key) != value for key, value in LLAMA3_ROPE.items())
+        key = "original_max_position_embeddings"
+        given = {key: whole} | rope | {k: v for k, v in model.found.items() if k == key}
+        for key, value in LLAMA3_ROPE.items():  # the outer key counts where both are there
+            if given.get(key) != value:
+                do = "Megatron has Llama 3.1's constants alone."
+                refuse(f"{path}: {key}", value, shown(given.get(key)), do)
     elif kind != "default":
         wrong = True
     if wrong:
@@ -239,6 +245,10 @@ def _experts(model, layers) -> dict:
         model.refuse("num_experts", "what num_local_experts says", sorted(experts))
     (count,) = experts
     chosen = model.get("num_experts_per_tok", int, least=1, most=count)
+    if chosen > count:  # what an absent key stands for
+        model.refuse(
+            "num_experts_per_tok", f"at most the {count} experts", f"{chosen}, its default"
+        )
     normed = model.flag("norm_topk_prob")
     if chosen == 1 and normed:  # Megatron: "Please use --moe-router-pre-softmax when topk is 1"
         model.refuse("norm_topk_prob", "false where one expert is chosen", "true")

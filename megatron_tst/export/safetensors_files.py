@@ -19,6 +19,7 @@ _NAMES = {"bfloat16": "BF16", "float32": "F32"}
 _ALONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' names of what an import takes
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}  # files that may be a model
 _AGAIN = "Download the model again."
 
 
@@ -153,8 +154,9 @@ class SafetensorsFolder:
         """(files that it names, tensor -> name of its file)"""
         path = self.source / _INDEX
         if not path.exists():
-            got = ", ".join(sorted(p.name for p in self.source.glob("*.safetensors"))) or "neither"
-            refuse(self.source, f"{_ALONE} or {_INDEX}", got, _AGAIN)
+            names = sorted(p.name for p in self.source.iterdir() if p.suffix in _WEIGHTS)
+            do = "Save it with transformers' save_pretrained, or download it again."
+            refuse(self.source, f"{_ALONE} or {_INDEX}", ", ".join(names[:3]) or "neither", do)
         index = entry(read_json(path, do=_AGAIN), "weight_map", dict, path, do=_AGAIN)
         if not index:
             refuse(f"{path}: weight_map", "the files of tensors", "none", _AGAIN)

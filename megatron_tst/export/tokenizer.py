@@ -35,6 +35,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TEXTS = {"merges.txt", "chat_template.jinja"}
 # What ends a document where no tokenizer_config.json names it: GPT's and Qwen's, that of
 # `megatron-tst corpus`, and those of usual sentencepiece tokenizers.
 _ENDS = "<|endoftext|>", END, "<|end_of_text|>", "</s>", "<eos>"
@@ -95,7 +96,8 @@ def check_files(files: list[Path], rows: int | None = None) -> dict[str, int] | 
         token -> id of the whole tokenizer, None where the files do not say it.
 
     Raises:
-        TSTError: a file that is not what its name says, or an id that the model has no row for.
+        TSTError: a file that is not what its name says, an id that the model has no row for, or
+            settings that name an end token which the tokenizer does not have.
     """
     by_name = {}
     for file in files:
@@ -106,12 +108,13 @@ def check_files(files: list[Path], rows: int | None = None) -> dict[str, int] | 
     objects = {
         name: read_json(file, do=_DO) for name, file in by_name.items() if name.endswith(".json")
     }
-    tokens = None
+    for name in _TEXTS & by_name.keys():
+        _check_text(by_name[name])
+    # it is copied also where tokenizer.json counts
+    tokens = _pieces(by_name[_PIECES]) if _PIECES in by_name else None
     if _FAST in by_name:
         tokens = _fast(by_name[_FAST])
-    elif _PIECES in by_name:
-        tokens = _pieces(by_name[_PIECES])
-    elif _SLOW in by_name:
+    elif _SLOW in by_name and _PIECES not in by_name:
         tokens = _ids(objects[_SLOW], by_name[_SLOW])
     if tokens is None:
         return None
@@ -124,6 +127,7 @@ def check_files(files: list[Path], rows: int | None = None) -> dict[str, int] | 
         expected = f"ids below the model's {rows} rows"
         token = max(tokens, key=tokens.get)
         refuse(files[0], expected, f"{token!r} = {tokens[token]}", "It is of another model.")
+    _end(files, tokens)
     return tokens
 
 
@@ -201,6 +205,14 @@ def _end(files, tokens) -> str | None:
             if found is not None:
                 return found
     return next((name for name in _ENDS if name in tokens), None)
+
+
+def _check_text(file):
+    try:
+        file.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        got = f"byte {error.object[error.start]:#x} at {error.start}"
+        refuse(file, "text in UTF-8", got, _DO)
 
 
 def _fast(file) -> dict[str, int]:

@@ -22,12 +22,14 @@ def read(path: Path, validation_set: str | None = None) -> Run:
     Args:
         path: of a log, packed by gzip, bzip2 or xz or not, or of TensorBoard's files.
         validation_set: which one counts, where Megatron has several (--multiple-validation-sets):
-            its name, or its number as "0".
+            its name, or its number as "0". None: the only one.
 
     Raises:
         TSTError: a path without such a run, with two of them, or without this validation set.
     """
     run = read_events(path) if path.is_dir() or "tfevents" in path.name else read_log(path)
+    if len(run.sets) == 1 and validation_set is None:
+        (validation_set,) = run.sets
     if run.sets and validation_set not in run.sets:
         expected = f"one of {', '.join(run.sets)}, which {path} has"
         refuse("--validation-set", expected, validation_set or "none", "Name one.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_tst.errors import optional, refuse
-from megatron_tst.planning.logs import about_losses
+from megatron_tst.planning.logs import about_losses, begins_late, done_again, one_run
 from megatron_tst.planning.runs import Run
 
 TAG = "lm loss validation"
@@ -28,24 +28,28 @@ def read_events(path: Path) -> Run:
         TSTError: no event files, or tensorboard is not installed.
     """
     reader = optional("tensorboard.backend.event_processing.event_accumulator", "tensorboard")
-    files = sorted(path.glob("*tfevents*")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*tfevents*") if not file.is_dir())
     if not files:
         inside = sorted({str(file.parent) for file in path.glob("*/**/*tfevents*")})
         got = f"none there, but in {', '.join(inside[:3])}" if inside else "none"
         refuse(path, "TensorBoard's event files", got, "Give the folder of one run.")
-    run, times = Run(), {}
+    run = Run()
     found = [part for file in files if (part := _scalars(reader, file))]
     parts = sorted(found, key=lambda part: part["began"])
     for part in parts:
-        _add(run, part, times)
+        _add(run, part, path)
     if not parts:
         refuse(path, "scalars of Megatron", "none", "Give the folder of --tensorboard-dir.")
     if run.train or run.nan:
         run.total = run.last
-    first = min(times, default=0)
-    run.seconds = {at: time - times[first] for at, time in times.items() if at > first}
-    if times and not run.seconds:
-        run.seconds = {first: 0.0}
+    first = min(run.seconds, default=0)
+    if begins_late(run.seconds, first, run.arguments.get("tensorboard_log_interval", "")):
+        run.notes.append(f"it begins at iteration {first}: the seconds before are not known")
+        run.seconds = {}
+    if len(run.seconds) > 1:  # how long the first took is not known
+        del run.seconds[first]
     run.fill_raw_tokens()
     run.notes += about_losses(run)
     return run
@@ -84,28 +88,27 @@ def _scalars(reader: ModuleType, file: Path) -> dict | None:
     }
 
 
-def _add(run: Run, part: dict, times: dict[int, float]) -> None:
+def _add(run: Run, part: dict, path: Path) -> None:
     """Put what one start has written behind what earlier ones have."""
     scalars = part["scalars"]
     arguments = run.arguments | part["texts"]
     began = min((event.step for event in scalars.get("lm loss", [])), default=None)
+    if run.last:
+        one_run(path, run.arguments, part["texts"], began == 1)
     if began is not None and began <= run.last:
         last, dated = run.last, (run.train, run.excess, run.validation, run.test, run.raw_tokens)
-        for losses in (*dated, *run.sets.values(), times):
+        for losses in (*dated, *run.sets.values(), run.seconds):
             for later in [step for step in losses if step >= began]:
                 del losses[later]
         run.nan = {step for step in run.nan if step < began}
         run.nan_validation = {step for step in run.nan_validation if step < began}
         if run.boundary is not None and run.boundary >= began:
             run.boundary = None
-        run.notes.append(
-            f"iterations {began} to {last} were done again from iteration {began - 1}: what came "
-            f"first is left out"
-        )
+        run.notes.append(done_again(began, last))
     run.arguments = arguments
     _put(run.train, run.nan, {e.step: e.value for e in scalars.get("lm loss", [])})
     _put(run.excess, set(), {e.step: e.value for e in scalars.get("mce minus bag entropy", [])})
-    times |= {e.step: e.wall_time for e in scalars.get("lm loss", [])}
+    _put_times(run.seconds, {e.step: e.wall_time for e in scalars.get("lm loss", [])})
     run.raw_tokens |= {e.step: int(e.value) for e in scalars.get("tst raw tokens", [])}
     bagged = [e.step for e in scalars.get("tst bag size", []) if e.value > 1]
     run.boundary = max(bagged, default=run.boundary)
@@ -119,6 +122,25 @@ def _add(run: Run, part: dict, times: dict[int, float]) -> None:
                 _put(run.test, set(), test)
     if len({event.value for event in scalars.get("batch-size", [])}) > 1:
         run.varying_batch = True
+
+
+def _put_times(seconds: dict[int, float], clock: dict[int, float]) -> None:
+    """Put the times of a start behind those of earlier ones, without what lay between the two. How
+    long its first step took is not known: the mean of its others is taken.
+    """
+    if not clock:
+        return
+    first, offset = min(clock), 0.0
+    if seconds:
+        before = max(seconds)
+        each = _mean_step(clock) or _mean_step(seconds)
+        offset = seconds[before] + each * (first - before)
+    seconds |= {step: offset + time - clock[first] for step, time in clock.items()}
+
+
+def _mean_step(clock: dict[int, float]) -> float:
+    first, last = min(clock), max(clock)
+    return (clock[last] - clock[first]) / max(1, last - first)
 
 
 def _put(losses, nan, found):

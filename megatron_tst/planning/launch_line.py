@@ -29,6 +29,8 @@ _LAUNCHERS = {
     *("torchrun", "srun", "mpirun", "mpiexec", "accelerate", "deepspeed"),
     *("env", "numactl", "nsys", "nohup", "time", "exec"),
 }
+# Where a command ends: what a shell does with its output, or after it.
+_OUTPUT = re.compile(r"(&|&&|\||\|\||;)$|\d*&?>")
 # Modules that run another script, which is the word behind them.
 _RUNNERS = {"torch.distributed.run", "torch.distributed.launch", "megatron_tst.launch"}
 # Megatron's flags that make another model or batch of it than the one that is planned.
@@ -81,10 +83,10 @@ def read(argv: list[str], p: argparse.ArgumentParser) -> Line:
             Megatron's parser refuses.
     """
     if len(argv) == 1 and len(argv[0].split()) > 1:
-        try:
-            argv = shlex.split(argv[0])
-        except ValueError as error:
-            refuse("the launch line", "words as a shell reads them", error, "Correct it.")
+        argv = _words(argv[0])
+    for before, word in itertools.pairwise(["", *argv]):
+        if word.startswith("$") and not before.startswith("-"):
+            _refuse_variable(word)
     launcher, argv = _launcher(argv, p)
     used: list[str] = []
     others: list[list[str]] = []
@@ -101,11 +103,35 @@ def read(argv: list[str], p: argparse.ArgumentParser) -> Line:
     return Line(used, not_used, values, _processes(launcher))
 
 
+def _words(text) -> list[str]:
+    """The words of a command as a script has it: lines that go on behind a backslash, comments, and
+    what a shell does with the output.
+    """
+    text = re.sub(r"\\[ \t]*\r?\n", " ", text)
+    text = re.sub(r"(?m)(^|[ \t])#.*$", "", text)
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        refuse("the launch line", "words as a shell reads them", error, "Correct it.")
+    taken = list(itertools.takewhile(lambda word: not _OUTPUT.match(word), words))
+    ends = (i for i, word in enumerate(taken) if word.endswith(";"))
+    if (end := next(ends, None)) is not None:
+        taken[end:] = [taken[end].rstrip(";")]
+    return taken
+
+
+def _refuse_variable(word):
+    do = "Put the line in double quotes, in a shell that has the variable."
+    refuse("the launch line", "words without a shell's variables", word, do)
+
+
 def _launcher(argv, p) -> tuple[list[str], list[str]]:
     """(the words up to the script, all others)"""
     i = 0
     while i < len(argv) and not _launches(argv[i]):
         if not argv[i].startswith("-"):
+            if any(_is_script(word) for word in argv[i:]):
+                break  # a launcher that is not known, as `uv run torchrun`
             return [], argv
         name, equals, _ = argv[i].partition("=")
         if (action := p._option_string_actions.get(name)) is None or name == "--print":
@@ -118,7 +144,7 @@ def _launcher(argv, p) -> tuple[list[str], list[str]]:
             i += 1
     for j in range(i, len(argv)):
         module = argv[j - 1] in ("-m", "--module") and j > i
-        if (module and argv[j] not in _RUNNERS) or argv[j].endswith(".py"):
+        if (module and argv[j] not in _RUNNERS) or _is_script(argv[j]):
             return argv[i : j + 1], argv[:i] + argv[j + 1 :]
     if i < len(argv):
         do = "Give the whole line, or the flags behind the script alone."
@@ -132,25 +158,34 @@ def _launches(word, bare=False) -> bool:
     """
     name = word if bare else os.path.basename(word)
     assigns = re.match(r"[A-Za-z_]\w*=", word) and not bare
-    script = word.endswith(".py") and not word.startswith("-")
     python = re.fullmatch(r"python[\d.]*", name)
-    return bool(assigns or python) or name in _LAUNCHERS or script
+    return bool(assigns or python) or name in _LAUNCHERS or _is_script(word)
+
+
+def _is_script(word) -> bool:
+    return word.endswith(".py") and not word.startswith("-")
 
 
 def _processes(launcher: list[str]) -> int | None:
-    """torchrun's nodes and processes of each, or srun's and mpirun's tasks."""
+    """torchrun's nodes and processes of each, or the tasks or processes of other launchers."""
     words = [part for word in launcher for part in word.split("=", 1)]
+    # srun -n32
+    words = [
+        part for word in words for part in re.sub(r"^(-[nN])(\d+)$", r"\1 \2", word).split(" ")
+    ]
 
     def said(*names):
         pairs = itertools.pairwise(words)
         found = [after for word, after in pairs if word.replace("_", "-") in names]
+        if found and found[-1].startswith("$"):
+            _refuse_variable(found[-1])
         return int(found[-1]) if found and re.fullmatch(r"[1-9]\d{0,6}", found[-1]) else None
 
     each, nodes = said("--nproc-per-node"), said("--nnodes", "-N", "--nodes")
-    each = each or said("--ntasks-per-node", "--gpus-per-node")
+    each = each or said("--ntasks-per-node", "--gpus-per-node", "--num-gpus")
     if each:
         return each * (nodes or 1)
-    return said("--ntasks", "-n", "-np", "--np")
+    return said("--ntasks", "-n", "-np", "--np", "--num-processes")
 
 
 def _checked(others: list[list[str]], p: argparse.ArgumentParser) -> dict[str, object]:

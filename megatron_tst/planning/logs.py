@@ -11,12 +11,13 @@ import bz2
 import contextlib
 import gzip
 import io
+import json
 import lzma
 import math
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -95,6 +96,7 @@ class _Reader:
         self.ranks: dict[tuple[int, ...], int] = {}
         self.boundaries: dict[int, list[str]] = {}  # iteration -> what is said of experts after it
         self.last, self.last_text, self.date, self.spent = 0, "", "", 0.0
+        self.first: tuple[int, str] | None = None  # training line without a checkpoint before it
         self.loaded: int | None = None  # the checkpoint of this start, until its first line
         self.fresh = self.recount = True
         self.batches: set[str] = set()
@@ -166,7 +168,7 @@ class _Reader:
             return True  # the same line twice, as from two ranks' files in one
         if date and date < self.date and not self.fresh and iteration < self.last:
             if total != self.run.total:
-                self._two("iterations in all", self.run.total, total)
+                _two(self.path, "iterations in all", self.run.total, total)
             self._note("lines that do not stand in the order of their dates")
             return self._loss(iteration, text, fields, 1)
         self._follow(iteration, total)
@@ -223,44 +225,28 @@ class _Reader:
         back = self.loaded if self.loaded is not None else iteration - 1
         if self.block is not None:
             if self.last:
-                self._one_run(self.block, _SHAPE)
-                if not back:
-                    self._one_run(self.block, _RUN)
+                one_run(self.path, self.run.arguments, self.block, not back)
                 self.run.arguments |= self.block
             else:
                 self.run.arguments = self.block
             self.block = None
         if not back and self.last and self.run.total != total:
-            self._two("iterations in all", self.run.total, total)
+            _two(self.path, "iterations in all", self.run.total, total)
         if iteration <= self.last:
             self._go_back_to(min(back, iteration - 1))
+        if not self.last:
+            interval = self.run.arguments.get("log_interval", "")
+            self.first = None if self.loaded else (iteration, interval)
         if not self.last and self.loaded:
             self._note(f"it goes on from iteration {self.loaded}: the seconds before are not known")
             self.spent = math.nan
             self.last = iteration - 1
         self.loaded, self.fresh = None, False
 
-    def _one_run(self, block, names):
-        for name in names:
-            before, after = self.run.arguments.get(name), block.get(name)
-            if None not in (before, after) and before != after:
-                self._two(name, before, after)
-
-    def _two(self, what, before, after):
-        refuse(
-            self.path,
-            "the log of one run",
-            f"two: {what} {before}, then {after}",
-            "Give each run a file of its own.",
-        )
-
     def _go_back_to(self, step):
         """Leave out what came after: it was done again from a checkpoint."""
         run = self.run
-        self._note(
-            f"iterations {step + 1} to {self.last} were done again from iteration {step}: what "
-            f"came first is left out"
-        )
+        self._note(done_again(step + 1, self.last))
         seconds = [s for s in run.seconds if s <= step]
         if step == 0:
             self.spent = 0.0
@@ -284,6 +270,9 @@ class _Reader:
             run.arguments = self.block
         run.varying_batch = len(self.batches) > 1
         run.seconds = {at: spent for at, spent in run.seconds.items() if math.isfinite(spent)}
+        if self.first and begins_late(run.seconds, *self.first):
+            self._note(f"it begins at iteration {self.first[0]}: the seconds before are not known")
+            run.seconds = {}
         run.parameters = run.whole_model(self.ranks)
         run.boundary = max(self.boundaries, default=None)
         run.experts += [said for at in sorted(self.boundaries) for said in self.boundaries[at]]
@@ -299,6 +288,49 @@ class _Reader:
         return run
 
 
+def begins_late(seconds: Iterable[int], first: int, interval: str) -> bool:
+    """Whether lines before the first one are missing.
+
+    Args:
+        seconds: iterations that have a line.
+        first: of them.
+        interval: iterations between two lines, as an argument says it; "": not known.
+    """
+    if not interval.isdecimal():
+        second = min((step for step in seconds if step > first), default=2 * first)
+        interval = str(second - first)
+    return first > int(interval)
+
+
+def one_run(
+    path: Path, before: Mapping[str, str], after: Mapping[str, str], from_scratch: bool
+) -> None:
+    """Refuse two starts that are not of one run, by their arguments.
+
+    Args:
+        path: of what holds both.
+        before, after: the starts' arguments, as text.
+        from_scratch: whether the second loads no checkpoint. One that does may change more.
+
+    Raises:
+        TSTError: an argument differs that one run does not change.
+    """
+    for name in (*_SHAPE, *(_RUN if from_scratch else ())):
+        if None not in (a := before.get(name), b := after.get(name)) and a != b:
+            _two(path, name, a, b)
+
+
+def _two(path, what, before, after):
+    got, do = f"two: {what} {before}, then {after}", "Give each run a file of its own."
+    refuse(path, "the log of one run", got, do)
+
+
+def done_again(began: int, last: int) -> str:
+    """That a later start did the iterations `began` to `last` again."""
+    which = f"iterations {began} to {last} were" if last > began else f"iteration {began} was"
+    return f"{which} done again from iteration {began - 1}: what came first is left out"
+
+
 def about_losses(run: Run) -> list[str]:
     """What has to be said of a run's losses: NaN, skipped iterations, a batch that grows."""
     said = []
@@ -306,15 +338,23 @@ def about_losses(run: Run) -> list[str]:
         said.append(f"NaN from iteration {run.nan_from} on")
     else:
         if nan := run.nan:
-            said.append(f"NaN at {len(nan)} iterations that are left out, the first {min(nan)}")
+            said.append(f"NaN at {_many(nan, 'iteration')}, the first {min(nan)}")
         if nan := run.nan_validation:
-            said.append(f"NaN at {len(nan)} evaluations that are left out, the first {min(nan)}")
+            said.append(f"NaN at {_many(nan, 'evaluation')}, the first {min(nan)}")
     if run.skipped:
         count = sum(run.skipped.values())
         said.append(f"{count} iteration{'s' * (count > 1)} skipped by Megatron (loss scale)")
     if run.varying_batch or run.arguments.get("rampup_batch_size", "None") != "None":
         said.append("the global batch size is not the same at all steps: FLOPs are not known")
     return said
+
+
+def _many(found, what):
+    return (
+        f"{len(found)} {what} that is left out"
+        if len(found) == 1
+        else (f"{len(found)} {what}s that are left out")
+    )
 
 
 def _shown(line: str) -> str:
@@ -341,11 +381,23 @@ def _lines(path: Path, notes: list[str]) -> Iterator[str]:
             encoding = _encoding(stream.peek(64)[:64])
             text = stack.enter_context(io.TextIOWrapper(stream, encoding, errors="replace"))
             while line := text.readline(LONGEST):
-                yield _ANSI.sub("", line.rstrip("\n")) if "\x1b" in line else line.rstrip("\n")
+                line = _of_record(line.rstrip("\n"))
+                yield _ANSI.sub("", line) if "\x1b" in line else line
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's, not the archive's
             notes.append(f"{path.name} ends too early: the archive is damaged or being written")
+
+
+def _of_record(line: str) -> str:
+    """What a program printed, of a line that a container's log driver has made a JSON object."""
+    if line.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            for key in ("log", "message", "msg"):
+                if isinstance(record.get(key), str):
+                    return record[key].rstrip("\n")
+    return line
 
 
 def _unpacked(

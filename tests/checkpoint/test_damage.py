@@ -20,8 +20,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from support.runs import TINY, TST, data
 from support.tiers import tiers
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from megatron_tst import cli
+from megatron_tst.checkpoint import description
 from megatron_tst.checkpoint import rewrite as rewriting
 from megatron_tst.checkpoint.boundary import convert
 from megatron_tst.checkpoint.description import check_description
@@ -293,6 +295,7 @@ def lose(metadata):
         del metadata.storage_data[key]
 
 
+COMMON = "common_state/shard_0_1"
 DESCRIPTIONS = {
     "more than there are bytes": (
         described("norm", size=torch.Size([1 << 40]), chunks=at(((0,), (1 << 40,)))),
@@ -312,6 +315,29 @@ DESCRIPTIONS = {
     "a place in a file": (stored("norm", offset=1), "norm at byte 1 of"),
     "a length": (stored("norm", length=10), "10 bytes for the 24 of norm"),
     "a file": (stored("norm", relative_path="../norm"), "'../norm' as the file of norm"),
+    "a file below": (stored("norm", relative_path="z/a"), "'z/a' as the file of norm"),
+    "a file that is none": (stored("norm", relative_path=7), "7 as the file of norm"),
+    "an empty object": (stored(COMMON, length=0), f"got 0 bytes for the 0 of {COMMON}"),
+    "a negative place": (
+        described("table", chunks=at(((-1, 0), (4, 3)), ((4, 0), (4, 3)))),
+        r"table: a shard \[4, 3\] at \[-1, 0\] of \[8, 3\]",
+    ),
+    "a negative shape": (
+        described("table", chunks=at(((8, 0), (-4, 3)), ((4, 0), (4, 3)))),
+        r"table: a shard \[-4, 3\] at \[8, 0\] of \[8, 3\]",
+    ),
+    "a shape of fewer dimensions": (
+        described("table", chunks=at(((0, 0), (8,)))),
+        r"table: a shard \[8\] at \[0, 0\] of \[8, 3\]",
+    ),
+    "a tensor of no kind": (
+        lambda metadata: metadata.state_dict_metadata.update(norm="x"),
+        "norm as a str",
+    ),
+    "a name of no kind": (
+        lambda metadata: metadata.state_dict_metadata.update({7: None}),
+        "7 as a tensor's name",
+    ),
     "a missing file": (stored("norm", relative_path="norm", offset=0), "where byte"),
     "no description": (lambda metadata: vars(metadata).pop("storage_data"), "AttributeError|table"),
 }
@@ -325,6 +351,55 @@ def test_a_description_that_does_not_fit_together(small, what):
     with pytest.raises(TSTError, match=message) as raised:
         Checkpoint(small)
     assert "\n" not in str(raised.value)
+
+
+def test_shards_that_share_an_element():
+    """Against every element by itself: random shards of as many elements as the tensor has."""
+    draw, seen = random.Random(0), collections.Counter()
+    for _ in range(2000):
+        size = [draw.randint(1, 3) for _ in range(draw.choice((1, 2, 2, 3)))]
+        times, boxes = np.zeros(size, int), []
+        while sum(np.prod(shape) for _, shape in boxes) < np.prod(size):
+            place = [draw.randrange(n) for n in size]
+            shape = [draw.randint(0 if len(boxes) == 1 else 1, n - o) for o, n in zip(place, size)]
+            boxes.append((place, shape))
+            times[tuple(slice(o, o + n) for o, n in zip(place, shape))] += 1
+        if sum(np.prod(shape) for _, shape in boxes) > np.prod(size):
+            continue
+        metadata = dcp.metadata
+        entry = metadata.TensorStorageMetadata(
+            metadata.TensorProperties(dtype=torch.uint8), torch.Size(size), at(*boxes)
+        )
+        storage, start = {}, 0
+        for place, shape in boxes:
+            index = metadata.MetadataIndex("table", torch.Size(place))
+            if index in storage:  # one place twice, which the table of items cannot say
+                break
+            length = int(max(1, np.prod(shape)))
+            storage[index] = _StorageInfo("file", start, length)
+            start += length
+        else:
+            whole = metadata.Metadata(
+                {"table": entry}, storage_data=dict(draw.sample([*storage.items()], len(storage)))
+            )
+            overlap = times.max() > 1
+            seen[overlap, len(boxes) > 1] += 1
+            if overlap:
+                with pytest.raises(ValueError, match="^table: shards that overlap$"):
+                    check_description(whole)
+            else:
+                check_description(whole)
+    assert min(seen[True, True], seen[False, True], seen[False, False]) > 50, seen
+
+
+def test_a_cut_that_is_too_fine_to_be_held_against_itself(small, monkeypatch):
+    """Then the number of elements must do: here 2 x 3 edges, where 5 are the most."""
+    change = described("table", chunks=at(((0, 0), (4, 3)), ((4, 0), (4, 3))))
+    metadata = load_metadata((small / ".metadata").read_bytes())
+    change(metadata)
+    check_description(metadata)
+    monkeypatch.setattr(description, "_MOST_CELLS", 5)
+    check_description(metadata)
 
 
 def test_bytes_that_no_item_names(small):
@@ -417,6 +492,16 @@ def test_metadata_json(small, text, message):
     (small / "metadata.json").write_text(text)
     with pytest.raises(TSTError, match=message):
         Checkpoint(small)
+
+
+def test_another_format_is_named(small):
+    (small.parent / "latest_checkpointed_iteration.txt").write_text("1")
+    (small / "metadata.json").unlink()
+    with pytest.raises(TSTError, match=r"says so\), got no metadata.json in it. Save with"):
+        Checkpoint(small.parent)
+    (small / "mp_rank_00").mkdir()
+    with pytest.raises(TSTError, match="got one of --ckpt-format torch"):
+        Checkpoint(small.parent)
 
 
 def test_trackers(small):

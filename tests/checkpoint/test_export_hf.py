@@ -214,7 +214,7 @@ def test_what_has_no_counterpart_is_refused_by_name(runs, tmp_path, args, messag
         ),
         (dict(), ["--vocab-size", "600"], "at most the embedding's 512 rows, got 600"),
         ("missing", [], "__0_0.distcp is missing"),
-        ("full", [], "GB of free space"),
+        ("full", [], "of free space"),
         ("there", [], "a target that is not there yet"),
     ],
 )
@@ -247,7 +247,7 @@ def test_an_existing_target_and_a_full_disk_are_refused(runs, tmp_path, monkeypa
         export(source, tmp_path / "hf")
     export(source, tmp_path / "hf", force=True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
-    with pytest.raises(TSTError, match="GB of free space"):
+    with pytest.raises(TSTError, match="of free space"):
         export(source, tmp_path / "other")
 
 

@@ -235,6 +235,17 @@ DAMAGED = {  # what happens to a folder of three shards, and what is said
         lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
         "tokenizer.json: expected a tokenizer.json, got",
     ),
+    "an end token that the tokenizer does not have": (
+        lambda f: word_tokenizer(f, range(9), eos_token="<|im_end|>"),
+        'eos_token: expected a token of the tokenizer, got "<.im_end.>"',
+    ),
+    "torch's own format alone": (
+        lambda f: (
+            [p.unlink() for p in f.glob("model*")],
+            (f / "pytorch_model.bin").write_bytes(b""),
+        ),
+        f"model.safetensors or {INDEX}, got pytorch_model.bin. Save it with transformers",
+    ),
     "a larger tokenizer": (
         lambda f: word_tokenizer(f, range(97)),
         "tokenizer.json: expected ids below the model's 96 rows, got 'w96' = 96",
@@ -627,6 +638,18 @@ NONE = {  # name: (makes it, what is said)
     "broken added tokens": (
         lambda f: at(words(f), added_tokens__json="{"),
         "added_tokens.json: exp",
+    ),
+    "a template of bytes": (
+        lambda f: at(words(f), chat_template__jinja=b"{{ \xff }}"),
+        "chat_template.jinja: expected text in UTF-8, got byte 0xff at 3",
+    ),
+    "merges of bytes": (
+        lambda f: at(words(f), merges__txt=b"\x80"),
+        "merges.txt: expected text in UTF-8, got byte 0x80 at 0",
+    ),
+    "pieces that are none beside a tokenizer.json": (
+        lambda f: at(words(f), tokenizer__model="version https://git-lfs.github.com/spec/v1\n"),
+        "tokenizer.model: expected a sentencepiece model or a tiktoken vocabulary, got neither",
     ),
     "a template that is a folder": (
         lambda f: (words(f), (f / "chat_template.jinja").mkdir())[0],

@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -318,8 +319,40 @@ def test_files_that_are_replaced(tmp_path, system):
         assert (tmp_path / "a.png").read_text() == "tool new"
 
 
+def test_what_is_deleted_is_deleted_whole(tmp_path, system, recwarn):
+    """Names before and after MARK's in the alphabet, folders in folders."""
+    target = tmp_path / "out"
+    for _ in range(2):
+        with new_folder(target, 0, force=True) as part:
+            for name in (".gitattributes", "A", "model-1", "a/b/.c", "~"):
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                (part / name).write_text("tool")
+    assert names(tmp_path) == ["out"] and not recwarn
+
+
+def test_a_failure_in_a_thread(tmp_path):
+    """Only the main thread may set signals' handlers: the others clean up all the same."""
+    caught = []
+
+    def fail():
+        try:
+            with new_folder(tmp_path / "new" / "out", 0):
+                raise KeyError
+        except Exception as error:
+            caught.append(type(error))
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert caught == [KeyError] and not names(tmp_path)
+
+
 def test_a_kept_folder(tmp_path, system):
     """Written in its place: the next one takes the place of what the last one has left."""
+    (tmp_path / "of").mkdir()
+    with kept_folder(tmp_path / "of" / "several" / "names"):
+        pass
+    shutil.rmtree(tmp_path / "of")
     target = tmp_path / "demo"
     for _ in range(2):
         with pytest.raises(KeyError), kept_folder(target) as folder:
@@ -639,6 +672,37 @@ def test_stopped_while_a_file_of_a_set_is_away(tmp_path, system, away, number):
     assert content(tmp_path) == old
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_while_an_older_set_is_deleted(tmp_path, system, number):
+    """The rest of it goes too, though nobody could say of it alone whose it is."""
+    endings, sent = (".bin", ".idx"), []
+
+    def ours(folder):
+        return names(folder) == ["text.bin", "text.idx"]
+
+    def try_it():
+        with new_files(tmp_path / "text", endings, force=True, ours=ours) as part:
+            for ending in endings:
+                (part / f"text{ending}").write_text("new")
+        return 0
+
+    def stop_there():
+        kept = [path for path in tmp_path.glob(".text.whole-*/*/*") if path.suffix in endings]
+        if len(kept) == 1 and kept[0].read_text() == "old" and (tmp_path / "text.idx").exists():
+            if (tmp_path / "text.idx").read_text() == "new" and not sent:
+                sent.append(number)
+                os.kill(os.getpid(), number)
+
+    for ending in endings:
+        (tmp_path / f"text{ending}").write_text("old")
+    code, _ = stopped(lambda: tool(try_it), each=stop_there)
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    if number == signal.SIGKILL:
+        with pytest.raises(TSTError, match="an existing one"):
+            write_files(tmp_path / "text")
+    assert content(tmp_path) == {"text.bin": b"new", "text.idx": b"new"}
+
+
 def leave(target, kind="part", text="half", **changes):
     """A temporary folder as a try leaves it that was killed."""
     fields = dict(zip(("machine", "who", "process", "begun", "number"), renames.tag().split(".")))
@@ -787,6 +851,31 @@ def test_a_disk_that_fills_up(tmp_path, capfd, wanted):
     assert not names(tmp_path)
 
 
+def test_a_disk_without_room(tmp_path, monkeypatch):
+    """1 % more than was asked for, and 16 MiB, is looked for where the target is to be."""
+    asked, needed = [], 1_010_000_000 + (16 << 20)
+    frees = [500_000_000, needed - 1, needed]
+
+    def usage(folder):
+        free = frees[len(asked)]
+        asked.append(folder)
+        return shutil._ntuple_diskusage(2 * needed, 2 * needed - free, free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    for said in (
+        "expected 1.03 GB of free space, got 0.50 GB.",
+        "expected 1,026,777.22 KB of free space, got 1,026,777.21 KB.",
+    ):
+        with pytest.raises(TSTError) as refused:
+            with new_folder(tmp_path / "new" / "out", 1_000_000_000):
+                pass
+        do = "Make room or choose another disk."
+        assert str(refused.value) == f"{tmp_path}: {said} {do}"
+    with new_folder(tmp_path / "new" / "out", 1_000_000_000):
+        pass
+    assert asked == [tmp_path] * 3 and names(tmp_path / "new") == ["out"]
+
+
 @pytest.mark.parametrize("where", ["_finish", "rename_new", "flush_folder"])
 def test_a_full_disk_at_the_end(tmp_path, monkeypatch, where):
     """No room for MARK, for the new name, for the folder's list of files."""
@@ -810,4 +899,6 @@ def test_mark_says_what_is_there(tmp_path):
     about = [(tmp_path / name / MARK).read_bytes() for name in "ab"]
     assert about[0] == about[1]
     said = json.loads(about[0])
+    assert about[0].decode() == json.dumps(said, indent=2) + "\n"  # people look into it
+    assert [*said] == ["written by", "folders", "files"]
     assert said["files"] == {"weights": 3, "below/config": 3} and said["folders"] == ["below"]

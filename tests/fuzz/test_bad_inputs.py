@@ -462,6 +462,8 @@ TRAINING = {  # what the start of a training run is given beside the tiny model
     "mistyped": [*TST, "--tst-bag-sise", "4"],
     "mistyped, of Megatron": [*TST, "--num-layer-s", "4"],
     "exit without --save": [*TST, "--tst-exit-at-boundary"],
+    "iterations 0": [*TST, "--train-iters", "0"],
+    "sequence length 0": [*TST, "--seq-length", "0"],
     "positions": [*TST, "--reset-position-ids"],
     "cyclic": [*TST, "--dataloader-type", "cyclic"],
     "ramp-up": [*TST, "--rampup-batch-size", "2", "2", "8"],

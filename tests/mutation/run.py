@@ -26,6 +26,7 @@ import contextlib
 import difflib
 import hashlib
 import os
+import random
 import re
 import resource
 import shutil
@@ -307,13 +308,22 @@ class Session:
             survived = [job for job, result in self.db.results if not result.is_killed]
             session.query(WorkResultStorage).filter(WorkResultStorage.job_id.in_(survived)).delete()
 
-    def run(self) -> None:
-        """Show every mutant that has no result yet to the tests."""
+    def run(self, sample: int | None = None) -> None:
+        """Show every mutant that has no result yet to the tests; of a sample: those among the first
+        so many of a seeded order.
+        """
         from cosmic_ray.mutating import mutate_code
         from cosmic_ray.plugins import get_operator
         from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkResult
 
         pending = list(self.db.pending_work_items)
+        if sample is not None:
+            of = {job: result.worker_outcome for job, result in self.db.results}
+            order = [i for i in self.db.work_items if of.get(i.job_id) != WorkerOutcome.SKIPPED]
+            order.sort(key=lambda i: (i.mutations[0].operator_name, i.mutations[0].occurrence))
+            random.Random(0).shuffle(order)
+            chosen = {item.job_id for item in order[:sample]}
+            pending = [item for item in pending if item.job_id in chosen]
         if not pending:
             return
         log = self.work / f"{self.module.name}.log"
@@ -398,14 +408,17 @@ def report(session: Session, known: dict[Mutant, str]) -> bool:
     equivalent.txt that are out of date. -> whether there are none of either.
     """
     counts, mutants = session.outcomes()
-    name = session.module.name
+    name, rest = session.module.name, len(list(session.db.pending_work_items))
     survivors = {mutant for mutant, killed in mutants.items() if not killed}
     open_ = sorted(survivors - set(known), key=str)
-    stale = sorted((m for m in known if m.module == name and m not in survivors), key=str)
+    gone = {m for m in known if m.module == name and (m in mutants or not rest)} - survivors
+    stale = sorted(gone, key=str)
     changing = len(mutants) - len(survivors & set(known))
     score = 100 * (changing - len(open_)) / max(1, changing)
+    ran = counts["killed"] + counts["survived"]
+    sample = f" of {ran + rest}" if rest else ""
     print(
-        f"{name}: {sum(counts.values()) - counts['skipped']} mutants, {counts['killed']} killed, "
+        f"{name}: {ran} mutants{sample}, {counts['killed']} killed, "
         f"{len(survivors) - len(open_)} change nothing, {len(open_)} survive: {score:.1f} %"
     )
     for mutant in open_:
@@ -470,6 +483,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build/mutation")
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("--bugs", action="store_true", help="the faults of bugs.toml, by name")
+    parser.add_argument("--sample", type=int, metavar="N", help="N mutants of each module alone")
     parser.add_argument("--report", action="store_true", help="run nothing, print what is known")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -497,7 +511,7 @@ def main() -> int:
             continue
         session = Session(module, work, tree)
         if not options.report:
-            session.run()
+            session.run(options.sample)
         fine &= report(session, known)
     return 0 if fine else 1
 

@@ -281,7 +281,7 @@ REFUSED = [
         "--tst-fused-linear-loss with fsdp, ep-overlap, --use-torch-fsdp2, --mtp-num-layers, "
         "--use-mup or --defer-embedding-wgrad-compute",
         "any",
-        "tests/unit/test_config.py::test_what_the_fused_linear_loss_does_not_work_with",
+        "tests/unit/test_effects.py::test_what_the_fused_linear_loss_does_not_work_with",
     ),
     ("tp with a script whose batches cannot be reached", "any", "tests/training/test_launch.py"),
 ]

@@ -159,7 +159,9 @@ def test_the_training_share_is_megatrons(split, share):
     assert place == convert_split_vector_to_split_matrix(vector)[0]
 
 
-@pytest.mark.parametrize("split", ["0,50,50", "", "abc", "0", "1,2,3,4", "-1,2,3", "1.2.3,4"])
+@pytest.mark.parametrize(
+    "split", ["0,50,50", "", "abc", "0", "1,2,3,4", "-1,2,3", "1.2.3,4", "nan,1,1", "1e2,1,1"]
+)
 def test_splits_without_training(split):
     args = arguments(data_path=["a"], split=split)
     with pytest.raises(TSTError, match="--split: expected up to three numbers, the first above 0"):

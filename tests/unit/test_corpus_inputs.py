@@ -162,6 +162,21 @@ def test_a_named_file_is_read_whatever_its_ending(here, made):
     assert ": 4 documents" in made(here, here / "page.html")[1]
 
 
+def test_it_does_not_read_another_corpus(here, made):
+    assert made(here, output="in/first")[0] == 0
+    (here / "notes.json").write_text('{"a": "text of mine"}')
+    code, out, _ = made(here)
+    assert code == 0 and ": 4 documents" in out
+    assert f"left out: 4 of another corpus (the first: {here / 'first.bin'})" in out
+
+
+def test_lines_of_json_are_said_to_be_one_document(here, made):
+    (here / "a.jsonl").write_text('{"text": "one"}\n' * 50)
+    with pytest.warns(UserWarning, match="a.jsonl: read as one document.*preprocess_data.py"):
+        code, out, _ = made(here, here / "a.jsonl")
+    assert code == 0 and ": 4 documents" in out
+
+
 def test_it_does_not_read_its_own_output(here, made, tmp_path):
     output = "in/out"
     first = made(here, output=output)

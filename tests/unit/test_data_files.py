@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_tst import cli
 from megatron_tst.checks import files
-from megatron_tst.checks.files import check_data_files, check_output_folder
+from megatron_tst.checks.files import check_data_files, check_load_folder, check_output_folder
 from megatron_tst.config import TSTConfig
 from megatron_tst.data import corpus as corpora
 from megatron_tst.data import dataset
@@ -238,6 +238,22 @@ def test_output_folders(tmp_path):
         TSTError, match="--save: expected a folder that can be written to, got /proc/nowhere"
     ):
         check_output_folder("--save", "/proc/nowhere")
+
+
+def test_load_folders(tmp_path):
+    for name in ("iter_0000004", "iter_0000012"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.json").write_text("{}")
+    for step in (None, 4, 12):
+        check_load_folder(str(tmp_path), step)
+    check_load_folder(None, 3)
+    check_load_folder("s3://a/iter_0000004", None)
+    check_load_folder(str(tmp_path / "new"), None)
+    for end in ("", "/", "/."):
+        with pytest.raises(TSTError, match=f"--load: expected the folder that .* Give {tmp_path},"):
+            check_load_folder(f"{tmp_path}/iter_0000004{end}", None)
+    with pytest.raises(TSTError, match="--ckpt-step: expected one of 4, 12 in .*, got 5"):
+        check_load_folder(str(tmp_path), 5)
 
 
 def test_prepare_corpus_round_trip(corpus):

@@ -58,6 +58,13 @@ TAKEN = {
             max_position_embeddings=8192,
         ),
     ),
+    "llama3, its original outside": (
+        "llama",
+        dict(
+            rope_scaling={k: v for k, v in LLAMA3.items() if not k.startswith("original")},
+            original_max_position_embeddings=8192,
+        ),
+    ),
     "linear of 4": ("llama", dict(rope_scaling={"type": "linear", "factor": 4.0})),
     "linear of 5": ("llama", dict(rope_parameters=LINEAR)),
     "linear of one": ("llama", dict(rope_parameters=LINEAR | {"factor": 1.0})),
@@ -208,15 +215,41 @@ REFUSED = {
     "dynamic": ("qwen3", dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), ROPE),
     "longrope": ("llama", dict(rope_scaling={"type": "longrope"}), ROPE),
     "type of no text": ("llama", dict(rope_scaling={"type": 3}), ROPE),
-    "llama 3.2's factor": ("llama", dict(rope_scaling=LLAMA3 | {"factor": 32.0}), ROPE),
-    "llama3, other low": ("llama", dict(rope_scaling=LLAMA3 | {"low_freq_factor": 2.0}), ROPE),
-    "llama3, other high": ("llama", dict(rope_scaling=LLAMA3 | {"high_freq_factor": 8.0}), ROPE),
+    "layers of another number": (
+        "qwen3",
+        dict(layer_types=["full_attention"]),
+        "layer_types: expected one for each of the 2 layers, got 1",
+    ),
+    "llama 3.2's factor": (
+        "llama",
+        dict(rope_scaling=LLAMA3 | {"factor": 32.0}),
+        "rope_scaling: factor: expected 8.0, got 32.0",
+    ),
+    "llama3, other low": (
+        "llama",
+        dict(rope_scaling=LLAMA3 | {"low_freq_factor": 2.0}),
+        "low_freq_factor: expected 1.0, got 2.0",
+    ),
+    "llama3, other high": (
+        "llama",
+        dict(rope_scaling=LLAMA3 | {"high_freq_factor": 8.0}),
+        "high_freq_factor: expected 4.0, got 8.0",
+    ),
     "llama3, other original": (
         "llama",
         dict(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 4096}),
-        ROPE,
+        "original_max_position_embeddings: expected 8192, got 4096",
     ),
-    "llama3 without factors": ("llama", dict(rope_scaling={"rope_type": "llama3"}), ROPE),
+    "llama3, another original outside": (
+        "llama",
+        dict(rope_scaling=LLAMA3, original_max_position_embeddings=64),
+        "original_max_position_embeddings: expected 8192, got 64",
+    ),
+    "llama3 without factors": (
+        "llama",
+        dict(rope_scaling={"rope_type": "llama3"}),
+        "factor: expected 8.0, got null",
+    ),
     "partial": ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor: expected 1.0"),
     "partial rope": ("llama", dict(rope_parameters={"partial_rotary_factor": 0.5}), ROPE),
     "a rope a kind": ("qwen3", dict(rope_parameters={"full_attention": {"rope_theta": 1e4}}), ROPE),
@@ -259,6 +292,11 @@ REFUSED = {
     "no experts": ("qwen3_moe", dict(num_experts=0), "num_experts: .* at least 1 .*, got 0"),
     "two counts": ("qwen3_moe", dict(num_local_experts=8), r"num_experts: .*, got \[4, 8\]"),
     "top k": ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok: .* at most 4, got 5"),
+    "top k absent": (
+        "qwen3_moe",
+        dict(num_experts_per_tok=...),
+        "num_experts_per_tok: expected at most the 4 experts, got 8, its default",
+    ),
     "top 1": ("qwen3_moe", dict(num_experts_per_tok=1), "norm_topk_prob: expected false where one"),
     "all dense": ("qwen3_moe", dict(mlp_only_layers=[0, 1]), "some layer with experts, got none"),
     "dense by name": (

@@ -35,6 +35,14 @@ def line(text):
         ("/usr/bin/python3.12 pretrain_gpt.py", None),
         ("srun -N 4 --ntasks-per-node 8 python -u pretrain_gpt.py", 32),
         ("mpirun -np 16 python pretrain_gpt.py", 16),
+        ("srun -n32 python pretrain_gpt.py", 32),
+        ("srun -N2 --ntasks-per-node=4 singularity exec --nv x.sif python pretrain_gpt.py", 8),
+        ("deepspeed --num_gpus 4 --num_nodes 1 pretrain_gpt.py", 4),
+        ("accelerate launch --num_processes 16 pretrain_gpt.py", 16),
+        ("export A=1 && torchrun --nproc-per-node 2 pretrain_gpt.py", 2),
+        ("uv run torchrun --nproc-per-node 2 pretrain_gpt.py", 2),
+        ("timeout 1h docker run --gpus all -it image torchrun --nproc-per-node 2 a.py", 2),
+        ("torchrun --nproc-per-node 2 --node_rank $RANK pretrain_gpt.py", 2),
         ("pretrain_gpt.py", None),
     ],
 )
@@ -78,6 +86,31 @@ def test_a_line_in_quotes(capsys):
     whole = shlex.join(["torchrun", "--nproc-per-node", "16", "x.py", *SMALL, *OTHERS.split()])
     code, text = screen_of(capsys, whole)
     assert code == 0 and "16 x h100" in text and "Not used by a plan: --bf16" in text
+
+
+@pytest.mark.parametrize(
+    "end", ["", " 2>&1 | tee log", " > log", " &> log", " >> log 2>&1 &", " &", "; echo done"]
+)
+def test_a_command_of_a_script_in_quotes(end):
+    words = shlex.join(SMALL).replace(" --", " \\\n    --")
+    text = f"# run 7\ntorchrun --nproc-per-node 16 \\\r\n x.py \\ \n  {words}{end}"
+    found = launch_line.read([text], plan_flags.parser())
+    assert found == launch_line.Line(SMALL, [], {}, 16)
+
+
+@pytest.mark.parametrize(
+    "launcher, variable",
+    [
+        ("torchrun $DISTRIBUTED_ARGS x.py", r"\$DISTRIBUTED_ARGS"),
+        ("torchrun --nproc-per-node 8 x.py ${GPT_ARGS[@]}", r"\${GPT_ARGS\[@\]}"),
+        ("torchrun --nnodes $NNODES --nproc-per-node 8 x.py", r"\$NNODES"),
+        ("torchrun --nproc-per-node=$GPUS x.py", r"\$GPUS"),
+    ],
+)
+def test_a_variable_that_no_shell_has_replaced(launcher, variable):
+    message = f"the launch line: expected words without a shell's variables, got {variable}. Put"
+    with pytest.raises(TSTError, match=message):
+        line(f"{launcher} {shlex.join(SMALL)}")
 
 
 def test_flags_that_change_the_run_are_said_to(capsys):

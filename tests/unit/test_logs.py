@@ -128,6 +128,8 @@ def test_several_validation_sets_are_apart(tmp_path, names):
     assert run.validation == {10: 2.0} and not run.test
     with pytest.raises(TSTError, match=f"--validation-set: expected one of {names[0]}, {names[1]}"):
         curves.read(tmp_path / "log")
+    (tmp_path / "first").write_text("\n".join([*HEAD, *steps(1, 10), valid(10, 3.0, name="-x")]))
+    assert curves.read(tmp_path / "first").validation == {10: 3.0}  # the only one
     (tmp_path / "one").write_text("\n".join(WHOLE))
     with pytest.raises(TSTError, match="expected a run with several sets"):
         curves.read(tmp_path / "one", names[0])
@@ -159,7 +161,7 @@ def test_a_run_that_ends_in_nan(read, rest, since):
 def test_nan_in_between_is_left_out_and_said(read):
     run = read([*HEAD, *steps(1, 3), step(4), *steps(5, 10), valid(10, 5.0)])
     assert run.nan_from is None and 4 not in run.train and run.final_validation == 5.0
-    assert run.notes == ["NaN at 1 iterations that are left out, the first 4"]
+    assert run.notes == ["NaN at 1 iteration that is left out, the first 4"]
 
 
 @pytest.mark.parametrize(
@@ -282,6 +284,16 @@ def test_a_log_that_begins_at_a_checkpoint(read):
     assert run.notes == ["it goes on from iteration 20: the seconds before are not known"]
 
 
+@pytest.mark.parametrize("head", [arguments(log_interval=1), []], ids=["arguments", "none"])
+def test_the_seconds_of_lines_that_are_missing_are_not_made_up(read, head):
+    run = read([*head, *steps(8, 10)])
+    assert run.seconds == {} and run.curve("seconds") is None
+    assert "it begins at iteration 8: the seconds before are not known" in run.notes
+    sparse = [step(i, 5.0) for i in (8, 16, 24)]
+    assert read([*arguments(log_interval=8), *sparse]).seconds[24] == 12.0
+    assert read(sparse).seconds[8] == 4.0
+
+
 @pytest.mark.parametrize(
     "second, differs",
     [
@@ -323,6 +335,12 @@ def test_a_start_that_ended_before_its_first_step_counts_for_nothing(read):
 )
 def test_a_launchers_prefix(read, prefix):
     same(read([prefix + line for line in WHOLE]), read(WHOLE, "plain"))
+
+
+@pytest.mark.parametrize("key", ["log", "message", "msg"])
+def test_lines_that_a_containers_log_driver_wrote(read, key):
+    lines = [json.dumps({"time": "x", key: line + "\n", "stream": "stdout"}) for line in WHOLE]
+    same(read(["{", '{"log": 3}', "[" * 9999, *lines]), read(WHOLE, "plain"))
 
 
 @pytest.mark.parametrize("ending", ["\r\n", "\r", "\n\n"])
@@ -569,13 +587,45 @@ def test_tensorboard_files_of_restarts(writer):
     ]
 
 
+def test_tensorboard_counts_no_time_between_two_starts(writer):
+    writer(1, 1, 13)
+    assert curves.read(writer(2, 11, 14)).seconds == {i: i - 1 for i in range(2, 15)}
+    assert curves.read(writer(3, 15, 15)).seconds[15] == 14
+
+
+def test_tensorboard_does_not_make_up_the_seconds_before_its_first_file(writer):
+    run = curves.read(writer(1, 11, 14))
+    assert run.seconds == {} and len(run.train) == 4
+    assert run.notes == ["it begins at iteration 11: the seconds before are not known"]
+
+
+@pytest.mark.parametrize(
+    "first, changes, differs",
+    [
+        (1, {"lr": 0.01}, "lr 0.001, then 0.01"),
+        (1, {"seed": 2}, "seed 1, then 2"),
+        (11, {"hidden_size": 32}, "hidden_size 16, then 32"),
+        (11, {"lr": 0.01}, None),
+    ],
+)
+def test_two_runs_in_one_folder_of_tensorboard(writer, first, changes, differs):
+    writer(1, 1, 10)
+    path = writer(2, first, 12, texts=ARGUMENTS | changes)
+    if differs is None:
+        assert curves.read(path).last == 12
+        return
+    with pytest.raises(TSTError, match=f"expected the log of one run, got two: {differs}. Give"):
+        curves.read(path)
+
+
 def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
     path = writer(1, 1, 10, lambda i: float("nan") if i > 7 else 5.0, [(10, 5.0, "-a")], texts={})
     run = curves.read(path, "a")
     assert run.nan_from == 8 and run.validation == {10: 5.0} and run.final_validation is None
     assert run.raw_tokens == {} and run.flops is None and run.positions is None
+    assert curves.read(path).validation == {10: 5.0}  # the only one
     with pytest.raises(TSTError, match="expected one of a, which"):
-        curves.read(path)
+        curves.read(path, "b")
     with pytest.raises(TSTError, match="got none there, but in .*tb. Give the folder of one run"):
         curves.read(tmp_path)
 

@@ -3,14 +3,18 @@ shard and copy of a tensor becomes, and what is noticed.
 """
 
 import argparse
+import dataclasses
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_tst.checkpoint import rewrite
-from megatron_tst.checkpoint.boundary import convert
-from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.checkpoint.phases import store
+from megatron_tst.checkpoint.boundary import convert, load_flags
+from megatron_tst.checkpoint.format import TRACKER, Checkpoint, checkpoint_to_load
+from megatron_tst.checkpoint.inspect import describe
+from megatron_tst.checkpoint.phases import store, stored
+from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.errors import TSTError
@@ -156,3 +160,365 @@ def test_verify_leaves_the_optimizer_out_where_it_is_told(tmp_path):
     assert [*differences(one, other)] == [AVERAGE + "a"]
     assert differences(one, other, optimizer=False) == {}
     assert differences(one, written(tmp_path / "third", {"a": value}), optimizer=False) == {}
+
+
+# --- what `inspect` says, what a conversion leaves out, resets, renames and refuses
+
+ROUTER, NORM = "decoder.layers.mlp.router.weight", "decoder.layers.mlp.linear_fc1.layer_norm_weight"
+EXTRA = "decoder.layers.self_attention._extra_state/shard_0_1"
+SECOND = "optimizer.state.exp_avg_sq."
+
+
+def with_common(source, target, **changes):
+    """A copy with other common state, and the arguments that `args` names."""
+    args = argparse.Namespace(**vars(source.args) | changes.pop("args", {}))
+    common = source.common | {"args": args} | changes
+    rewrite.rewrite(source, target, rewrite.Changes(common=common))
+    return Checkpoint(target)
+
+
+def of_a_whole_run(tmp_path):
+    """Experts, an optimizer with its scalars, a scheduler, FP8's extra state."""
+    torch.manual_seed(0)
+    tensors = {EXTRA: torch.zeros(ROWS, 1)}
+    for name in (HEAD, EMBEDDING, ROUTER, NORM):
+        tensors |= {part + name: torch.randn(ROWS, WIDTH) for part in ("", AVERAGE, SECOND, MASTER)}
+    optimizer = {
+        "state": {"common_step": torch.tensor(6.0)},
+        "param_groups": [{"step": 6, "lr": 0.1}, {"lr": 0.2}],
+        "inner": {"state": {"common_step": 5}, "param_groups": [{"step": 4}]},
+        "scale": 3,
+    }
+    more = {"optimizer": optimizer, "opt_param_scheduler": {"num_steps": 24}, "iteration": 2}
+    source = written(tmp_path / "written", tensors)
+    (item,) = [item for item in source.items if item.name == EXTRA]  # an object, not a tensor
+    source.items[source.items.index(item)] = dataclasses.replace(item, index=MetadataIndex(EXTRA))
+    source.metadata.state_dict_metadata[EXTRA] = BytesStorageMetadata()
+    return with_common(source, tmp_path / "source", **more)
+
+
+def test_everything_that_inspect_shows(tmp_path):
+    tensors = {"b": rows(torch.bfloat16), "a": rows(), AVERAGE + "a": rows()}
+    source = written(tmp_path / "written", tensors, shards=2)
+    args = {"consumed_train_samples": 4, "tensor_model_parallel_size": 2, "tst_bag_size": 4}
+    args |= {"sequence_parallel": False, "expert_tensor_parallel_size": None}
+    found = with_common(source, tmp_path / "ck", args=args, iteration=1)
+    plan = {"bag_sizes": (4, 1), "samples": (8, 8), "width": 4, "recovery_phases": 1}
+    about = describe(found)
+    assert about.pop("bytes") == sum(
+        path.stat().st_size for path in found.path.glob("*.distcp") if path.stat().st_size
+    )
+    shapes = {"shape": [ROWS, WIDTH], "shards": 2}
+    assert [*about["tensors"]] == ["a", "b", AVERAGE + "a"]
+    assert about == {
+        "path": str(tmp_path / "ck" / "iter_0000002"),
+        "format": "torch_dist, common_state (>= 0.19)",
+        "iteration": 1,
+        "consumed samples": 4,
+        "global batch size": 4,
+        "sequence length": 8,
+        "phase": "superposition",
+        "raw tokens": 4 * 4 * 8,
+        "phases": [
+            {"phase": "superposition", "bag size": 4, "samples": [0, 8], "raw tokens": 256},
+            {"phase": "recovery", "bag size": 1, "samples": [8, 16], "raw tokens": 320},
+        ],
+        "tst settings": {"bag_size": 4, "plan": plan, "planned": plan},
+        "layout when saved": {"tensor_model_parallel_size": 2},
+        "optimizer": True,
+        "parameters": 2 * ROWS * WIDTH,
+        "tensors": {
+            "a": {"dtype": "float32"} | shapes,
+            AVERAGE + "a": {"dtype": "float32"} | shapes,
+            "b": {"dtype": "bfloat16"} | shapes,
+        },
+    }
+    for samples, phase, tokens in (
+        (7, "superposition", 224),
+        (8, "boundary: bag size 4 done", 256),
+        (9, "recovery", 264),
+        (16, "recovery", 320),
+    ):
+        found.args.consumed_train_samples = samples
+        about = describe(found)
+        assert (about["phase"], about["raw tokens"]) == (phase, tokens)
+        assert about["consumed samples"] == samples
+    assert {name for name in about["tst settings"]} == {"bag_size", "plan", "planned"}
+    found.args.tst_plan = None
+    about = describe(found)
+    assert (about["phase"], about["raw tokens"]) == ("no TST", 16 * 8)
+    assert "phases" not in about
+    bare = argparse.Namespace(consumed_train_samples=3)
+    legacy = rewrite.Changes(common={"args": bare}, legacy=True)
+    legacy.keep = lambda name: not name.startswith("optimizer.")
+    rewrite.rewrite(source, tmp_path / "old", legacy)
+    about = describe(Checkpoint(tmp_path / "old"))
+    assert about["format"] == "torch_dist, common.pt (<= 0.18)" and not about["optimizer"]
+    nothing = "iteration", "global batch size", "sequence length"
+    assert [about[name] for name in nothing] == [None] * 3
+    assert (about["consumed samples"], about["raw tokens"]) == (3, 0)
+    assert about["tst settings"] == about["layout when saved"] == {}
+
+
+def test_phases_in_arguments():
+    """What is stored is plain, and what is read back of an earlier version has the defaults."""
+    args = argparse.Namespace(seq_length=8, global_batch_size=4, tst_superpose="both")
+    planned = Schedule((8, 4, 1), (8, 4, 4), 8, 4)
+    assert stored(args) is None and stored(args, "tst_planned") is None
+    store(args, planned.lengthened(8), planned)
+    kept = {"bag_sizes": (8, 4, 1, 1), "samples": (8, 4, 4, 8), "width": 8, "recovery_phases": 2}
+    assert args.tst_plan == kept and stored(args) == planned.lengthened(8)
+    assert stored(args, "tst_planned") == planned
+    store(args, planned)
+    assert stored(args) == planned and "planned" not in args.tst_plan
+    args.tst_plan, args.tst_superpose = {"bag_sizes": [4, 1], "samples": [8, 8]}, "output"
+    old = Schedule((4, 1), (8, 8), 8, 4, single_tokens_in=True)
+    assert stored(args) == old and old.width == 1
+    args.tst_superpose = "input"
+    assert stored(args) == Schedule((4, 1), (8, 8), 8, 4)
+
+
+def test_a_conversion_is_a_plain_run_s_checkpoint(tmp_path):
+    source = of_a_whole_run(tmp_path)
+    told = []
+    new = convert(source=source, target=tmp_path / "new", progress=lambda *now: told.append(now))
+    assert new == tmp_path / "new" / "iter_0000002"
+    assert (tmp_path / "new" / TRACKER).read_text() == "2"
+    kept = sum(item.length for item in source.items if item is not source.common_item)
+    assert told[-1] == (kept, kept) and told == sorted(told) and told[0][0] < kept
+    new = Checkpoint(new)
+    args = {"seq_length": 8, "global_batch_size": 4}
+    args |= {"init_method_std": 0.02, "embedding_init_method_std": 0.5}
+    assert vars(new.args) == args and new.common_item is not None
+    assert {k: v for k, v in new.common.items() if k != "args"} == {
+        k: v for k, v in source.common.items() if k != "args"
+    }
+    assert differences(source, new) == {} and EXTRA in new.objects
+    assert stored(source.args) is not None  # which is as it was
+    with pytest.raises(TSTError) as refused:
+        convert(new, tmp_path / "again")
+    assert str(refused.value) == (
+        f"{new.path}: expected a checkpoint of a TST run (its arguments hold the phases), got one "
+        "without. Stock Megatron loads it as it is."
+    )
+    with pytest.raises(TSTError, match="add --force"):
+        convert(source, tmp_path / "new")
+    convert(source, tmp_path / "new", force=True, legacy=True)
+    old = Checkpoint(tmp_path / "new")
+    assert old.common_item is None and (old.path / "common.pt").is_file()
+    assert vars(old.args) == args and differences(source, old) == {}
+
+
+def test_without_the_optimizer(tmp_path):
+    source = of_a_whole_run(tmp_path)
+    convert(source, tmp_path / "new", drop_optimizer=True, drop_fp8_state=True)
+    new = Checkpoint(tmp_path / "new")
+    assert {*new.tensors} == {HEAD, EMBEDDING, ROUTER, NORM}
+    assert new.objects == [new.common_item.name]
+    assert differences(source, new, optimizer=False) == {}
+    assert {*new.common} == {*source.common} - {"optimizer", "opt_param_scheduler"}
+    assert new.args.no_save_optim is True and "no_save_optim" not in vars(source.args)
+    assert "optimizer" in source.common
+    target = tmp_path / "new"
+    start = ["--load", str(target), "--ckpt-format", "torch_dist"]
+    lax = ["--dist-ckpt-strictness", "log_all"]
+    assert load_flags(target) == load_flags(target, layer_spec="local") == start
+    assert load_flags(target, drop_optimizer=True) == [*start, "--no-load-optim"]
+    assert load_flags(target, drop_fp8_state=True) == [*start, *lax]
+    assert load_flags(target, layer_spec="transformer_engine") == [*start, *lax]
+
+
+def test_an_optimizer_as_at_the_start(tmp_path):
+    source = of_a_whole_run(tmp_path)
+    convert(source, tmp_path / "new", reset_optimizer=True)
+    new = Checkpoint(tmp_path / "new")
+    averages = {name for name in source.tensors if "exp_avg" in name}
+    assert len(averages) == 8 and {*differences(source, new)} == averages
+    assert not any(whole(new, name).any() for name in averages)
+    assert new.common["optimizer"] == {
+        "state": {"common_step": torch.tensor(0.0)},
+        "param_groups": [{"step": 0, "lr": 0.1}, {"lr": 0.2}],
+        "inner": {"state": {"common_step": 0}, "param_groups": [{"step": 0}]},
+        "scale": 3,
+    }
+    assert source.common["optimizer"]["param_groups"][0]["step"] == 6  # which is as it was
+    assert new.common["opt_param_scheduler"] == {"num_steps": 24}
+
+
+def test_one_end_anew(tmp_path):
+    """The standard deviation is the run's; without one of its own the embedding has the others'."""
+    source = of_a_whole_run(tmp_path)
+    source.args.embedding_init_method_std = None
+    for end, name in (("head", HEAD), ("embedding", EMBEDDING)):
+        convert(source, tmp_path / end, reinit=(end,))
+        new = Checkpoint(tmp_path / end)
+        parts = {part + name for part in ("", AVERAGE, SECOND, MASTER)}
+        assert {*differences(source, new)} == parts
+        assert whole(new, name).std().item() == pytest.approx(0.02, rel=0.1)
+        assert not whole(new, SECOND + name).any()
+
+
+def test_the_norm_before_experts_has_the_layer_spec_s_name(tmp_path):
+    source = of_a_whole_run(tmp_path)
+    other = NORM.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    convert(source, tmp_path / "te", layer_spec="transformer_engine")
+    there = Checkpoint(tmp_path / "te")
+    moved = {part + NORM: part + other for part in ("", AVERAGE, SECOND, MASTER)}
+    assert {*there.tensors} == {moved.get(name, name) for name in source.tensors}
+    for old, new in moved.items():
+        assert torch.equal(whole(there, new), whole(source, old))
+    there.args.tst_plan = source.args.tst_plan
+    convert(there, tmp_path / "back", layer_spec="local")
+    assert differences(source, Checkpoint(tmp_path / "back")) == {}
+    convert(source, tmp_path / "same", layer_spec="local")
+    assert differences(source, Checkpoint(tmp_path / "same")) == {}
+
+
+FLAT = "optimizer.distributed.dp_group_idx_0.param"
+BY_PARAMETER = (
+    "new values: expected optimizer state by parameter, got the distributed optimizer's flat "
+    "buffers. Save with --dist-ckpt-optim-fully-reshardable; for --reinit alone --drop-optimizer "
+    "will do."
+)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"layer_spec": "te"},
+            "--layer-spec: expected local or transformer_engine, got te. "
+            "Name the spec of the run that is to load it.",
+        ),
+        (
+            {"reinit": ("embedding", "body")},
+            "--reinit: expected embedding, head or embedding,head, got embedding,body. "
+            "Name the tables that get new values.",
+        ),
+        (
+            {"reinit": ("embedding", "head")},
+            "--reinit head: expected a tensor output_layer.weight, got none. "
+            "A tied head is the embedding: name that alone.",
+        ),
+        (
+            {"reset_optimizer": True, "drop_optimizer": True},
+            "--reset-optimizer and --drop-optimizer: expected one of the two, got both. "
+            "Leave one out.",
+        ),
+        ({"reinit": ("embedding",)}, BY_PARAMETER),
+        ({"reset_optimizer": True}, BY_PARAMETER),
+    ],
+)
+def test_conversions_that_are_refused(tmp_path, options, message):
+    source = written(tmp_path / "source", {EMBEDDING: rows(), FLAT: rows()})
+    with pytest.raises(TSTError) as refused:
+        convert(source, tmp_path / "new", **options)
+    assert str(refused.value) == message and not (tmp_path / "new").exists()
+    convert(source, tmp_path / "fine", drop_optimizer=True, reinit=("embedding",))
+    assert differences(source, Checkpoint(tmp_path / "fine"), optimizer=False).keys() == {EMBEDDING}
+
+
+def test_flattened_tensors_keep_their_descriptions(tmp_path):
+    """Megatron's own table of them follows names and what is left out."""
+    source = of_a_whole_run(tmp_path)
+    source.metadata.mcore_data = {NORM: "shape of it", AVERAGE + NORM: "too", HEAD: "the head's"}
+    options = {"drop_optimizer": True, "layer_spec": "transformer_engine"}
+    new = Checkpoint(convert(source, tmp_path / "new", **options))
+    name = "decoder.layers.pre_mlp_layernorm.weight"
+    assert new.metadata.mcore_data == {name: "shape of it", HEAD: "the head's"}
+    assert new.metadata.planner_data is None
+
+
+# --- tensors out of shards
+
+
+def test_tensors_in_any_cut(tmp_path):
+    """Layers in one tensor or one by one, cut along any dimension; a part of it alone is read."""
+    value = torch.arange(4 * 6 * 5.0).view(4, 6, 5)
+    args = argparse.Namespace()
+    boxes = [(a, b) for a in (slice(0, 1), slice(1, 4)) for b in (slice(0, 2), slice(2, 6))]
+    items = [
+        ("decoder.layers.w", value.shape, (a.start, b.start, 0), value[a, b]) for a, b in boxes
+    ]
+    items.append(("decoder.layers.7.w", (6, 5), (0, 0), value[0]))
+    items.append(("decoder.layers.v", (4, 6, 5), (0, 0, 0), value + 1))
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    write_checkpoint(folder, items, args, lambda done: None)
+    checkpoint = Checkpoint(folder)
+    found = Tensors(checkpoint)
+    assert "decoder.layers.w" in found and "decoder.layers" not in found
+    assert "common_state/shard_0_1" not in found
+    assert found.shape("decoder.layers.w") == (4, 6, 5)
+    assert type(found.shape("decoder.layers.w")) is tuple
+    assert torch.equal(found.read("decoder.layers.w"), value)
+    for layer in range(4):
+        assert torch.equal(found.read("decoder.layers.w", layer), value[layer])
+        assert torch.equal(found.of_layer(layer, "none", "w"), value[layer])
+        assert torch.equal(found.of_layer(layer, "v", "w"), value[layer] + 1)
+        for row in range(6):
+            assert torch.equal(found.read("decoder.layers.w", layer, row), value[layer, row])
+            assert torch.equal(found.of_layer(layer, "w", at=(row,)), value[layer, row])
+    assert torch.equal(found.of_layer(7, "w"), value[0])
+    assert torch.equal(found.of_layer(7, "w", at=(3,)), value[0, 3])
+    kind = "The model is of another kind than its arguments say."
+    for call, message in (
+        (lambda: found.read("x"), f"{folder}: expected a tensor x, got none. {kind}"),
+        (lambda: found.of_layer(1, "x"), f"{folder}: expected layer 1's x, got none. {kind}"),
+        (
+            lambda: found.of_layer(1, "x", "y"),
+            f"{folder}: expected layer 1's x or y, got neither. {kind}",
+        ),
+        (
+            lambda: found.read("decoder.layers.w", 4),
+            f"{folder}: expected shards that cover decoder.layers.w, got 0 of 30 elements. "
+            "Copy it again.",
+        ),
+    ):
+        with pytest.raises(TSTError) as refused:
+            call()
+        assert str(refused.value) == message
+
+
+def test_what_a_new_checkpoint_says_of_itself(tmp_path):
+    """One of weights alone, written without a model."""
+    folder, told = tmp_path / "iter_0000000", []
+    folder.mkdir()
+    args = argparse.Namespace(seq_length=8)
+    value = rows()
+    pieces = [("a", value.shape, (0, 0), value[:, :3]), ("a", value.shape, (0, 3), value[:, 3:])]
+    write_checkpoint(folder, pieces, args, told.append)
+    found = Checkpoint(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "metadata.json",
+    ]
+    about = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+    assert (folder / "metadata.json").read_text() == about
+    assert found.common == {
+        "args": args,
+        "iteration": 0,
+        "checkpoint_version": 3.0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+    first, second, common = sorted(found.items, key=lambda item: item.offset)
+    assert told == [second.offset, common.offset] and common is found.common_item
+    assert first.length < 4 * value.numel()  # a shard alone, not the tensor that it is a view of
+    assert torch.equal(Tensors(found).read("a"), value)
+    assert found.check_all() == (3, sum(item.length for item in found.items))
+    seen = []
+    found.check_all(share=1, of=2, progress=lambda *now: seen.append(now))
+    assert len(seen) == 1 and seen[-1][0] == seen[-1][1]
+    assert found.folders == [folder] and found.objects == ["common_state/shard_0_1"]
+    (tmp_path / TRACKER).write_text("0")
+    assert found.folders == [folder, tmp_path]
+    assert checkpoint_to_load(tmp_path).path == folder
+    assert checkpoint_to_load(folder).path == folder
+    (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    assert checkpoint_to_load(tmp_path) is None and checkpoint_to_load(folder) is None
+    (folder / "metadata.json").write_text('{"sharded_backend": "dzarr"}')
+    with pytest.raises(TSTError, match="got dzarr. Save with --ckpt-format torch_dist."):
+        checkpoint_to_load(folder)
+    (folder / "metadata.json").unlink()
+    assert checkpoint_to_load(tmp_path) is None and checkpoint_to_load(folder) is None

@@ -207,6 +207,16 @@ def test_text_that_is_read_more_than_once_is_warned_of_and_more_than_allowed_ref
         check([4000, 40], config, weights=[1, 3])
 
 
+def test_a_corpus_that_a_blend_has_twice_is_one_text(tmp_path):
+    schedule = Schedule.of(4, 2, train_samples=4, seq_length=8, global_batch_size=1)
+    (tmp_path / "link").symlink_to(tmp_path)
+    names = str(tmp_path / "a"), str(tmp_path / "link" / "a"), str(tmp_path / "b")
+    corpora = [text.Corpus(name, 50, weight) for name, weight in zip(names, (3.0, 1.0, 4.0))]
+    a, b = text.readings(corpora, schedule)
+    assert (a.corpus.prefix, a.by_phase, b.by_phase) == (names[0], (32.0, 8.0), (32.0, 8.0))
+    assert a.times == 0.8
+
+
 def test_a_number_just_above_the_limit_shows_it():
     schedule = Schedule.of(4, 1, train_samples=2000, seq_length=1000, global_batch_size=1)
     raw = schedule.raw_tokens(2000)
