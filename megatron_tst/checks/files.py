@@ -42,6 +42,8 @@ def check_data_files(prefixes: list[str], vocab_size: int | None) -> None:
                     "from text."
                 )
                 refuse("--data-path", f"{prefix}.bin and {prefix}.idx", f"no file {path}", hint)
+        if os.path.getsize(prefix + ".bin") == 0:  # Megatron cannot map it
+            refuse(f"{prefix}.bin", "at least one token", "none", _ANOTHER)
         index = _open_indexed(prefix).index
         _check_sizes(prefix, index)
         if first_of_node:
@@ -71,8 +73,6 @@ def _check_sizes(prefix, index):
             got,
             "The file is truncated or not the index's: copy it again.",
         )
-    if got == 0:
-        refuse(f"{prefix}.bin", "at least one token", "none", _ANOTHER)
 
 
 def _check_index(prefix, index):

@@ -339,11 +339,13 @@ def test_warnings_outside_the_papers_range():
     )
     for size in (2, 3, 9, 64):
         (said,) = warned(TSTConfig(bag_size=size, step_ratio=0.3))
-        assert f"bag size {size}: " in said
+        assert f"bag size {size}: the paper found 4 to 8 robust, and up to 16 at 10B" in said
     assert len(warned(TSTConfig(bag_size=65, step_ratio=0.3))) == 2  # and long samples
     for iters, shown in ((195, None), (405, None), (194, "0.194"), (406, "0.406")):
         said = warned(TSTConfig(bag_size=6, iters=iters))
-        assert len(said) == bool(shown) and all(f"step ratio {shown}: " in one for one in said)
+        assert len(said) == bool(shown) and all(
+            f"step ratio {shown}: the paper found 0.2 to 0.4 robust" in one for one in said
+        )
     assert "step ratio 0.500" in warned(TSTConfig(bag_size=6, iters=500))[0]
     with pytest.raises(TSTError, match="expected --tst-bag-size of 2 or more beside it, got 1"):
         warned(TSTConfig(step_ratio=0.3))

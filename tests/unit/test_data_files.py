@@ -109,6 +109,8 @@ def changed(prefix, part, at, value):
             r"expected sequence 3 at byte \d+, where the one before it ends, got at 2",
         ),
         ("documents", 0, 1, "expected documents from sequence 0 to 72, got .1, 72."),
+        ("pointers", 4, 2, r"expected sequence 4 at byte \d+, where .* got at 2"),
+        ("documents", 4, 2, "expected document 4 at sequence 3 or behind it, got at 2"),
         ("documents", 5, 3, "expected document 5 at sequence 4 or behind it, got at 3"),
         ("documents", 72, 71, "an index|cannot be read .AssertionError."),
     ],
@@ -122,6 +124,26 @@ def test_an_index_that_does_not_fit_together(copied, monkeypatch, part, at, valu
         return
     with pytest.raises(TSTError, match=message):
         check_data_files([copied], 512)
+
+
+@pytest.mark.parametrize(
+    "documents, content, message",
+    [
+        (0, b"", "text.bin: expected at least one token, got none"),
+        (1, b"", "text.bin: expected at least one token, got none"),
+        (0, b"ab", "text.idx: expected at least one document, got none"),
+        (1, b"ab", "text.bin: expected 0 bytes as its index says, got 2"),
+    ],
+)
+def test_an_index_of_nothing(tmp_path, documents, content, message):
+    prefix = str(tmp_path / "text")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
+    for _ in range(documents):
+        builder.add_document(np.array([], dtype=np.int32), [0])
+    builder.finalize(prefix + ".idx")
+    (tmp_path / "text.bin").write_bytes(content)
+    with pytest.raises(TSTError, match=message):
+        check_data_files([prefix], 512)
 
 
 def test_longer_files(copied):

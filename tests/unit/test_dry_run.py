@@ -101,3 +101,16 @@ def test_padding_follows_the_layout():
     flags = RUN[:without] + RUN[without + 2 :]
     args = dry_run.validate(flags, 8, "h100")
     assert args.padded_vocab_size == 128256
+
+
+def test_the_flags_are_handed_on_as_they_are(monkeypatch):
+    seen = []
+
+    def validate(*given):
+        seen.append(given)
+        raise dry_run.Refused("seen")
+
+    monkeypatch.setattr(dry_run, "validate", validate)
+    flags = ["--split", "", "--lr", "-1", "*", "x"]
+    assert dry_run.main(["--gpu", "b200", "--world-size", "3", "--", *flags]) == 2
+    assert seen == [(flags, 3, "b200")]

@@ -1,6 +1,7 @@
 """Flags that would do nothing are refused, and mistyped ones named."""
 
 import argparse
+import dataclasses
 
 import pytest
 
@@ -40,6 +41,8 @@ def test_every_flag_is_in_the_table_and_in_this_test():
     flags = {action.dest.removeprefix("tst_") for action in parser._actions}
     assert flags == {"bag_size", *NEEDS} == {"bag_size", *GIVEN}
     assert flags == set(TSTConfig.__dataclass_fields__)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NEEDS["loss"][0].expected = ""
 
 
 @pytest.mark.parametrize("name", [name for name in GIVEN if name != "verify_load"])

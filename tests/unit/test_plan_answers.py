@@ -2,6 +2,7 @@
 prints, a dataset of the user's, keys.
 """
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -664,3 +665,11 @@ def test_a_recipe_that_cannot_be_printed(capsys, argv, message):
 def test_precision_is_asked_of_a_layout_that_divides(monkeypatch):
     monkeypatch.setattr(layout, "check_precision", lambda *args: pytest.fail("asked"))
     assert planned("--preset", "3b", "--gpus", "7")["faults"]
+
+
+def test_the_gpu_that_a_recipe_was_checked_for():
+    flags = [*SMALL, *"--fp8-format hybrid --fp8-recipe tensorwise --gpu h100".split()]
+    (rule,) = [c["rule"] for c in planned(*flags)["checks"] if c["what"] == "tensorwise"]
+    assert rule.startswith("sm_90, CUDA 13.0 (assumed) and the shapes of a rank")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.Check("", "").fault = "x"

@@ -4,6 +4,7 @@ token by token; and text that does not suffice.
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import types
 import warnings
@@ -151,6 +152,13 @@ def test_each_corpus_is_read_as_often_as_is_said(megatron, corpora, given, confi
         assert reading.tokens == pytest.approx(read[places.index(name)], abs=close)
         assert reading.times == reading.tokens / reading.corpus.tokens
     assert sum(r.tokens for r in readings) == pytest.approx(sum(read))
+
+
+def test_what_was_counted_stays_as_it_is():
+    corpus = text.Corpus("a", 40)
+    for one, name in ((corpus, "tokens"), (text.Reading(corpus, (1.0,)), "by_phase")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, name, 0)
 
 
 def test_the_line_says_each_phase():
