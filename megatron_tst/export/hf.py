@@ -27,7 +27,13 @@ from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.hf_config import arguments
 from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
-from megatron_tst.export.tokenizer import end_of_text, own_files, tokenizer_of, write_tokenizer
+from megatron_tst.export.tokenizer import (
+    check_end_ids,
+    end_of_text,
+    own_files,
+    tokenizer_of,
+    write_tokenizer,
+)
 from megatron_tst.json_file import read_json
 
 # in config.json, and no part of the model
@@ -209,9 +215,10 @@ def config_files(folder: Path, arch: Architecture, kept: Path) -> None:
         flushed(folder / "config.json", lambda file: file.write(path.read_bytes()))
     else:
         write_json(folder / "config.json", config | changed)
+    check_end_ids(config, path, arch.vocab)
     theirs = kept / "generation_config.json"
     if theirs.is_file():
-        read_json(theirs)
+        check_end_ids(read_json(theirs), theirs, arch.vocab)
         flushed(folder / theirs.name, lambda file: file.write(theirs.read_bytes()))
     else:
         generation = {key: config.get(key, value) for key, value in generation.items()}

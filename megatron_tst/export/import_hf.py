@@ -22,7 +22,7 @@ from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.hf_config import arguments, flags, read_config
 from megatron_tst.export.safetensors_files import SafetensorsFolder
-from megatron_tst.export.tokenizer import FILES, check_files
+from megatron_tst.export.tokenizer import FILES, check_end_ids, check_files
 from megatron_tst.json_file import read_json
 
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer
@@ -91,10 +91,10 @@ def _kept_files(source, rows) -> list[Path]:
         do = "Merge the adapter into the model first."
         refuse(source, "a model", "an adapter (adapter_config.json), which changes it", do)
     kept = [source / "config.json"]
-    generation = source / "generation_config.json"
-    if generation.exists():
-        read_json(generation)
-        kept.append(generation)
+    if (source / "generation_config.json").exists():
+        kept.append(source / "generation_config.json")
+    for path in kept:
+        check_end_ids(read_json(path), path, rows)
     files = [source / name for name in FILES if (source / name).exists()]
     check_files(files, rows)
     return kept + files

@@ -131,6 +131,24 @@ def check_files(files: list[Path], rows: int | None = None) -> dict[str, int] | 
     return tokens
 
 
+def check_end_ids(found: dict, path: Path, rows: int) -> None:
+    """Hold the end tokens that a model's file names against its rows: one beyond them never comes,
+    and generation would not stop.
+
+    Args:
+        found: what `path`, a config.json or generation_config.json, holds.
+        rows: of the model's embedding.
+
+    Raises:
+        TSTError: an end token that is no id of the model.
+    """
+    ends = found.get("eos_token_id")
+    for number in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < rows:
+            what, expected = f"{path}: eos_token_id", f"ids below the model's {rows} rows"
+            refuse(what, expected, shown(number), "Mend the file: generation would never stop.")
+
+
 def end_of_text(files: list[Path]) -> int | None:
     """The id that ends a document; None and a warning where the tokenizer has none.
 

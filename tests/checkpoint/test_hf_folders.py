@@ -230,6 +230,18 @@ DAMAGED = {  # what happens to a folder of three shards, and what is said
         lambda f: (f / "generation_config.json").write_text("{,}"),
         "generation_config.json: expected JSON",
     ),
+    "an end beyond the rows": (
+        lambda f: edited(f / "config.json", lambda c: c.update(eos_token_id=96)),
+        "config.json: eos_token_id: expected ids below the model's 96 rows, got 96",
+    ),
+    "one of several ends": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [69, 99999]}'),
+        "generation_config.json: eos_token_id: expected ids below .*, got 99999",
+    ),
+    "an end that is no id": (
+        lambda f: edited(f / "config.json", lambda c: c.update(eos_token_id="w69")),
+        "config.json: eos_token_id: expected ids below the model's 96 rows, got .w69",
+    ),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "got an adapter"),
     "a tokenizer that is none": (
         lambda f: (f / "tokenizer.json").write_text('{"version": "1.0"}'),
