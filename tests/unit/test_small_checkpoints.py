@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import enum
 import fractions
+import http
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_tst.checkpoint import format, rewrite
+from megatron_tst.checkpoint import format, rewrite, write
 from megatron_tst.checkpoint.boundary import convert, load_flags
 from megatron_tst.checkpoint.format import (
     TRACKER,
@@ -128,6 +129,25 @@ def test_what_was_written_is_read_back(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_new_checkpoint_is_read_back(tmp_path, monkeypatch):
+    flush = write.flush
+
+    def lossy(file):
+        flush(file)
+        flip_last_byte_of(file.name)
+
+    def flip_last_byte_of(name):
+        with open(name, "r+b") as other:
+            other.seek(-1, os.SEEK_END)
+            byte = other.read(1)
+            other.seek(-1, os.SEEK_END)
+            other.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(write, "flush", lossy)
+    with pytest.raises(TSTError, match="__0_0.distcp: expected common_state/shard_0_1 as it was"):
+        written(tmp_path / "new", {"a": rows()})
+
+
 @pytest.fixture
 def pair(tmp_path):
     def make(one, other, *, shards=(1, 1)):
@@ -191,7 +211,8 @@ def with_common(source, target, **changes):
     """A copy with other common state, and the arguments that `args` names."""
     args = argparse.Namespace(**vars(source.args) | changes.pop("args", {}))
     common = source.common | {"args": args} | changes
-    rewrite.rewrite(source, target, rewrite.Changes(common=common))
+    changes = rewrite.Changes(common=common)
+    rewrite.rewrite(source=source, target=target, changes=changes)
     return Checkpoint(target)
 
 
@@ -434,6 +455,20 @@ def test_conversions_that_are_refused(tmp_path, options, message):
     assert str(refused.value) == message and not (tmp_path / "new").exists()
     convert(source, tmp_path / "fine", drop_optimizer=True, reinit=("embedding",))
     assert differences(source, Checkpoint(tmp_path / "fine"), optimizer=False).keys() == {EMBEDDING}
+
+
+@pytest.mark.parametrize("new", [torch.float64, (WIDTH, ROWS)])
+def test_an_edited_shard_is_of_the_same_kind(tmp_path, new):
+    source = written(tmp_path / "source", {"a": rows()})
+
+    def edit(name, place, shard):
+        assert (name, place) == ("a", (0, 0))
+        return shard.to(new) if isinstance(new, torch.dtype) else shard.reshape(new)
+
+    changes = rewrite.Changes(source.common, tensor=edit, edited=frozenset("a"))
+    with pytest.raises(AssertionError):
+        rewrite.rewrite(source, tmp_path / "new", changes)
+    assert not (tmp_path / "new").exists()
 
 
 def test_flattened_tensors_keep_their_descriptions(tmp_path):
@@ -706,6 +741,7 @@ def test_types_that_arguments_may_hold(tmp_path):
     kinds = "expected tensors, plain values and Megatron's argument types"
     for value, full in (
         (fractions.Fraction(1, 2), "fractions.Fraction"),
+        (http.HTTPStatus.OK, "http.HTTPStatus"),
         (Schedule((1,), (1,), 1, 1), "megatron_tst.schedule.Schedule"),
         (TransformerConfig, "megatron.core.transformer.transformer_config.TransformerConfig"),
         (parallel_state.is_initialized, "megatron.core.parallel_state.is_initialized"),
