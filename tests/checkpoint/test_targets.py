@@ -349,7 +349,6 @@ def test_a_failure_in_a_thread(tmp_path):
 
 def test_a_kept_folder(tmp_path, system):
     """Written in its place: the next one takes the place of what the last one has left."""
-    (tmp_path / "of").mkdir()
     with kept_folder(tmp_path / "of" / "several" / "names"):
         pass
     shutil.rmtree(tmp_path / "of")
