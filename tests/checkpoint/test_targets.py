@@ -349,7 +349,6 @@ def test_a_failure_in_a_thread(tmp_path):
 
 def test_a_kept_folder(tmp_path, system):
     """Written in its place: the next one takes the place of what the last one has left."""
-    (tmp_path / "of").mkdir()
     with kept_folder(tmp_path / "of" / "several" / "names"):
         pass
     shutil.rmtree(tmp_path / "of")
@@ -726,7 +725,7 @@ def test_whose_leftovers_are_removed(tmp_path):
     week_old = [leave(target, machine="node1"), leave(target, who="00000000")]
     for path in week_old:
         for each in (path / "weights", path):
-            os.utime(each, (time.time() - 8 * 24 * 3600,) * 2)
+            os.utime(each, (time.time() - 7 * 24 * 3600 - 60,) * 2)
     stay = [
         leave(target),  # a live process's
         leave(target, machine="node2", process=dead),
@@ -734,6 +733,8 @@ def test_whose_leftovers_are_removed(tmp_path):
         leave(tmp_path / "out2", process=dead),
         leave(tmp_path / "o", process=dead),
     ]
+    for each in (stay[1] / "weights", stay[1]):
+        os.utime(each, (time.time() - 7 * 24 * 3600 + 60,) * 2)
     written_to = leave(target, machine="node3")
     os.utime(written_to, (0, 0))  # the folder is old, what is in it is not
     for name in (".out.part-1", ".out.part-notes", ".out.bak-1.2.3.4.5"):
@@ -743,6 +744,34 @@ def test_whose_leftovers_are_removed(tmp_path):
     assert not [path for path in (*gone, *week_old) if path.exists()]
     assert all(path.exists() for path in (*stay, written_to))
     assert not (tmp_path / "out.old-1").exists()
+
+
+def test_what_the_system_refuses_names_both(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for flag in (1, 2):
+        with pytest.raises(FileNotFoundError) as raised:
+            renames._renameat2(one, other, flag)
+        assert (raised.value.filename, raised.value.filename2) == (str(one), str(other))
+    one.mkdir(), other.mkdir()
+    with pytest.raises(FileExistsError):
+        renames._renameat2(one, other, 1)
+
+
+def test_a_file_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    """As on FAT and some network file systems, which have no renameat2 either."""
+
+    def link(*arguments, **more):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(renames, "_renameat2", lambda *arguments: False)
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "one").write_text("1")
+    renames.rename_new(tmp_path / "one", tmp_path / "other")
+    assert content(tmp_path) == {"other": b"1"}
+    (tmp_path / "one").write_text("2")
+    with pytest.raises(FileExistsError):
+        renames.rename_new(tmp_path / "one", tmp_path / "other")
+    assert content(tmp_path) == {"one": b"2", "other": b"1"}
 
 
 def test_foreign_things_among_leftovers_are_moved_aside(tmp_path):

@@ -618,6 +618,26 @@ def test_two_runs_in_one_folder_of_tensorboard(writer, first, changes, differs):
         curves.read(path)
 
 
+@pytest.mark.parametrize("sizes, varying", [((), False), ((4, 4), False), ((4, 8), True)])
+def test_tensorboard_batches(tmp_path, sizes, varying):
+    """Without arguments; and TensorBoard's logger is as it was."""
+    import logging
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as out:
+        for i, size in enumerate(sizes, 1):
+            out.add_scalar("batch-size", size, i)
+        out.add_scalar("lm loss", 5.0, 1)
+        for loss in (4.0, 3.0):
+            out.add_scalar("lm loss validation", loss, 1)
+    log = logging.getLogger("tensorboard")
+    before = log.level
+    run = curves.read(tmp_path)
+    assert run.varying_batch == varying and log.level == before != logging.CRITICAL
+    assert (run.validation, run.test) == ({1: 4.0}, {})
+
+
 def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
     path = writer(1, 1, 10, lambda i: float("nan") if i > 7 else 5.0, [(10, 5.0, "-a")], texts={})
     run = curves.read(path, "a")

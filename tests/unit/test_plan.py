@@ -506,3 +506,369 @@ def test_tsts_own_warnings_are_shown(capsys):
         for text in planned("--preset", "moe-10b-a1b")["warnings"]
     )
     assert "Warnings at start-up" in screen_of(capsys, "--preset", "moe-10b-a1b")[1]
+
+
+# ---- whole answers
+
+
+WHOLE = {
+    "a run of the paper's": (
+        [*["--preset", "moe-10b-a1b", "--tokens", "1T"]],
+        {
+            "model": {
+                "parameters": 10443923456,
+                "active_parameters": 1384226816,
+                "vocabulary": 128256,
+                "preset": "moe-10b-a1b",
+            },
+            "run": {
+                "steps": 49983,
+                "superposed_steps": 12483,
+                "step_ratio": 0.249744913270512,
+                "bag_size": [16],
+                "positions_a_step": 8388608,
+                "gpus": 64,
+                "gpu": "b200",
+            },
+            "phases": [
+                {
+                    "name": "superposition",
+                    "bag_size": 16,
+                    "steps": 12483,
+                    "raw_tokens": 1675439898624,
+                    "raw_tokens_a_step": 134217728,
+                },
+                {
+                    "name": "recovery",
+                    "bag_size": 1,
+                    "steps": 37500,
+                    "raw_tokens": 314572800000,
+                    "raw_tokens_a_step": 8388608,
+                },
+            ],
+            "text": {
+                "raw_tokens": 1990012698624,
+                "baseline_tokens": 419287793664,
+                "ratio": 4.74617369905768,
+                "needed": 1990012698624,
+                "available": 1000000000000,
+                "suffices": False,
+                "missing": 990012698624,
+                "times": 1.990012698624,
+                "baseline_suffices": True,
+                "fits": {"bag_size": 6, "superposed_steps": 4615, "steps": 25115},
+                "readings": [],
+            },
+            "cost": {
+                "flops_of_step": 6.641929841069261e16,
+                "flops": 3.3198357924616486e21,
+                "tflops_a_gpu": 193.409523703256,
+                "mfu": 0.08595978831255822,
+                "source": "paper: 4,768 B200-hours for 49,983 steps",
+                "gpu_hours_of_step": 0.09539243342736531,
+                "gpu_hours": 4768.0,
+                "days": 3.1041666666666665,
+                "step_seconds": 5.365824380289299,
+                "of_the_paper": True,
+            },
+            "equal_loss": {
+                "measured": True,
+                "speed_up": 2.5008502890982935,
+                "baseline_steps": 125000,
+                "baseline_tokens": 1048576000000,
+                "baseline_gpu_hours": 12311.0,
+                "paper_run": {
+                    "model": "moe-10b-a1b",
+                    "s": 16,
+                    "r": 0.249744913270512,
+                    "loss": 2.236,
+                    "baseline_loss": 2.252,
+                },
+            },
+            "loss_memory": {
+                "logits": 2101346304,
+                "superposition": {
+                    "extension": 2101346304,
+                    "torch": 2638217216,
+                    "fused": 536870912,
+                    "paper_loop": 77749813248,
+                },
+                "recovery": {
+                    "megatron": 8405385216,
+                    "kernel_in_recovery": 2101346304,
+                    "fused": 536870912,
+                },
+            },
+            "loader": {
+                "tokens_a_second": 25013440.337897092,
+                "mb_a_second": 100.05376135158836,
+                "baseline_tokens_a_second": 1563340.0211185683,
+                "times_baseline": 16.0,
+                "readers": 64,
+                "tokens_a_second_of_a_reader": 390835.00527964206,
+                "bytes_a_token": 4,
+                "measured": None,
+            },
+            "paper": {
+                "cell": {
+                    "model": "270m",
+                    "steps": 20000,
+                    "weighting": "uniform",
+                    "table": 4,
+                    "loss": 3.146942602484845,
+                    "difference": -0.06545739751515534,
+                    "interpolated_between_r": (0.2, 0.3),
+                },
+                "run": {"loss": 2.236, "baseline_loss": None, "b200_hours": 4768},
+            },
+            "not_used": [],
+        },
+    ),
+    "experts, little text": (
+        [
+            *EXPERTS,
+            *[
+                "--untie-embeddings-and-output-weights",
+                "--gpus",
+                "16",
+                "--gpu",
+                "h100",
+                "--mfu",
+                "0.4",
+                "--tokens",
+                "100M",
+                "--tst-iters",
+                "700",
+                "--tst-bag-size",
+                "20",
+                "--pipeline-model-parallel-size",
+                "2",
+                "--context-parallel-size",
+                "2",
+                "--micro-batch-size",
+                "2",
+                "--vocab-size",
+                "70000",
+            ],
+        ],
+        {
+            "model": {
+                "parameters": 88494592,
+                "active_parameters": 79057408,
+                "vocabulary": 70016,
+                "preset": None,
+            },
+            "run": {
+                "steps": 1000,
+                "superposed_steps": 700,
+                "step_ratio": 0.7,
+                "bag_size": [20],
+                "positions_a_step": 65536,
+                "gpus": 16,
+                "gpu": "h100",
+            },
+            "phases": [
+                {
+                    "name": "superposition",
+                    "bag_size": 20,
+                    "steps": 700,
+                    "raw_tokens": 917504000,
+                    "raw_tokens_a_step": 1310720,
+                },
+                {
+                    "name": "recovery",
+                    "bag_size": 1,
+                    "steps": 300,
+                    "raw_tokens": 19660800,
+                    "raw_tokens_a_step": 65536,
+                },
+            ],
+            "text": {
+                "raw_tokens": 937164800,
+                "baseline_tokens": 65536000,
+                "ratio": 14.3,
+                "needed": 937164800,
+                "available": 100000000,
+                "suffices": False,
+                "missing": 837164800,
+                "times": 9.371648,
+                "baseline_suffices": True,
+                "fits": {"bag_size": None, "superposed_steps": 27, "steps": 106},
+                "readings": [],
+            },
+            "cost": {
+                "flops_of_step": 17806934409216.0,
+                "flops": 1.7806934409216e16,
+                "tflops_a_gpu": 395.76,
+                "mfu": 0.4,
+                "source": "--mfu 0.4, given",
+                "gpu_hours_of_step": 1.2498409817128226e-05,
+                "gpu_hours": 0.012498409817128225,
+                "days": 3.254794223210475e-05,
+                "step_seconds": 0.0028121422088538506,
+                "of_the_paper": False,
+            },
+            "equal_loss": None,
+            "loss_memory": {
+                "logits": 143392768,
+                "superposition": {
+                    "extension": 143392768,
+                    "torch": 680263680,
+                    "fused": 143392768,
+                    "paper_loop": 6452674560,
+                },
+                "recovery": {
+                    "megatron": 573571072,
+                    "kernel_in_recovery": 143392768,
+                    "fused": 143392768,
+                },
+            },
+            "loader": {
+                "tokens_a_second": 466093071.6353112,
+                "mb_a_second": 1864.3722865412446,
+                "baseline_tokens_a_second": 23304653.58176556,
+                "times_baseline": 20.0,
+                "readers": 4,
+                "tokens_a_second_of_a_reader": 116523267.9088278,
+                "bytes_a_token": 4,
+                "measured": None,
+            },
+            "paper": {"cell": None, "run": None},
+            "not_used": [],
+        },
+    ),
+    "output alone": (
+        [
+            *[
+                "--preset",
+                "600m",
+                "--tst-superpose",
+                "output",
+                "--tst-bag-size",
+                "4",
+                "--tst-step-ratio",
+                "0.25",
+                "--gpu",
+                "h200",
+                "--gpus",
+                "16",
+                "--tokens",
+                "1T",
+            ]
+        ],
+        {
+            "model": {
+                "parameters": 600208320,
+                "active_parameters": 600208320,
+                "vocabulary": 128256,
+                "preset": "600m",
+            },
+            "run": {
+                "steps": 20000,
+                "superposed_steps": 5000,
+                "step_ratio": 0.25,
+                "bag_size": [4],
+                "positions_a_step": 2097152,
+                "gpus": 16,
+                "gpu": "h200",
+            },
+            "phases": [
+                {
+                    "name": "superposition",
+                    "bag_size": 4,
+                    "steps": 5000,
+                    "raw_tokens": 10485760000,
+                    "raw_tokens_a_step": 2097152,
+                },
+                {
+                    "name": "recovery",
+                    "bag_size": 1,
+                    "steps": 15000,
+                    "raw_tokens": 31457280000,
+                    "raw_tokens_a_step": 2097152,
+                },
+            ],
+            "text": {
+                "raw_tokens": 41943040000,
+                "baseline_tokens": 41943040000,
+                "ratio": 1.0,
+                "needed": 41943040000,
+                "available": 1000000000000,
+                "suffices": True,
+                "missing": 0,
+                "times": 0.04194304,
+                "baseline_suffices": True,
+                "readings": [],
+            },
+            "cost": {
+                "flops_of_step": 7585599439503360.0,
+                "flops": 1.517119887900672e20,
+                "tflops_a_gpu": 303.79243414064456,
+                "mfu": 0.3070471337584845,
+                "source": "assumed: the MFU that the paper's B200-hours come to",
+                "gpu_hours_of_step": 0.006936021831412978,
+                "gpu_hours": 138.72043662825956,
+                "days": 0.3612511370527593,
+                "step_seconds": 1.56060491206792,
+                "of_the_paper": False,
+            },
+            "equal_loss": None,
+            "loss_memory": {
+                "logits": 4202692608,
+                "superposition": {
+                    "extension": 4202692608,
+                    "torch": 4739563520,
+                    "fused": 536870912,
+                    "paper_loop": 54635003904,
+                },
+                "recovery": {
+                    "megatron": 16810770432,
+                    "kernel_in_recovery": 4202692608,
+                    "fused": 536870912,
+                },
+            },
+            "loader": {
+                "tokens_a_second": 1343807.1249058894,
+                "mb_a_second": 5.3752284996235575,
+                "baseline_tokens_a_second": 1343807.1249058894,
+                "times_baseline": 1.0,
+                "readers": 16,
+                "tokens_a_second_of_a_reader": 83987.94530661809,
+                "bytes_a_token": 4,
+                "measured": None,
+            },
+            "paper": {"cell": None, "run": None},
+            "not_used": [],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_plan(name):
+    """Every figure, written out: those that follow from each other are held against each other
+    above.
+    """
+    argv, expected = WHOLE[name]
+    found = planned(*argv)
+    apart = {"flags", "checks", "against", "warnings"}
+    assert {key: value for key, value in found.items() if key not in apart} == expected
+
+
+def test_the_whole_sweep():
+    found = planned(*SMALL, "--tokens", "500M", "--sweep")["sweep"]
+    about = {"model": "270m", "steps": 20000, "weighting": "uniform", "table": 4}
+    assert {key: value for key, value in found.items() if key != "cells"} == about
+    cells, ratios = iter(found["cells"]), (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
+    for s in (2, 3, 4, 5, 6, 7, 8, 10, 12, 16):
+        for r in ratios:
+            raw, cell = 64 * 1024 * round(1000 * (s * r + 1 - r)), paper.grids()[0].cell(r, s)
+            assert next(cells) == {
+                "s": s,
+                "r": r,
+                "superposed_steps": round(1000 * r),
+                "raw_tokens": raw,
+                "fits": raw <= 500e6,
+                "difference": cell and cell.difference,
+            }
+    assert next(cells, None) is None

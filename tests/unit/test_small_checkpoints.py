@@ -4,17 +4,36 @@ shard and copy of a tensor becomes, and what is noticed.
 
 import argparse
 import dataclasses
+import enum
+import fractions
+import http
+import os
+import pickle
+import shutil
+import signal
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_tst.checkpoint import rewrite
+from megatron_tst.checkpoint import format, rewrite, write
 from megatron_tst.checkpoint.boundary import convert, load_flags
-from megatron_tst.checkpoint.format import TRACKER, Checkpoint, checkpoint_to_load
+from megatron_tst.checkpoint.format import (
+    TRACKER,
+    Checkpoint,
+    Item,
+    checkpoint_to_load,
+    mend_tracker,
+)
 from megatron_tst.checkpoint.inspect import describe
 from megatron_tst.checkpoint.phases import store, stored
 from megatron_tst.checkpoint.tensors import Tensors
+from megatron_tst.checkpoint.trusted import load_trusted
 from megatron_tst.checkpoint.verify import differences
 from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.errors import TSTError
@@ -110,6 +129,25 @@ def test_what_was_written_is_read_back(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_a_new_checkpoint_is_read_back(tmp_path, monkeypatch):
+    flush = write.flush
+
+    def lossy(file):
+        flush(file)
+        flip_last_byte_of(file.name)
+
+    def flip_last_byte_of(name):
+        with open(name, "r+b") as other:
+            other.seek(-1, os.SEEK_END)
+            byte = other.read(1)
+            other.seek(-1, os.SEEK_END)
+            other.write(bytes([byte[0] ^ 1]))
+
+    monkeypatch.setattr(write, "flush", lossy)
+    with pytest.raises(TSTError, match="__0_0.distcp: expected common_state/shard_0_1 as it was"):
+        written(tmp_path / "new", {"a": rows()})
+
+
 @pytest.fixture
 def pair(tmp_path):
     def make(one, other, *, shards=(1, 1)):
@@ -173,7 +211,8 @@ def with_common(source, target, **changes):
     """A copy with other common state, and the arguments that `args` names."""
     args = argparse.Namespace(**vars(source.args) | changes.pop("args", {}))
     common = source.common | {"args": args} | changes
-    rewrite.rewrite(source, target, rewrite.Changes(common=common))
+    changes = rewrite.Changes(common=common)
+    rewrite.rewrite(source=source, target=target, changes=changes)
     return Checkpoint(target)
 
 
@@ -418,6 +457,20 @@ def test_conversions_that_are_refused(tmp_path, options, message):
     assert differences(source, Checkpoint(tmp_path / "fine"), optimizer=False).keys() == {EMBEDDING}
 
 
+@pytest.mark.parametrize("new", [torch.float64, (WIDTH, ROWS)])
+def test_an_edited_shard_is_of_the_same_kind(tmp_path, new):
+    source = written(tmp_path / "source", {"a": rows()})
+
+    def edit(name, place, shard):
+        assert (name, place) == ("a", (0, 0))
+        return shard.to(new) if isinstance(new, torch.dtype) else shard.reshape(new)
+
+    changes = rewrite.Changes(source.common, tensor=edit, edited=frozenset("a"))
+    with pytest.raises(AssertionError):
+        rewrite.rewrite(source, tmp_path / "new", changes)
+    assert not (tmp_path / "new").exists()
+
+
 def test_flattened_tensors_keep_their_descriptions(tmp_path):
     """Megatron's own table of them follows names and what is left out."""
     source = of_a_whole_run(tmp_path)
@@ -522,3 +575,204 @@ def test_what_a_new_checkpoint_says_of_itself(tmp_path):
         checkpoint_to_load(folder)
     (folder / "metadata.json").unlink()
     assert checkpoint_to_load(tmp_path) is None and checkpoint_to_load(folder) is None
+
+
+# --- what a checkpoint's files are
+
+
+def said(call):
+    with pytest.raises(TSTError) as refused:
+        call()
+    return str(refused.value)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Two tensors in a file, the common state behind them. -> the iteration's folder"""
+    return written(tmp_path / "small", {"a": rows(), "b": rows(seed=1)}).path
+
+
+def test_files_that_are_not_as_long_as_they_should_be(small, tmp_path):
+    new = Path(shutil.copytree(small, tmp_path / "new" / small.name))
+    rewrite.rewrite(Checkpoint(small), tmp_path / "old", rewrite.Changes({}, legacy=True))
+    old, size = tmp_path / "old" / small.name, (new / "__0_0.distcp").stat().st_size
+    start, do = f"{new}: expected every file as its metadata name it, got", "Copy it again or use "
+    do += "another iteration."
+    with open(new / "__0_0.distcp", "ab") as file:
+        file.write(b".")
+    assert said(lambda: Checkpoint(new)) == (
+        f"{start} __0_0.distcp has {size + 1} bytes, {size} of them named. {do}"
+    )
+    os.truncate(new / "__0_0.distcp", size - 1)
+    assert said(lambda: Checkpoint(new)) == (
+        f"{start} __0_0.distcp has {size - 1} of {size} bytes. {do}"
+    )
+    (new / "__0_0.distcp").unlink()
+    assert said(lambda: Checkpoint(new)) == f"{start} __0_0.distcp is missing. {do}"
+    (old / "__0_0.distcp").unlink()
+    (old / "common.pt").unlink()
+    assert said(lambda: Checkpoint(old)) == (
+        f"{old}: expected every file as its metadata name it, got "
+        f"__0_0.distcp is missing; common.pt is missing. {do}"
+    )
+    (new / ".metadata").unlink()
+    incomplete = "It is incomplete: copy it again or use another iteration."
+    no_file = f"{new}/.metadata: expected readable metadata, got no file. {incomplete}"
+    assert said(lambda: Checkpoint(new)) == no_file
+    os.mkfifo(new / ".metadata")
+    assert said(lambda: Checkpoint(new)) == no_file
+    assert said(lambda: Checkpoint(tmp_path)) == (
+        f"{tmp_path}: expected a checkpoint folder, or one with {TRACKER}, got neither. "
+        "Give the folder of --save or one iter_... in it."
+    )
+
+
+def test_items_that_are_compressed(small):
+    metadata = Checkpoint(small).metadata
+    for index, info in metadata.storage_data.items():
+        if index.fqn != "a":
+            info.transform_descriptors = ["zstd"]
+    (small / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert said(lambda: Checkpoint(small)) == (
+        f"{small}: expected plain items, got compressed ones (b). Save it without compression."
+    )
+
+
+@pytest.mark.parametrize("legacy, name", [(True, "common.pt"), (False, "common_state/shard_0_1")])
+def test_a_common_state_that_is_none(small, tmp_path, legacy, name):
+    def common(what, to):
+        rewrite.rewrite(Checkpoint(small), tmp_path / to, rewrite.Changes(what, legacy=legacy))
+        return Checkpoint(tmp_path / to)
+
+    other = "It was not written by megatron.training."
+    found = common([1, 2], "list")
+    assert said(lambda: found.common) == (
+        f"{found.path / name}: expected Megatron's common state, got list. {other}"
+    )
+    found = common({"iteration": 3}, "no arguments")
+    assert said(lambda: found.args) == (
+        f"{found.path}: expected Megatron's arguments in it, got NoneType. {other}"
+    )
+    assert common({"args": argparse.Namespace(a=1)}, "whole").args == argparse.Namespace(a=1)
+
+
+def test_an_item_that_is_no_tensor(small):
+    found = Checkpoint(small)
+    (item,) = [item for item in found.items if item.name == "a"]
+    (common,) = [item for item in found.items if item is found.common_item]
+    found.items = [dataclasses.replace(common, index=item.index)]
+    assert said(lambda: found.check(found.items[0])) == (
+        f"{small}/{common.file}: expected a at byte {common.offset} as it was written, got a list. "
+        "Copy it again or use another iteration."
+    )
+
+
+def test_a_window_is_a_file_of_its_own(tmp_path, small, monkeypatch):
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    item = Item(MetadataIndex("a"), str(tmp_path / "file"), 10, 20)
+    found = Checkpoint(small)
+    with found.window(item) as window:
+        assert window.readable() and window.seekable() and window.tell() == 0
+        assert window.read(5) == bytes(range(10, 15)) and window.tell() == 5
+        assert window.seek(2, os.SEEK_CUR) == 7 and window.read(1) == bytes([17])
+        assert window.seek(-3, os.SEEK_END) == 17 == window.tell()
+        assert window.read() == bytes([27, 28, 29]) and window.read() == b""
+        assert window.seek(25) == 25 and window.read(9) == b""
+        assert window.seek(0) == 0 and window.read(50) == bytes(range(10, 30))
+        file = window._file
+    assert window.closed and file.closed
+    monkeypatch.setattr(format, "_BLOCK", 8)
+    blocks = [*found.blocks(item, check=False)]
+    assert [len(block) for block in blocks] == [8, 8, 4]
+    assert b"".join(blocks) == bytes(range(10, 30))
+
+
+def test_trackers_that_name_what_is_there(small):
+    folder = small.parent
+    tracker = folder / TRACKER
+    small.rename(folder / "release")
+    tracker.write_text(" release\n")
+    assert Checkpoint(folder).path == folder / "release"
+    (folder / "release").rename(folder / "iter_0000012")
+    do = "The last whole one is iter_0000012."
+    names_it = f"that {TRACKER} names, got none."
+    assert said(lambda: Checkpoint(folder)) == (
+        f"{folder}: expected the folder release {names_it} {do}"
+    )
+    tracker.write_text("00012")
+    assert Checkpoint(folder).path == folder / "iter_0000012" and mend_tracker(folder) is None
+    assert tracker.read_text() == "00012"
+    (folder / "iter_0000012" / "__0_0.distcp").unlink()
+    tracker.write_text("3")
+    assert said(lambda: Checkpoint(folder)) == (
+        f"{folder}: expected the folder iter_0000003 {names_it} No other one is whole."
+    )
+    tracker.write_text("x" * 50)
+    assert said(lambda: Checkpoint(folder)) == (
+        f"{tracker}: expected an iteration, got '{'x' * 40}'. Write the iteration to take into it."
+    )
+    tracker.write_bytes(b"")
+    assert said(lambda: Checkpoint(folder)) == (
+        f"{tracker}: expected an iteration, got an empty file beside no whole checkpoint. "
+        "Nothing can be read: use another folder."
+    )
+    tracker.unlink()
+    assert mend_tracker(folder) is None and not tracker.exists()
+    assert checkpoint_to_load(folder) is None and checkpoint_to_load(str(folder / "no")) is None
+
+
+# --- what is unpickled
+
+
+def test_types_that_arguments_may_hold(tmp_path):
+    from megatron.core.transformer.enums import AttnBackend
+
+    args = argparse.Namespace(
+        attention_backend=AttnBackend.flash,
+        exit_signal=signal.SIGTERM,
+        params_dtype=torch.bfloat16,
+        betas=(0.9, 0.95),
+    )
+    torch.save({"args": args}, tmp_path / "common.pt")
+    assert load_trusted(tmp_path / "common.pt") == {"args": args}
+    with open(tmp_path / "common.pt", "rb") as file:
+        assert load_trusted(file, "a name") == {"args": args}
+    run = "It is not unpickled, since that could run anything."
+    kinds = "expected tensors, plain values and Megatron's argument types"
+    for value, full in (
+        (fractions.Fraction(1, 2), "fractions.Fraction"),
+        (http.HTTPStatus.OK, "http.HTTPStatus"),
+        (Schedule((1,), (1,), 1, 1), "megatron_tst.schedule.Schedule"),
+        (TransformerConfig, "megatron.core.transformer.transformer_config.TransformerConfig"),
+        (parallel_state.is_initialized, "megatron.core.parallel_state.is_initialized"),
+    ):
+        torch.save([value], tmp_path / "other.pt")
+        assert said(lambda: load_trusted(tmp_path / "other.pt")) == (
+            f"{tmp_path}/other.pt: {kinds}, got {full}. {run}"
+        )
+        with open(tmp_path / "other.pt", "rb") as file:
+            assert said(lambda: load_trusted(file, "a name")).startswith(f"a name: {kinds}")
+    for text, got in ((b"text", "damage "), (b"", "damage ")):
+        (tmp_path / "text.pt").write_bytes(text)
+        assert f"text.pt: expected a readable torch.save, got {got}" in said(
+            lambda: load_trusted(tmp_path / "text.pt")
+        )
+    assert said(lambda: load_trusted(tmp_path / "none.pt")) == (
+        f"{tmp_path}/none.pt: expected a readable torch.save, got FileNotFoundError: [Errno 2] No "
+        f"such file or directory: '{tmp_path}/none.pt'. The checkpoint is damaged."
+    )
+
+
+def test_a_type_of_another_megatron(tmp_path):
+    module = types.ModuleType("megatron.not_there")
+    module.Kind = enum.Enum("Kind", {"ONE": 1}, module="megatron.not_there")
+    sys.modules["megatron.not_there"] = module
+    try:
+        torch.save([module.Kind.ONE], tmp_path / "file.pt")
+    finally:
+        del sys.modules["megatron.not_there"]
+    assert said(lambda: load_trusted(tmp_path / "file.pt")) == (
+        "megatron.not_there.Kind: expected a type of the Megatron that is installed, got "
+        "ModuleNotFoundError: No module named 'megatron.not_there'. Use the Megatron that wrote "
+        "it, or mend this one: `megatron-tst doctor`."
+    )
