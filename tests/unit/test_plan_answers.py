@@ -5,6 +5,7 @@ prints, a dataset of the user's, keys.
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -525,8 +526,10 @@ def test_a_dataset_is_counted_and_read(corpus, capsys):
     assert planned(*run, "--tokens", "1T")["text"]["available"] == 10**12
 
 
-def test_how_often_each_corpus_is_read(corpus, capsys):
-    run, other = [*SMALL, "--data-path", "3", str(corpus), "1"], f"{corpus.parent}/./{corpus.name}"
+def test_how_often_each_corpus_is_read(corpus, tmp_path, capsys):
+    run, other = [*SMALL, "--data-path", "3", str(corpus), "1"], str(tmp_path / "other")
+    for ending in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{ending}", other + ending)
     found = planned(*run, other, "--split", "1")
     one, two = found["text"]["readings"]
     assert one["times"] == pytest.approx(3 * two["times"]) and one["corpus"] == str(corpus)
