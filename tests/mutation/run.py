@@ -24,6 +24,7 @@ import ast
 import collections
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import os
 import random
@@ -266,7 +267,12 @@ def equivalents() -> dict[Mutant, str]:
 
 
 class Session:
-    """The mutants of one module and what became of them: cosmic-ray's database."""
+    """The mutants of one module and what became of them: cosmic-ray's database.
+
+    Args:
+        tree: the copy that mutants are written into; the checkout where nothing is to be run, and
+            then nothing is changed either: another process may be at work.
+    """
 
     def __init__(self, module: Module, work: Path, tree: Path):
         from cosmic_ray.commands.init import init
@@ -279,6 +285,11 @@ class Session:
         files = {part.split("::")[0] for part in tests if (tree / part.split("::")[0]).is_file()}
         now = [digest(self.source), digest("".join((tree / f).read_text() for f in sorted(files)))]
         before = digests.read_text().split() if digests.exists() else []
+        if tree == ROOT:
+            if before[:1] != now[:1]:
+                print(f"{module.name}: the module has changed since; its results are of before")
+            self.db = WorkDB(str(file), WorkDB.Mode.open)
+            return
         if before[:1] != now[:1]:
             file.unlink(missing_ok=True)
         new = not file.exists()
@@ -502,8 +513,14 @@ def main() -> int:
 
     cosmic_ray.plugins.OPERATOR_PROVIDERS["left-out"] = operators.Provider()
     wanted, known = modules(options.modules), equivalents()
-    tree = work / "tree" if options.report else copy_checkout(work)
+    tree = ROOT
     if not options.report:
+        lock = open(work / "lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"mutation: expected {work} for itself, got another run in it. Wait for it.")
+        tree = copy_checkout(work)
         prepare(tree)
     fine = True
     for module in wanted:
