@@ -146,6 +146,21 @@ def _open_indexed(prefix):
         ) from error
 
 
+def check_tokenizer(model: str | None) -> None:
+    """Refuse a --tokenizer-model that is written as a path and is not there. A name on the hub, as
+    meta-llama/Llama-3.1-8B, is left to Megatron.
+
+    Raises:
+        TSTError: nothing is there.
+    """
+    if not model or "://" in model or os.path.exists(os.path.expanduser(model)):
+        return
+    ending = os.path.splitext(model)[1]
+    if model.startswith(("/", ".", "~")) or ending in (".json", ".model", ".tiktoken"):
+        do = "Check the path, on every node."
+        refuse("--tokenizer-model", "a tokenizer's file or folder", f"nothing at {model}", do)
+
+
 def check_output_folder(flag: str, folder: str | None) -> None:
     """Refuse an output folder that cannot be written to, and make it where it is missing.
 

@@ -20,7 +20,12 @@ from megatron_tst.checkpoint.format import emptied, mend_tracker
 from megatron_tst.checkpoint.phases import store
 from megatron_tst.checks import text
 from megatron_tst.checks.blends import read_blends, training_blend
-from megatron_tst.checks.files import check_data_files, check_load_folder, check_output_folder
+from megatron_tst.checks.files import (
+    check_data_files,
+    check_load_folder,
+    check_output_folder,
+    check_tokenizer,
+)
 from megatron_tst.checks.refusals import check_arguments, check_sequence_length
 from megatron_tst.checks.space import check_space
 from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
@@ -84,6 +89,7 @@ def check(args: argparse.Namespace) -> TSTConfig:
         if config.enabled:
             check_load_folder(getattr(args, "load", None), getattr(args, "ckpt_step", None))
             check_restorable(args)
+            check_tokenizer(getattr(args, "tokenizer_model", None))
         if config.verify_load:
             verify_load(args)
         if args.rank == 0:

@@ -11,7 +11,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_tst import cli
 from megatron_tst.checks import files
-from megatron_tst.checks.files import check_data_files, check_load_folder, check_output_folder
+from megatron_tst.checks.files import (
+    check_data_files,
+    check_load_folder,
+    check_output_folder,
+    check_tokenizer,
+)
 from megatron_tst.config import TSTConfig
 from megatron_tst.data import corpus as corpora
 from megatron_tst.data import dataset
@@ -222,6 +227,17 @@ def test_the_vocabulary_of_documents_far_behind(tmp_path, monkeypatch, looked_at
     check_data_files([prefix], None)
     with pytest.raises(TSTError, match=f"got 700 in document {count - 1}"):
         check_data_files([prefix], 700)
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("x")
+    for fine in (None, "", "meta-llama/Llama-3.1-8B", "s3://bucket/t.json", "gpt2"):
+        check_tokenizer(fine)
+    check_tokenizer(str(tmp_path))
+    check_tokenizer(str(tmp_path / "tokenizer.model"))
+    for path in (str(tmp_path / "nope"), "./nope", "~/nope", "a/tokenizer.json", "x.model"):
+        with pytest.raises(TSTError, match="--tokenizer-model: expected .* got nothing at"):
+            check_tokenizer(path)
 
 
 def test_output_folders(tmp_path):
