@@ -27,14 +27,21 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from megatron_tst.checkpoint.places import (
+    FILE,
+    FOLDER,
+    MARK,
+    check_place,
+    check_sources,
+    check_space,
+    identity,
+    real_place,
+    refuse_source,
+)
 from megatron_tst.checkpoint.renames import exchange, left_over, rename_new, tag
 from megatron_tst.errors import refuse, warn
-from megatron_tst.sizes import sizes
 
-MARK = ".megatron_tst.json"  # in every folder that is written, last: its files and their sizes
 _ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_FILE, _FOLDER = stat.S_IFREG, stat.S_IFDIR
-_KINDS = {_FILE: "a file", _FOLDER: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 _STATES = "part", "whole", "old"  # of a temporary name
 _OLD = "replaced"  # folder of the files that new_files takes away
 
@@ -57,16 +64,16 @@ def new_folder(
             holds or lies in a source; too little space, or a file cannot be read or written.
     """
     with _in_words(target):
-        target = _real(target)
+        target = real_place(target)
         _remove_leftovers(target)
-        _check_place(target, _FOLDER, force)
-        _check_sources(target, sources)
-        _check_space(target, needed)
+        check_place(target, FOLDER, force)
+        check_sources(target, sources)
+        check_space(target, needed)
     with _work(target) as (part, whole, old):
         yield part
         _finish(part)
         os.rename(part, whole)
-        _put_in_place(whole, target, _FOLDER, force, old)
+        _put_in_place(whole, target, FOLDER, force, old)
         if os.path.lexists(whole):  # what was replaced
             _dispose(whole, target)
 
@@ -95,28 +102,28 @@ def new_files(
         TSTError: as new_folder.
     """
     with _in_words(prefix):
-        prefix = _real(prefix)
+        prefix = real_place(prefix)
         targets = [prefix.with_name(prefix.name + ending) for ending in endings]
         _remove_leftovers(prefix, ours)
         for target in targets:
-            _check_place(target, _FILE, force)
-        replaced = {_identity(target): target for target in targets if target.exists()}
+            check_place(target, FILE, force)
+        replaced = {identity(target): target for target in targets if target.exists()}
         for source in sources:
-            if (target := replaced.get(_identity(source))) is not None:
-                _refuse_source(target, source, "the same file")
+            if (target := replaced.get(identity(source))) is not None:
+                refuse_source(target, source, "the same file")
     with _work(prefix, ours) as (part, whole, _):
         yield part
         (part / _OLD).mkdir()
         _finish(part, [target.name for target in targets])
         os.rename(part, whole)
         if len(targets) > 1:
-            _check_again(targets, _FILE, force)
+            _check_again(targets, FILE, force)
             for target in reversed(targets):
                 if os.path.lexists(target):
                     rename_new(target, whole / _OLD / target.name)
         for target in targets:
             old = whole / _OLD / target.name
-            _put_in_place(whole / target.name, target, _FILE, force and len(targets) == 1, old)
+            _put_in_place(whole / target.name, target, FILE, force and len(targets) == 1, old)
         _settle_files(whole, prefix, ours)
 
 
@@ -129,9 +136,9 @@ def kept_folder(target: Path) -> Iterator[Path]:
         TSTError: as new_folder.
     """
     with _in_words(target):
-        target = _real(target)
+        target = real_place(target)
         _remove_leftovers(target)
-        _check_place(target, _FOLDER, True)
+        check_place(target, FOLDER, True)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             whole = _temporaries(target, tag())[1]
@@ -180,102 +187,6 @@ def flush_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# --- what is looked at before the work
-
-
-def _real(target):
-    """The place itself: no link in the folders above, no `..`. A link at the end is kept, and
-    refused later.
-    """
-    real = Path(target).absolute()
-    last = real.name if real.name != ".." else ""
-    real = Path(os.path.realpath(real.parent if last else real), last)
-    if not real.name:
-        refuse(target, "a new name", "the root of all folders", "Name another place.")
-    return real
-
-
-def _check_place(target, kind, force):
-    """What is there may be replaced: it is of this kind, no mount, and `force` allows it."""
-    try:
-        found = stat.S_IFMT(os.lstat(target).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    expected, got = f"a new name or {_KINDS[kind]}", _KINDS.get(found, "a device")
-    if found == stat.S_IFLNK:
-        got = f"a link to {os.readlink(target)}"
-    if found != kind:
-        refuse(target, expected, got, "Name another place.")
-    if os.path.ismount(target) or str(target) in _mounts():
-        refuse(target, expected, "a mount point", "Name a new one in it.")
-    if not force:
-        do = "Choose another one, or add --force to replace it."
-        refuse(target, "a target that is not there yet", "an existing one", do)
-
-
-def _mounts():
-    """Where something is mounted; os.path.ismount does not see binds within a file system."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return {line.split()[4].encode().decode("unicode_escape") for line in lines}
-
-
-def _check_sources(target, sources):
-    """None of the sources is the target, holds it or lies in it. Folders are compared by what they
-    are, not by their names, so that links and mounts are seen through.
-    """
-    above = {_identity(path): path for path in (target, *target.parents) if path.exists()}
-    there = set()
-    if target.exists():
-        there = {_identity(target)}
-        if (target / MARK).exists():  # it may be deleted: so nothing in it may be read
-            there |= {_identity(Path(folder)) for folder, _, _ in os.walk(target)}
-    for source in sources:
-        for path in _with_links(source):
-            if _identity(path) in above:
-                same = _identity(path) == _identity(target)
-                _refuse_source(target, source, "the same" if same else "a place in it")
-            if any(_identity(parent) in there for parent in (path, *path.parents)):
-                _refuse_source(target, source, "a folder that holds it")
-
-
-def _with_links(source):
-    """A source as it lies on the disk, and what links in a source's folder lead to."""
-    real = Path(os.path.realpath(source))
-    if not real.exists():
-        return []
-    links = []
-    with contextlib.suppress(OSError):
-        if real.is_dir():
-            with os.scandir(real) as entries:
-                links = [Path(os.path.realpath(e.path)) for e in entries if e.is_symlink()]
-    return [real, *(path for path in links if path.exists())]
-
-
-def _refuse_source(target, source, got):
-    refuse(target, f"a target outside the source {source}", got, "Choose another one.")
-
-
-def _identity(path):
-    """What a path is on this machine, whatever it is called; None where there is nothing."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _check_space(target, needed):
-    folder = next(path for path in target.parents if path.exists())
-    needed, free = int(1.01 * needed) + (16 << 20), shutil.disk_usage(folder).free
-    if free < needed:
-        expected, got = sizes(needed, free)
-        do = "Make room or choose another disk."
-        refuse(folder, f"{expected} of free space", got, do)
 
 
 # --- the work, and what it leaves
@@ -365,7 +276,7 @@ def _put_in_place(whole, target, kind, force, old):
 def _check_again(targets, kind, force):
     for target in targets:
         if os.path.lexists(target):
-            _check_place(target, kind, True)
+            check_place(target, kind, True)
             if not force:
                 got = "one that has appeared meanwhile, which stays"
                 do = "What was written is removed: choose another one, or add --force."

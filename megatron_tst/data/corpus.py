@@ -25,6 +25,7 @@ import numpy as np
 
 from megatron_tst import compat
 from megatron_tst.checkpoint.atomic import new_files, write_json, write_text
+from megatron_tst.checkpoint.places import identity
 from megatron_tst.errors import optional, refuse, warn
 
 END = "<|end|>"
@@ -160,12 +161,12 @@ def find_files(
     left_out = LeftOut() if left_out is None else left_out
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    own = {_identity(Path(f"{prefix}{ending}")) for ending in FILES if prefix} - {None}
+    own = {identity(Path(f"{prefix}{ending}")) for ending in FILES if prefix} - {None}
     for root in roots:
-        identity = _identity(root)
-        if identity is None:
+        here = identity(root)
+        if here is None:
             refuse("--input", "files and folders that exist", root, "Correct the path.")
-        if identity in own:
+        if here in own:
             do = "Choose another --output."
             refuse("--input", "text from elsewhere", f"{root}, which --output replaces", do)
         if root.is_dir():
@@ -175,8 +176,8 @@ def find_files(
         else:
             refuse("--input", "files and folders", f"{root}, which is neither", "Leave it out.")
         for path in candidates:
-            identity = _identity(path)
-            if identity in seen or identity in own:
+            here = identity(path)
+            if here in seen or here in own:
                 continue
             if path != root and _of_a_corpus(path):
                 left_out.add("of another corpus", path)
@@ -186,7 +187,7 @@ def find_files(
                 left_out.add("that are no files", path)
             else:
                 found.append(path)
-                seen.add(identity)
+                seen.add(here)
     return found
 
 
@@ -199,18 +200,9 @@ def _of_a_corpus(path: Path) -> bool:
     )
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Of what a path leads to; None: nothing is there, or nobody may look."""
-    try:
-        about = path.stat()
-    except (OSError, ValueError):
-        return None
-    return about.st_dev, about.st_ino
-
-
 def _below(root: Path, left_out: LeftOut) -> Iterator[Path]:
     """All files below a folder; each folder once, also where links make a loop."""
-    seen = {_identity(root)}
+    seen = {identity(root)}
 
     def unreadable(error):
         left_out.add("in folders that cannot be read", Path(error.filename))
@@ -218,10 +210,10 @@ def _below(root: Path, left_out: LeftOut) -> Iterator[Path]:
     for folder, inside, names in os.walk(root, followlinks=True, onerror=unreadable):
         inside[:] = [name for name in inside if name not in ("site-packages", "__pycache__")]
         for name in list(inside):
-            identity = _identity(Path(folder, name))
-            if identity in seen:
+            here = identity(Path(folder, name))
+            if here in seen:
                 inside.remove(name)
-            seen.add(identity)
+            seen.add(here)
         yield from (Path(folder, name) for name in names)
 
 
