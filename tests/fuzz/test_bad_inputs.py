@@ -204,13 +204,24 @@ def bytes_at(place, content):
     return change
 
 
-IMPORT = lambda here: ["import-hf", here / "hf", here / "target", "--layer-spec", "local"]  # noqa: E731
+def line(text):
+    """A command; @ stands for the folder of the case."""
+    return lambda here: [word.replace("@", str(here)) for word in text.split()]
+
+
+PLAN = "--tst-bag-size 4 --tst-step-ratio 0.3 --train-iters 100"
+IMPORT = line("import-hf @/hf @/target --layer-spec local")
+EXPORT = line("export-hf @/ck @/target --tokenizer @/text.tokenizer.json")
+PLAN_A_MODEL = line(f"plan --hf-config @/hf/config.json {PLAN}")
+PLAN_A_CORPUS = line(f"plan {PLAN} --data-path @/text")
+PLOT = line("plot --output @/target.png a=@/log")
+CORPUS = line("corpus --output @/target --vocab-size 300 --input @/texts/1.txt @/texts/2.txt")
 CHECKPOINT_VERBS = {
-    "boundary": lambda here: ["boundary", here / "ck", here / "target"],
-    "export-hf": lambda here: ["export-hf", here / "ck", here / "target"],
-    "inspect": lambda here: ["inspect", here / "ck"],
-    "verify": lambda here: ["verify", here / "ck", here / "ck"],
-    "export-nemo": lambda here: ["export-nemo", here / "ck", here / "target"],
+    "boundary": line("boundary @/ck @/target"),
+    "export-hf": line("export-hf @/ck @/target"),
+    "inspect": line("inspect @/ck"),
+    "verify": line("verify @/ck @/ck"),
+    "export-nemo": line("export-nemo @/ck @/target"),
 }
 
 
@@ -237,13 +248,8 @@ def file_cases():
         if breakage is not gone:
             yield case_of("import-hf, index", "hf/model.safetensors.index.json", breakage, IMPORT)
         yield case_of("import-hf, config", "hf/config.json", breakage, IMPORT)
-        plan = lambda here: ["plan", "--hf-config", here / "hf/config.json", *PLAN]  # noqa: E731
-        yield case_of("plan, config", "hf/config.json", breakage, plan)
-        export = lambda here: [  # noqa: E731
-            *("export-hf", here / "ck", here / "target"),
-            *("--tokenizer", here / "text.tokenizer.json"),
-        ]
-        yield case_of("export-hf, tokenizer", "text.tokenizer.json", breakage, export)
+        yield case_of("plan, config", "hf/config.json", breakage, PLAN_A_MODEL)
+        yield case_of("export-hf, tokenizer", "text.tokenizer.json", breakage, EXPORT)
     for breakage in BINARY:
         shard = "hf/model-00002-of-00002.safetensors"
         yield case_of("import-hf, shard", shard, breakage, IMPORT)
@@ -251,25 +257,23 @@ def file_cases():
         for suffix in (".idx", ".bin"):
             if (suffix, breakage) == (".bin", zeros):
                 continue  # zeros are tokens
-            counted = lambda here: ["plan", *PLAN, "--data-path", here / "text"]  # noqa: E731
-            yield case_of(f"plan, {suffix}", f"text{suffix}", breakage, counted)
+            yield case_of(f"plan, {suffix}", f"text{suffix}", breakage, PLAN_A_CORPUS)
     for breakage in (emptied, noise, zeros, gone, a_folder, a_pipe, a_loop, a_page, a_pointer):
-        plot = lambda here: ["plot", "--output", here / "target.png", f"a={here}/log"]  # noqa: E731
-        yield case_of("plot, log", "log", breakage, plot)
+        yield case_of("plot, log", "log", breakage, PLOT)
     for breakage in (gone, a_pipe, a_loop):
-        corpus = lambda here: [  # noqa: E731
-            *("corpus", "--output", here / "target", "--vocab-size", 300),
-            *("--input", here / "texts" / "1.txt", here / "texts" / "2.txt"),
-        ]
-        yield case_of("corpus, input", "texts/1.txt", breakage, corpus)
+        yield case_of("corpus, input", "texts/1.txt", breakage, CORPUS)
 
 
 def case_of(name, path, breakage, argv):
     how = breakage.__name__.replace("_", " ")
-    return Case(f"{name}: {how}", argv, lambda here: breakage(here / path))
+    return Case(f"{name}: {how}", argv, at(path, breakage))
 
 
-PLAN = ("--tst-bag-size", 4, "--tst-step-ratio", 0.3, "--train-iters", 100)
+def at(path, change):
+    """Makes a change to a file in the folder of the case."""
+    return lambda here: change(here / path)
+
+
 BAD = {  # key of config.json: values that no model has
     "num_attention_heads": (0, -4, "four", 10**30, 3.5, [4], None),
     "num_hidden_layers": (0, -1, "2", 10**30, {}),
@@ -295,21 +299,19 @@ def value_cases():
         for value in values:
             change = set_key(key, value=value)
             name = f"import-hf, {key} = {json.dumps(value)[:30]}"
-            yield Case(name, IMPORT, lambda here, change=change: change(here / "hf/config.json"))
+            yield Case(name, IMPORT, at("hf/config.json", change))
     for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         for value in BAD[key]:
             change = set_key(key, value=value)
-            plan = lambda here: ["plan", "--hf-config", here / "hf/config.json", *PLAN]  # noqa: E731
             name = f"plan, {key} = {json.dumps(value)[:30]}"
-            yield Case(name, plan, lambda here, change=change: change(here / "hf/config.json"))
+            yield Case(name, PLAN_A_MODEL, at("hf/config.json", change))
     for name, place, content in (
         ("header of 2^63 bytes", 0, struct.pack("<Q", 2**63)),
         ("header of no bytes", 0, struct.pack("<Q", 0)),
         ("header cut", 0, struct.pack("<Q", 10)),
     ):
         change, shard = bytes_at(place, content), "hf/model-00001-of-00002.safetensors"
-        spoil = lambda here, change=change: change(here / shard)  # noqa: E731
-        yield Case(f"import-hf, safetensors: {name}", IMPORT, spoil)
+        yield Case(f"import-hf, safetensors: {name}", IMPORT, at(shard, change))
     for name, place, content in (
         ("magic", 0, b"MMIDIDY\x00\x00"),
         ("version", 9, struct.pack("<Q", 7)),
@@ -320,9 +322,7 @@ def value_cases():
         ("a length that is not the pointers'", 34, struct.pack("<i", 7)),
     ):
         change = bytes_at(place, content)
-        spoil = lambda here, change=change: change(here / "text.idx")  # noqa: E731
-        plan = lambda here: ["plan", *PLAN, "--data-path", here / "text"]  # noqa: E731
-        yield Case(f"plan, index: {name}", plan, spoil)
+        yield Case(f"plan, index: {name}", PLAN_A_CORPUS, at("text.idx", change))
 
 
 NUMBERS = ("", "x", "0", "-1", "nan", "inf", "1e400", "1.5.2", str(10**30))
@@ -371,7 +371,6 @@ def flag_cases():
                 del given["--tst-step-ratio"]
             words = [word for pair in (given | {flag: value}).items() for word in pair]
             yield Case(f"plan {flag} {value[:24]!r}", lambda here, words=words: ["plan", *words])
-    texts = lambda here: here / "texts"  # noqa: E731
     for name, more in {
         "vocabulary 0": ["--vocab-size", "0"],
         "vocabulary -5": ["--vocab-size", "-5"],
@@ -381,18 +380,16 @@ def flag_cases():
         "seed x": ["--seed", "x"],
         "mistyped flag": ["--vocabsize", "300"],
     }.items():
-        corpus = lambda here, more=more: [  # noqa: E731
-            *("corpus", "--output", here / "target", "--input", texts(here), *more)
-        ]
-        yield Case(f"corpus, {name}", corpus)
+        words = f"corpus --output @/target --input @/texts {' '.join(more)}"
+        yield Case(f"corpus, {name}", line(words))
     for name, argv in {
         "corpus, an input that is not there": lambda h: [
-            *("corpus", "--output", h / "target", "--input", texts(h), h / "txets"),
+            *("corpus", "--output", h / "target", "--input", h / "texts", h / "txets"),
             *("--vocab-size", "300"),
         ],
-        "corpus, no prefix": lambda h: ["corpus", "--output", "", "--input", texts(h)],
+        "corpus, no prefix": lambda h: ["corpus", "--output", "", "--input", h / "texts"],
         "corpus, a file in the folder's place": lambda h: [
-            *("corpus", "--output", h / "log" / "x", "--input", texts(h), "--vocab-size", "300")
+            *("corpus", "--output", h / "log" / "x", "--input", h / "texts", "--vocab-size", "300")
         ],
         "boundary, no checkpoint": lambda h: ["boundary", h / "texts", h / "target"],
         "boundary, a file for a checkpoint": lambda h: ["boundary", h / "log", h / "target"],
