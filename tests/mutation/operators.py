@@ -6,6 +6,7 @@ keyword argument, what a function returns.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 
 from cosmic_ray.operators.operator import Example, Operator
@@ -25,8 +26,9 @@ class _Replaced(Operator):
 
     keyword: str
 
+    @abstractmethod
     def found(self, node: PythonNode) -> bool:
-        raise NotImplementedError
+        """Whether this node is replaced."""
 
     def mutation_positions(self, node: PythonNode) -> Iterator[Position]:
         if node.parent is not None and self.found(node):
