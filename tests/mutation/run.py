@@ -26,6 +26,7 @@ import contextlib
 import difflib
 import fcntl
 import hashlib
+import json
 import os
 import random
 import re
@@ -40,6 +41,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -137,7 +139,6 @@ def prepare(tree: Path) -> None:
     import megatron.core.models.gpt
     import megatron.core.models.hybrid.hybrid_model
     import megatron.training.training  # noqa: F401
-    import pytest  # noqa: F401
 
     # nobody asks for the smallest example of a mutant
     phases = [p for p in hypothesis.Phase if p.name in ("explicit", "generate")]
@@ -149,20 +150,87 @@ def prepare(tree: Path) -> None:
     assert not unexpected, f"mutants of {unexpected} would not be imported"
 
 
-class _InOneProcess:
-    """Leaves out the tests that start processes of their own. Those of hypothesis come last: they
-    are the slowest.
+@dataclass
+class Trace:
+    """What a test did when no fault was put in."""
+
+    seconds: float  # of the processor
+    lines: list[int]  # of the module that it ran
+
+
+class InOneProcess:
+    """Leaves out the tests that start processes of their own. Tests that run the changed lines come
+    first, and of these the quick ones. All others follow: a trace is no proof, since a fixture of
+    several tests or a cached function runs once.
+
+    Args:
+        traces: test -> its trace. A test that takes much longer than that is killed.
+        lines: of the module that a mutant changes.
     """
+
+    def __init__(self, traces: dict[str, Trace], lines: set[int]):
+        self.traces, self.lines = traces, lines
 
     def pytest_collection_modifyitems(self, config, items):
         kept = [item for item in items if "fork_server" not in item.fixturenames]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        slow = [item for item in kept if getattr(item.obj, "is_hypothesis_test", False)]
-        items[:] = [item for item in kept if item not in slow] + slow
+        items[:] = sorted(kept, key=self._rank)
+
+    def _rank(self, item):
+        trace = self.traces.get(item.nodeid, Trace(0, []))
+        return not self.lines.intersection(trace.lines), trace.seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        trace = self.traces.get(item.nodeid)
+        if trace:
+            signal.setitimer(signal.ITIMER_PROF, 5 + 5 * trace.seconds)
+        return (yield)
+
+
+class Tracer:
+    """Notes what each test does: pytest's plugin in a fork without a fault.
+
+    Args:
+        path: the module.
+        file: gets the traces.
+    """
+
+    def __init__(self, path: Path, file: Path):
+        self.path, self.file, self.traces, self.lines = str(path), file, {}, set()
+
+    def pytest_sessionstart(self):
+        events, tool = sys.monitoring, sys.monitoring.PROFILER_ID
+        events.use_tool_id(tool, "mutation")
+        events.register_callback(tool, events.events.LINE, self._line)
+        events.set_events(tool, events.events.LINE)
+
+    def _line(self, code, line):
+        if code.co_filename == self.path:
+            self.lines.add(line)
+        return sys.monitoring.DISABLE
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.lines = set()
+        sys.monitoring.restart_events()
+        started = time.process_time()
+        try:
+            return (yield)
+        finally:
+            seconds = time.process_time() - started
+            self.traces[item.nodeid] = Trace(seconds, sorted(self.lines))
+
+    def pytest_sessionfinish(self):
+        self.file.write_text(json.dumps({k: vars(v) for k, v in self.traces.items()}))
 
 
 def run_tests(
-    tests: list[str], log: Path, seconds: float = 900, processes: bool = False, cache: bool = False
+    tests: list[str],
+    log: Path,
+    seconds: float = 900,
+    cache: bool = False,
+    plugins: tuple[object, ...] = (),
 ) -> int:
     """Run tests in a fork until one fails.
 
@@ -170,14 +238,12 @@ def run_tests(
         tests: pytest's arguments.
         log: gets what pytest prints.
         seconds: after which the fork is killed.
-        processes: whether those that start processes are among them.
         cache: whether Python may keep what it compiles.
+        plugins: pytest's.
 
     Returns:
         pytest's exit code: 0 where all passed. -9 where the fork was killed.
     """
-    import pytest
-
     child = os.fork()
     if child == 0:
         code = 70
@@ -190,7 +256,6 @@ def run_tests(
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
             flags = "-x -q --no-header --tb=line -p no:cacheprovider -m".split()
-            plugins = [] if processes else [_InOneProcess()]
             code = int(pytest.main([*flags, "not slow", *tests], plugins=plugins))
         finally:
             sys.stdout.flush()
@@ -338,8 +403,7 @@ class Session:
         if not pending:
             return
         log = self.work / f"{self.module.name}.log"
-        limits = [self._baseline(self.module.tests, False, log)]
-        limits.append(self._baseline(self.module.and_then, True, log))
+        traces, limits = self._baseline(log)
         started, used = time.monotonic(), processor_seconds()
         for item in tqdm.tqdm(pending, desc=self.module.name, mininterval=30):
             spec = item.mutations[0]
@@ -350,9 +414,13 @@ class Session:
                 continue
             self.path.write_text(mutated)
             try:
-                for tests, processes in ((self.module.tests, False), (self.module.and_then, True)):
+                lines = set(range(spec.start_pos[0], spec.end_pos[0] + 1))
+                for tests, seconds, plugins in (
+                    (self.module.tests, limits[0], (InOneProcess(traces, lines),)),
+                    (self.module.and_then, limits[1], ()),
+                ):
                     if tests and outcome == TestOutcome.SURVIVED:
-                        code = run_tests(tests, log, limits[processes], processes)
+                        code = run_tests(tests, log, seconds, plugins=plugins)
                         outcome = TestOutcome.KILLED if code else outcome
                         said = log.read_text(errors="replace")[-600:]
             finally:
@@ -371,14 +439,19 @@ class Session:
             f"{(time.monotonic() - started) / len(pending):.1f} s in all"
         )
 
-    def _baseline(self, tests, processes, log):
-        """-> seconds that a mutant gets: enough for tests that all pass on a busy machine."""
-        if not tests:
-            return 0
-        start = time.monotonic()
-        if run_tests(tests, log, processes=processes, cache=True):
-            sys.exit(f"mutation: {self.module.name}: the tests fail without a mutant, see {log}")
-        return 10 + 5 * (time.monotonic() - start)
+    def _baseline(self, log: Path) -> tuple[dict[str, Trace], list[float]]:
+        """-> what each test does, and seconds that a mutant gets from `tests` and from `and_then`:
+        enough for tests that all pass on a busy machine.
+        """
+        file, limits = self.work / f"{self.module.name}.traces", []
+        for tests, tracing in ((self.module.tests, True), (self.module.and_then, False)):
+            started = time.monotonic()
+            plugins = (InOneProcess({}, set()), Tracer(self.path, file)) if tracing else ()
+            if tests and run_tests(tests, log, cache=True, plugins=plugins):
+                sys.exit(f"mutation: {self.module.name}: the tests fail unchanged, see {log}")
+            limits.append(10 + 5 * (time.monotonic() - started))
+        traces = json.loads(file.read_text())
+        return {test: Trace(**trace) for test, trace in traces.items()}, limits
 
     def outcomes(self) -> tuple[collections.Counter, dict[Mutant, bool]]:
         """How many were skipped, killed, survived; and whether each mutant was killed. One that is
@@ -454,13 +527,13 @@ def bugs(tree: Path, work: Path, wanted: list[str]) -> bool:
             sys.exit(f"mutation: {bug['file']}: expected once {bug['was']!r} (bugs.toml, {name}).")
         compiled = bug["file"].startswith("csrc/")
         built = {lib: lib.read_bytes() for lib in tree.glob("megatron_tst/_C*.so") if compiled}
-        if run_tests(bug["tests"], log, processes=True, cache=True):
+        if run_tests(bug["tests"], log, cache=True):
             sys.exit(f"mutation: {name}: the tests fail without the fault, see {log}")
         path.write_text(source.replace(bug["was"], bug["is"]))
         try:
             if compiled:
                 build(tree)
-            code = run_tests(bug["tests"], log, processes=True)
+            code = run_tests(bug["tests"], log)
         finally:
             path.write_text(source)
             if not compiled:  # what is compiled must be newer than its object file
