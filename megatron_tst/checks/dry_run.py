@@ -62,7 +62,7 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
             try:
                 args = arguments.parse_args(lambda parser: _with_ours(parser, flags))
                 config = TSTConfig.from_args(args)
-                refusals.check_sequence_length(config, args)
+                refusals.check_sizes(config, args)
                 arguments.validate_args(args)
                 args.padded_vocab_size = padded_vocabulary(  # as building the tokenizer does
                     args.vocab_size or LLAMA_3_VOCABULARY,

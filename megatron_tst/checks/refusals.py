@@ -64,7 +64,7 @@ def check_arguments(
             config.bag_size,
             "Say how long to superpose.",
         )
-    check_sequence_length(config, args)
+    _check_sequence_length(config, args)
     check_conflicts(args)
     if config.fused_linear_loss:
         check_fused_linear_loss(args)
@@ -147,7 +147,7 @@ def _check_bag_sizes(config, schedule):
         )
 
 
-def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
+def _check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
     """Refuse a number of positions that the layout cannot cut into equal parts of whole bags;
     Megatron's arguments, validated or not.
 
@@ -172,6 +172,34 @@ def check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
             length,
             "It counts positions (bags or tokens), which are spread evenly over the ranks. Change "
             "it or the layout.",
+        )
+
+
+def check_sizes(config: TSTConfig, args: argparse.Namespace) -> None:
+    """Refuse lengths, batches and layouts at which Megatron's validation would end in an assertion
+    that names neither flags nor numbers; its arguments before that.
+
+    Raises:
+        TSTError: with the flag, its value and the layout.
+    """
+    _check_sequence_length(config, args)
+    if not config.enabled:
+        return
+    layout = ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
+    for name in (*layout, "micro_batch", "global_batch"):
+        size = getattr(args, f"{name}_size")
+        if size is not None and size < 1:
+            refuse(f"--{name.replace('_', '-')}-size", "at least 1", size, "Correct it.")
+    micro, batch = args.micro_batch_size, args.global_batch_size
+    ranks = args.world_size // math.prod(getattr(args, f"{name}_size") for name in layout)
+    may_fall = getattr(args, "decrease_batch_size_if_needed", False)
+    if micro and batch and ranks and batch % (micro * ranks) and not may_fall:
+        refuse(
+            "--global-batch-size",
+            f"a multiple of micro-batch size x data-parallel ranks = {micro} x {ranks} = "
+            f"{micro * ranks}",
+            batch,
+            "Change one of them.",
         )
 
 

@@ -26,7 +26,7 @@ from megatron_tst.checks.files import (
     check_output_folder,
     check_tokenizer,
 )
-from megatron_tst.checks.refusals import check_arguments, check_sequence_length
+from megatron_tst.checks.refusals import check_arguments, check_sizes
 from megatron_tst.checks.space import check_space
 from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
 from megatron_tst.data.dataset import phased_provider
@@ -126,8 +126,7 @@ def _add_arguments(stock):
 def _validate_args(stock):
     def validate_args(args, *rest, **named):
         with one_line_errors():
-            # Megatron's own assertions name no numbers and no flags
-            check_sequence_length(TSTConfig.from_args(args), args)
+            check_sizes(TSTConfig.from_args(args), args)
             read_blends(args)
         result = stock(args, *rest, **named)
         with one_line_errors():

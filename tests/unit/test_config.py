@@ -609,3 +609,52 @@ def test_the_gpu_is_asked_for_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert refusals.this_gpu() == ((9, 0), "13.0")
+
+
+LAYOUT = dict(
+    micro_batch_size=2,
+    global_batch_size=16,
+    world_size=16,
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    context_parallel_size=2,
+)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(micro_batch_size=0), "--micro-batch-size: expected at least 1, got 0."),
+        (dict(global_batch_size=0), "--global-batch-size: expected at least 1, got 0."),
+        (dict(global_batch_size=-8), "--global-batch-size: expected at least 1, got -8."),
+        (
+            dict(pipeline_model_parallel_size=0),
+            "--pipeline-model-parallel-size: expected at least 1, got 0.",
+        ),
+        (
+            dict(global_batch_size=18),
+            "--global-batch-size: expected a multiple of micro-batch size x data-parallel ranks = "
+            "2 x 2 = 4, got 18. Change one of them.",
+        ),
+        (dict(context_parallel_size=1, global_batch_size=20), "= 2 x 4 = 8, got 20"),
+    ],
+)
+def test_batch_sizes_that_megatron_asserts(changes, message):
+    with pytest.raises(TSTError) as refused:
+        refusals.check_sizes(FINE, arguments(**LAYOUT | changes))
+    assert message in str(refused.value)
+
+
+def test_batch_sizes_that_megatron_takes_or_completes():
+    for changes in (
+        dict(global_batch_size=4),
+        dict(micro_batch_size=1, global_batch_size=2),
+        dict(micro_batch_size=1, global_batch_size=1, world_size=8),
+        dict(global_batch_size=None),
+        dict(micro_batch_size=None),  # Megatron says that itself
+        dict(global_batch_size=18, decrease_batch_size_if_needed=True),
+        dict(world_size=4),  # too few processes: Megatron names the layout
+    ):
+        refusals.check_sizes(FINE, arguments(**LAYOUT | changes))
+    wrong = arguments(**LAYOUT | dict(micro_batch_size=0, global_batch_size=-1))
+    refusals.check_sizes(TSTConfig(), wrong)  # a run without TST is Megatron's own
