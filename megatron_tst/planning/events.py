@@ -37,6 +37,7 @@ def read_events(path: Path) -> Run:
         refuse(path, "TensorBoard's event files", got, "Give the folder of one run.")
     run = Run()
     found = [part for file in files if (part := _scalars(reader, file))]
+    run.notes += [note for file in files if (note := _unread(file))]
     parts = sorted(found, key=lambda part: part["began"])
     for part in parts:
         _add(run, part, path)
@@ -86,6 +87,19 @@ def _scalars(reader: ModuleType, file: Path) -> dict | None:
             name: value[0].decode(errors="replace") for name, value in texts.items() if value
         },
     }
+
+
+def _unread(file: Path) -> str:
+    """What TensorBoard's reader passes over in silence: all that follows a record which is damaged
+    or cut off. "" where the file is whole.
+    """
+    loader = optional("tensorboard.backend.event_processing.event_file_loader", "tensorboard")
+    around = 16  # bytes of a record beside its content: length, and a checksum of each
+    read = sum(len(record) + around for record in loader.RawEventFileLoader(str(file)).Load())
+    left = file.stat().st_size - read
+    if not left:
+        return ""
+    return f"{file.name}: a record is damaged or cut off, and {left} bytes from it on are not read"
 
 
 def _add(run: Run, part: dict, path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import socket
 
 import numpy as np
@@ -32,7 +33,11 @@ def made(tmp_path, capsys):
         call = ["corpus", "--output", str(tmp_path / output), "--vocab-size", "300", *more]
         code = cli.main([*call, *(("--input", *map(str, inputs)) if inputs else ())])
         out, err = capsys.readouterr()
-        return code, out.strip(), [line for line in err.splitlines() if "error:" in line]
+        return (
+            code,
+            out.strip(),
+            [line for line in err.splitlines() if re.search("error:|warning:", line)],
+        )
 
     return run
 
@@ -172,9 +177,9 @@ def test_it_does_not_read_another_corpus(here, made):
 
 def test_lines_of_json_are_said_to_be_one_document(here, made):
     (here / "a.jsonl").write_text('{"text": "one"}\n' * 50)
-    with pytest.warns(UserWarning, match="a.jsonl: read as one document.*preprocess_data.py"):
-        code, out, _ = made(here, here / "a.jsonl")
+    code, out, err = made(here, here / "a.jsonl")
     assert code == 0 and ": 4 documents" in out
+    assert re.search("warning: .*a.jsonl: read as one document.*preprocess_data.py", err[0])
 
 
 def test_it_does_not_read_its_own_output(here, made, tmp_path):

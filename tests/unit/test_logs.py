@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 
 import pytest
 
@@ -648,6 +649,27 @@ def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
         curves.read(path, "b")
     with pytest.raises(TSTError, match="got none there, but in .*tb. Give the folder of one run"):
         curves.read(tmp_path)
+
+
+def test_an_event_file_that_is_damaged_or_cut_off(writer):
+    """TensorBoard's reader stops there and says nothing."""
+    path = writer(1, 1, 100)
+    (file,) = path.iterdir()
+    whole, notes = file.read_bytes(), curves.read(path).notes
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    run = curves.read(path)
+    assert 1 < run.last < 100
+    (note,) = set(run.notes) - set(notes)
+    told = re.fullmatch(
+        re.escape(file.name)
+        + r": a record is damaged or cut off, and (\d+) bytes from it on are not read",
+        note,
+    )
+    assert len(whole) - middle <= int(told[1]) < len(whole) - middle + 100
+    file.write_bytes(whole[:-3])
+    cut = curves.read(path)
+    assert cut.last == 99 and "damaged or cut off" in str(cut.notes)
 
 
 @pytest.mark.parametrize("content", [b"", b"no events", b"\0" * 100])
