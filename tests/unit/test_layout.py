@@ -1,6 +1,7 @@
 """The planner's rules of a parallel layout: each rule with its numbers, and when it is broken."""
 
 import argparse
+import dataclasses
 import warnings
 
 import pytest
@@ -234,3 +235,8 @@ def test_every_warning_whatever_python_shows(action):
     assert size.startswith("bag size 16: the paper found 4 to 8 robust")
     assert ratio == "step ratio 0.500: the paper found 0.2 to 0.4 robust"
     assert recipe.startswith("--fp8-recipe delayed (Megatron's default) keeps scales")
+
+
+def test_an_outcome_stays_as_it_is():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.Check("", "").fault = "x"
