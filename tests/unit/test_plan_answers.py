@@ -2,7 +2,6 @@
 prints, a dataset of the user's, keys.
 """
 
-import dataclasses
 import json
 import math
 import shutil
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from support.paths import environment
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst.checks import dry_run, layout
+from megatron_tst.checks import dry_run
 from megatron_tst.cli import plan_screen
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
@@ -665,14 +664,7 @@ def test_a_recipe_that_cannot_be_printed(capsys, argv, message):
     assert code == 2 and message in text and len(text.splitlines()) == 1
 
 
-def test_precision_is_asked_of_a_layout_that_divides(monkeypatch):
-    monkeypatch.setattr(layout, "check_precision", lambda *args: pytest.fail("asked"))
-    assert planned("--preset", "3b", "--gpus", "7")["faults"]
-
-
 def test_the_gpu_that_a_recipe_was_checked_for():
     flags = [*SMALL, *"--fp8-format hybrid --fp8-recipe tensorwise --gpu h100".split()]
     (rule,) = [c["rule"] for c in planned(*flags)["checks"] if c["what"] == "tensorwise"]
     assert rule.startswith("sm_90, CUDA 13.0 (assumed) and the shapes of a rank")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        layout.Check("", "").fault = "x"

@@ -253,6 +253,13 @@ def test_recovery_shorter_than_a_long_sample():
     ]
 
 
+def test_a_run_of_nothing_has_a_schedule():
+    """--train-samples 0, which is refused later with its flag: by checks/refusals.py."""
+    plan = Schedule((1,), (0,), seq_length=2, global_batch_size=4)
+    assert (plan.phases[0].stride, plan.phases[0].block, plan.long_samples) == (1, 1, 0)
+    assert plan.raw_tokens(0) == 0 and plan.phase_at(0) == plan.phases[0]
+
+
 def test_a_schedule_stays_as_it_is():
     plan = Schedule((8, 4, 1), (4, 12, 4), seq_length=2, global_batch_size=4)
     for part, name in ((plan, "samples"), (plan.phases[0], "stride")):
