@@ -92,14 +92,17 @@ def micro_batch(superpose="both", b=2, length=4, s=3):
 
 
 def layout(**changes):
-    return dict(
-        tp_rank=0,
-        broadcast_src_rank=0,
-        broadcast_group=torch.distributed.group.WORLD,
-        micro_batch_size=2,
-        seq_length=4,
-        create_attention_mask_in_dataloader=True,
-    ) | changes
+    return (
+        dict(
+            tp_rank=0,
+            broadcast_src_rank=0,
+            broadcast_group=torch.distributed.group.WORLD,
+            micro_batch_size=2,
+            seq_length=4,
+            create_attention_mask_in_dataloader=True,
+        )
+        | changes
+    )
 
 
 FIRST, LAST = {"tokens", "position_ids"}, {"labels", "loss_mask"}
@@ -121,7 +124,9 @@ MASK = {"attention_mask"}
 )
 def test_what_a_pipeline_stage_gets(megatron, stage, names):
     whole = micro_batch()
-    got = broadcast_bags(whole, 3, "both", **layout() | dict(pipeline_model_parallel_size=2) | stage)
+    got = broadcast_bags(
+        whole, 3, "both", **layout() | dict(pipeline_model_parallel_size=2) | stage
+    )
     assert {name for name, tensor in got.items() if tensor is not None} == names
     assert all(torch.equal(got[name], whole[name]) for name in names)
     assert {"cu_seqlens", "max_seqlen", "local_cp_size"} < got.keys()  # as Megatron's own answers
