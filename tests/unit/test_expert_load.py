@@ -13,6 +13,10 @@ pytestmark = pytest.mark.numeric
 
 @pytest.fixture
 def router(megatron):
+    return router_of()
+
+
+def router_of(score_function="softmax"):
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -23,6 +27,7 @@ def router(megatron):
         num_moe_experts=4,
         moe_router_topk=2,
         moe_router_load_balancing_type="none",
+        moe_router_score_function=score_function,
         use_cpu_initialization=True,
     )
     router = TopKRouter(config, pg_collection=pg_collection())
@@ -58,3 +63,13 @@ def test_counts_training_tokens_alone(router):
     assert torch.equal(load.counts[2], per_expert)
     load.attach([router])
     assert load.counts == {} and load.imbalance(3, 4) == [] == load.entropy(3)
+
+
+def test_probabilities_of_a_sigmoid_router(megatron):
+    """Each score by itself is a sigmoid; of a token they are held against their sum."""
+    router, load, tokens = router_of("sigmoid"), ExpertLoad(), torch.randn(6, 1, 16) * 9
+    load.attach([router])
+    router(tokens)
+    scores = router.gating(tokens).detach().double().sigmoid()
+    p = scores / scores.sum(-1, keepdim=True)
+    close(load.entropy(3), [-(p * p.log()).sum(-1).mean() / math.log(4)], 1e-6)

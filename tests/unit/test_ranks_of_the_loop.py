@@ -206,6 +206,29 @@ def test_the_whole_block(megatron, capsys):
     ]
 
 
+def test_the_losses_of_a_block_at_the_end_of_the_run(megatron, capsys):
+    """Two iterations after the boundary: what the superposed objective said is not among them."""
+    from megatron_tst.schedule import Schedule
+
+    schedule = Schedule.of(4, 6, 32, 32, 4)
+    args = argparse.Namespace(train_iters=8, num_experts=None, rank=0)
+    log, optimizer = boundary_log.BoundaryLog(args), types.SimpleNamespace()
+    for iteration in range(1, 9):
+        args.consumed_train_samples = 4 * iteration
+        log.saw_iteration(
+            iteration, 0.5, None if iteration == 7 else torch.tensor(float(iteration))
+        )
+        log.after_iteration(schedule, [], optimizer)
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].endswith("after bag size 4; 2 iterations later")
+    for row in (
+        "losses since   nan 8.000000E+00 | last validation loss: none yet",
+        "optimizer      does not say how many steps it has made",
+        "data           sample 32 of 32",
+    ):
+        assert f" [tst]   {row}" in rows
+
+
 def test_an_unknown_validation_loss_is_not_kept(megatron):
     args = argparse.Namespace(consumed_train_samples=20, tst_validation=(2, 4.0))
     schedule = types.SimpleNamespace(global_batch_size=4)
