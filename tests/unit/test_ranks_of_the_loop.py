@@ -222,7 +222,7 @@ def test_the_losses_of_a_block_at_the_end_of_the_run(megatron, capsys):
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].endswith("after bag size 4; 2 iterations later")
     for row in (
-        "losses since   nan 8.000000E+00 | last validation loss: none yet",
+        "losses since   NAN 8.000000E+00 | last validation loss: none yet",
         "optimizer      does not say how many steps it has made",
         "data           sample 32 of 32",
     ):
