@@ -157,3 +157,176 @@ def test_a_run_that_did_not_come_through_our_pretrain(checked, came, refused):
     with pytest.raises(TSTError, match="the --tst flags: expected a script that calls the pretrai"):
         way.require_pretrain()
     entered.Entered(argparse.Namespace()).require_pretrain()  # nothing of TST is asked for
+
+
+# ---- the way of a run
+
+
+def of_a_run(**changes):
+    return argparse.Namespace(
+        **dict(rank=0, load="ck", ckpt_step=3, tokenizer_model="words", tst_bag_size=4, tst_iters=3)
+        | changes
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, looked_at",
+    [
+        ({}, ["load ck 3", "restorable", "tokenizer words"]),
+        (dict(tst_verify_load=True), ["load ck 3", "restorable", "tokenizer words", "verify"]),
+        (dict(tst_iters=None), []),  # a stock run: Megatron says what it makes of it
+        (dict(tst_iters=None, tst_verify_load=True), ["verify"]),
+    ],
+)
+def test_what_is_looked_at_of_a_checkpoint(monkeypatch, changes, looked_at):
+    seen = []
+    monkeypatch.setattr(entry, "check_arguments", lambda config, args: None)
+    for name, said in {
+        "check_load_folder": "load {} {}",
+        "check_restorable": "restorable",
+        "check_tokenizer": "tokenizer {}",
+        "verify_load": "verify",
+    }.items():
+        monkeypatch.setattr(entry, name, lambda *given, said=said: seen.append(said.format(*given)))
+    entry.check(of_a_run(**changes))
+    assert seen == looked_at
+
+
+@pytest.fixture
+def loop(monkeypatch, megatron):
+    """Megatron's pretrain in a recorder's place: -> what it was called with, what stood in the
+    seams then. The checks before are left out, which have tests of their own.
+    """
+    import megatron.training
+    import megatron.training.training as module
+
+    from megatron_tst.loop import patch, seams
+
+    def pretrain(config, train_valid_test_dataset_provider, model_type, forward_step_func):
+        found = dict(
+            provider=train_valid_test_dataset_provider,
+            patched=patch.status().seams,
+            in_scripts=patch.status().in_scripts,
+            check=seams.CHECK_CHECKPOINT.function(),
+            batches=seams.SKIPPED_BATCH.function(),
+        )
+        calls.append(found)
+        return "what Megatron returns"
+
+    calls = []
+    monkeypatch.setattr(module, "pretrain", pretrain)
+    monkeypatch.setattr(entry, "_check_data", lambda *given: [])
+    for name in ("check_space", "check_arguments", "check_load_folder", "check_restorable"):
+        checked = calls.append if name == "check_space" else lambda *given: None
+        monkeypatch.setattr(entry, name, checked)
+    monkeypatch.setattr(entry, "check_tokenizer", lambda path: None)
+
+    def run(provider=None, forward=None, **changes):
+        fine = dict(
+            train_iters=10,
+            train_samples=None,
+            global_batch_size=4,
+            seq_length=32,
+            num_experts=None,
+            tensor_model_parallel_size=1,
+            load=None,
+            consumed_train_samples=0,
+            log_interval=1,
+        )
+        args = of_a_run(**fine | changes)
+        monkeypatch.setattr(megatron.training, "get_args", lambda: args)
+        provider, forward = provider or (lambda sizes: None), forward or script_of(False)
+        answer = entry.pretrain("config", provider, model_type="gpt", forward_step_func=forward)
+        assert answer == "what Megatron returns"
+        return args, calls[-1]
+
+    run.calls = calls
+    yield run
+    patch.remove()
+
+
+LOOP = [
+    "checkpoint_and_decide_exit",
+    "evaluate",
+    "save_checkpoint_and_time",
+    "training_log",
+    "get_batch_on_this_tp_rank",
+]
+
+
+def names(seams):
+    return [name.rpartition(".")[2] for name in seams]
+
+
+def test_a_stock_run_has_stock_functions(loop):
+    """But for the question whether the checkpoint is of a run with TST."""
+    provider = lambda sizes: None  # noqa: E731
+    args, found = loop(provider, tst_iters=None)
+    assert found["provider"] is provider and not hasattr(args, "tst_plan")
+    assert sorted(names(found["patched"])) == ["check_checkpoint_args", "compile_helpers"]
+    with pytest.raises(TSTError, match="resuming without TST"):
+        found["check"](of_a_run(**checkpoint()))
+
+
+def checkpoint(**changes):
+    """Arguments of a run with TST, as its checkpoint has them."""
+    from megatron_tst.checkpoint.phases import store
+    from megatron_tst.schedule import Schedule
+
+    args = argparse.Namespace(
+        global_batch_size=4, seq_length=32, tst_bag_size=4, tst_iters=3, consumed_train_samples=8
+    )
+    plan = Schedule.of(4, 3, 40, 32, 4)
+    store(args, plan, planned=plan)
+    return vars(args) | changes
+
+
+def test_a_run_with_tst(loop):
+    from megatron_tst.checkpoint.phases import stored
+
+    args, found = loop()
+    assert stored(args).samples == stored(args, "tst_planned").samples == (12, 28)
+    assert set(LOOP) <= set(names(found["patched"]))
+    assert loop.calls[0] is args  # room on the disk, on rank 0
+    args, _ = loop(rank=1)
+    assert args not in [call for call in loop.calls if isinstance(call, argparse.Namespace)]
+
+
+def test_batches_of_skipped_iterations_are_known_as_such(loop, monkeypatch):
+    """Megatron's loop fetches them itself; the script's own function fetches what is trained."""
+    import megatron.core.utils as utils
+
+    from megatron_tst.loop.run import Run
+
+    seen = []
+
+    def made(self, stock, trained=True):
+        seen.append(trained)
+        return lambda batch, **named: stock(batch, **named)
+
+    monkeypatch.setattr(Run, "get_batch_on_this_tp_rank", made)
+    script = {"get_batch_on_this_tp_rank": utils.get_batch_on_this_tp_rank, "__name__": "users"}
+    exec("def forward(data_iterator, model): pass", script)
+    _, found = loop(forward=script["forward"])
+    assert sorted(seen) == [False, True]
+    assert found["in_scripts"] == ("users.get_batch_on_this_tp_rank",)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_script_that_brings_batches_in_another_way(loop, capsys, ranks):
+    if ranks == 1:
+        loop(tensor_model_parallel_size=1)
+        return
+    with pytest.raises(SystemExit) as ended:
+        loop(tensor_model_parallel_size=2)
+    assert ended.value.code == 2
+    assert "tensor parallelism with this script: expected a forward_step" in capsys.readouterr().err
+
+
+def test_the_next_run_of_a_process_has_hooks_of_its_own(loop):
+    """The first run's hold its phases."""
+    _, one = loop()
+    _, other = loop(tst_bag_size=2)
+    assert one["batches"] is not other["batches"]
+    _, stock = loop(tst_iters=None)
+    assert not set(LOOP) & set(names(stock["patched"]))

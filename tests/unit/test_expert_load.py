@@ -73,3 +73,17 @@ def test_probabilities_of_a_sigmoid_router(megatron):
     scores = router.gating(tokens).detach().double().sigmoid()
     p = scores / scores.sum(-1, keepdim=True)
     close(load.entropy(3), [-(p * p.log()).sum(-1).mean() / math.log(4)], 1e-6)
+
+
+def test_layers_of_multi_token_prediction(megatron):
+    """They have no number of their own beyond the model's layers: those above it count as the last
+    one. Layers without a token have no figure.
+    """
+    load = ExpertLoad()
+    load.counts = {2: torch.tensor([4, 0]), 3: torch.tensor([1, 3]), 5: torch.tensor([2, 0])}
+    load.entropies = {
+        layer: torch.tensor([total, 2.0], dtype=torch.float64)
+        for layer, total in ((2, 1.0), (3, 2.0), (5, 0.5))
+    }
+    assert load.imbalance(3, 2) == [2.0, 1.0]  # (4, 0) and (1 + 2, 3)
+    assert load.entropy(3) == [0.5, 2.5 / 4]

@@ -151,6 +151,27 @@ def test_a_batch_of_another_phase_is_named(megatron, name, change):
 # ---- the block at a boundary
 
 
+@pytest.mark.parametrize(
+    "before, now, iterations, said",
+    [
+        (6, 11, 5, "state kept: step 6 at the boundary, 11 now"),
+        (6, 5, 5, "state NOT kept, or steps were skipped: step 6 at the boundary, 5 now"),
+        (6, 10, 5, "state NOT kept, or steps were skipped: step 6 at the boundary, 10 now"),
+        (None, 5, 5, "does not say how many steps it has made"),
+        (6, None, 5, "does not say how many steps it has made"),
+    ],
+)
+def test_whether_the_optimizer_was_kept(before, now, iterations, said):
+    assert boundary_log._kept(before, now, iterations) == said
+
+
+def test_figures_of_several_layers():
+    assert boundary_log._spread([1.5, 1.0, 3.0]) == "1.50 (worst layer 3.00)"
+    assert boundary_log._spread([]) == boundary_log._median(None) == "not measured"
+    assert boundary_log._median([0.9, 0.1, 0.5]) == "0.500"
+    assert boundary_log._figure(None, "E") == "none"
+
+
 def test_steps_of_an_optimizer_of_several_parts():
     """As Megatron chains one for the experts to one for the rest: parts that hold nothing here, a
     part whose optimizer does not say, and steps in the state or in the group.
@@ -227,6 +248,38 @@ def test_the_losses_of_a_block_at_the_end_of_the_run(megatron, capsys):
         "data           sample 32 of 32",
     ):
         assert f" [tst]   {row}" in rows
+
+
+def test_what_the_block_says_of_experts(megatron, capsys):
+    """Two layers; from a checkpoint of an earlier version the routers' entropy is not known."""
+    from megatron_tst.schedule import Schedule
+
+    args = argparse.Namespace(train_iters=12, num_experts=2, num_layers=1, mtp_num_layers=1, rank=0)
+    args.consumed_train_samples = 44
+    log = boundary_log.BoundaryLog(args)
+    log.load.counts = {1: torch.tensor([3, 1]), 2: torch.tensor([1, 1])}
+    log.load.entropies = {
+        layer: torch.tensor([mean * 4, 4.0], dtype=torch.float64)
+        for layer, mean in ((1, 0.5), (2, 0.75))
+    }
+    facts = {
+        "sample": 24,
+        "bag size": 4,
+        "learning rate": None,
+        "optimizer step": None,
+        "imbalance": [1.25, 1.75],
+        "validation": None,
+    }
+    log._print(facts, Schedule.of(4, 6, 48, 32, 4), types.SimpleNamespace())
+    rows = capsys.readouterr().out.splitlines()
+    for row in (
+        "expert load    busiest expert over the mean, median of the layers: 1.50 (worst layer "
+        "1.75) before, 1.25 (worst layer 1.50) since",
+        "router entropy over log(experts), median of the layers: not measured before, 0.625 since",
+        "losses since   not seen | last validation loss: none yet",
+        "learning rate  none at the boundary, none now",
+    ):
+        assert f" [tst]   {row}" in rows, rows
 
 
 def test_an_unknown_validation_loss_is_not_kept(megatron):

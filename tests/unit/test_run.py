@@ -295,3 +295,84 @@ def test_a_builder_leaves_the_configuration_as_it_is():
     assert alone.split_matrix == [(0, 0.9), None, None]
     assert alone.blend_per_split == ["a", None, None]
     assert all_ is config and vars(config) == before
+
+
+AUTO = TSTConfig(4, iters=60, switch="auto", switch_slope=0.5, switch_window=0.01)
+
+
+def auto(fall, iteration, config=AUTO, **changes):
+    """A run of 100 iterations whose loss has fallen by so much in the last hundredth of it."""
+    run = run_of(4 * iteration, config, train_iters=100, **changes)
+    run.report, trend = Lines(), run.trend
+    run.trend = argparse.Namespace(fall=fall, least=0.5, see=trend.see, happened=[])
+    for name in ("share", "restart"):
+        setattr(run.trend, name, lambda name=name: run.trend.happened.append(name))
+    return run
+
+
+@pytest.mark.parametrize(
+    "fall, iteration, changes, end",
+    [
+        (0.6, 20, {}, 60),  # it falls
+        (0.5, 20, {}, 60),
+        (0.4, 20, {}, 25),
+        (-0.1, 20, {}, 25),
+        (None, 20, {}, 60),  # not known yet
+        (0.4, 20, dict(lr_warmup_iters=21), 60),  # the learning rate is not up
+        (0.4, 20, dict(lr_warmup_iters=20), 25),
+        (0.4, 54, {}, 59),
+        (0.4, 55, {}, 60),  # at its end anyway
+        (0.4, 58, {}, 60),  # never later than planned
+    ],
+)
+def test_when_a_flat_loss_ends_the_phase(megatron, monkeypatch, fall, iteration, changes, end):
+    monkeypatch.setattr(module, "_micro_batches", lambda: 1)
+    run = auto(fall, iteration, **changes)
+    followed = []
+    run.datasets.append((argparse.Namespace(follow=followed.append), "stock"))
+    run._follow_the_loss(run.schedule.phases[0], iteration, None, False, True)
+    assert run.schedule.superposition_samples == 4 * end
+    assert stored(run.args) == run.schedule  # the checkpoints to come say so
+    assert stored(run.args, "tst_planned").superposition_samples == 4 * 60
+    assert run.trend.happened == ["share"]
+    changed = end < 60
+    assert followed == [run.schedule] * changed
+    assert run.report.said == [("phase_ends_early", 4 * end, iteration)] * changed
+
+
+def test_the_trend_of_a_phase_begins_anew(megatron):
+    seen = []
+    run = auto(0.1, 20)
+    run.trend.see = seen.append
+    phase, loss = run.schedule.phases[0], torch.tensor(3.0)
+    run._follow_the_loss(phase, 20, loss, True, True)  # the last iteration of a phase
+    run._follow_the_loss(phase, 21, None, False, False)  # a rank without the loss, no log line
+    assert run.trend.happened == ["restart"] and seen == [loss]
+    assert run.schedule.superposition_samples == 4 * 60
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("folder", [None, "index"])
+def test_the_stock_index_follows_on_rank_0(monkeypatch, rank, folder):
+    written = []
+    monkeypatch.setattr(module.stock_index, "write", lambda *given: written.append(given))
+    run = run_of(config=TSTConfig(4, iters=6, stock_index=folder), rank=rank)
+    dataset = argparse.Namespace(follow=lambda plan: None, long_samples="long")
+    run.datasets.append((dataset, "stock"))
+    plan = run.schedule.ending(run.schedule.phases[0], 12)
+    run.follow(plan)
+    assert written == [("long", "stock", plan)] * (folder is not None and rank == 0)
+
+
+@pytest.mark.parametrize(
+    "answer, loss", [(({LOSS_KEY: 4.5, "x": 1}, 2), 4.5), (({}, 2), None), ((None, None), None)]
+)
+def test_the_validation_loss_is_noted(answer, loss):
+    run, seen = run_of(), []
+    run.boundary_log.saw_validation = lambda *given: seen.append(given)
+    assert run.evaluate(lambda *given, **named: (*answer, given, named))("a", b=1) == (
+        *answer,
+        ("a",),
+        {"b": 1},
+    )
+    assert seen == [(loss, run.schedule)]
