@@ -140,6 +140,25 @@ def test_experts_of_other_dtypes_keep_their_values(tmp_path):
     assert all(torch.equal(got[name], tensors[name].float()) for name in got)
 
 
+TE, LOCAL = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+
+
+@pytest.mark.parametrize("dense", [None, [0]])
+@pytest.mark.parametrize("spec", ["transformer_engine", "local"])
+def test_each_layer_spec_finds_the_norm_before_the_mlp(tmp_path, spec, dense):
+    """Before experts Transformer Engine's spec has it apart; dense layers have it in linear_fc1."""
+    config = config_of("qwen3_moe", mlp_only_layers=dense)
+    folder = write_folder(tmp_path / "m", config, tensors_of(config))
+    import_(folder, tmp_path / "ck", layer_spec=spec)
+    found = {name for name in Checkpoint(tmp_path / "ck").tensors if name.endswith((TE, LOCAL))}
+    norm = TE if spec == "transformer_engine" else LOCAL
+    assert found == (
+        {f"decoder.layers.0.{LOCAL}", f"decoder.layers.1.{norm}"}
+        if dense
+        else {f"decoder.layers.{norm}"}
+    )
+
+
 def test_what_is_ignored_is_said(tmp_path):
     stale_shards(tmp_path / "m")
     with pytest.warns(UserWarning, match="ignored beside .*index.json: model-00001-of-00003.safet"):

@@ -6,6 +6,7 @@ with exports is in test_export_hf.py and in tests/peers.
 import argparse
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -295,6 +296,31 @@ def test_from_which_checkpoint_on(tmp_path, export, consumed):
         export(source, tmp_path / "out", allow_superposition=True)
     else:
         export(source, tmp_path / "out")
+
+
+def test_room_for_all_weights_is_asked_for(tmp_path, monkeypatch):
+    source, usage = run(tmp_path / "ck"), shutil._ntuple_diskusage
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32 + 2 * 8
+    need = 2 * (2 * layer + 2 * VOCAB * 32 + 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, need // 2))
+    with pytest.raises(TSTError, match="of free space"):
+        hf.export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_layers_among_experts_are_warned_of(tmp_path):
+    source = run(tmp_path / "ck", f"{EXPERTS} --moe-layer-freq [0,1]")
+    with pytest.warns(UserWarning, match="Megatron-Bridge 0.6 resumes this model but exports no"):
+        nemo.export(source, tmp_path / "nemo")
+
+
+def test_a_tensor_that_the_arguments_do_not_describe(tmp_path):
+    source = run(tmp_path / "ck")
+    source.args.ffn_hidden_size = 64
+    message = r"mlp.down_proj.weight: expected shape \(32, 64\), got \(32, 48\). The model is of"
+    with pytest.raises(TSTError, match=message):
+        hf.export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_tst_has_no_such_phase(tmp_path):

@@ -357,6 +357,17 @@ def test_norms_are_marked_for_sequence_parallelism(sequence_parallel, kind):
     assert settings.sequence_parallel is sequence_parallel
 
 
+@pytest.mark.parametrize("child", [False, True])
+def test_a_process_that_writes_while_training_goes_on_has_copies(monkeypatch, child):
+    monkeypatch.setattr(cpu.multiprocessing, "parent_process", lambda: child or None)
+    weight = torch.ones(2)
+    buckets = [("file", "key", (["bytes"], [("item", weight)]))]
+    ((file, key, (data, ((item, tensor),))),) = cpu._preload_tensors(buckets, True)
+    weight.zero_()  # the optimizer's next step
+    assert (file, key, data, item) == ("file", "key", ["bytes"], "item")
+    assert tensor.tolist() == ([1, 1] if child else [0, 0])
+
+
 @pytest.mark.parametrize("value", ["1", "yes", "TRUE", " on "])
 def test_what_asks_for_training_on_cpu(monkeypatch, value):
     monkeypatch.setenv(cpu.SWITCH, value)
