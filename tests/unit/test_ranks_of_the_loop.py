@@ -122,11 +122,10 @@ MASK = {"attention_mask"}
         (dict(pipeline_model_parallel_size=1, has_cu_seqlens=False), FIRST | LAST | MASK),
     ],
 )
-def test_what_a_pipeline_stage_gets(megatron, stage, names):
-    whole = micro_batch()
-    got = broadcast_bags(
-        whole, 3, "both", **layout() | dict(pipeline_model_parallel_size=2) | stage
-    )
+@pytest.mark.parametrize("superpose", ["both", "input", "output"])
+def test_what_a_pipeline_stage_gets(megatron, stage, names, superpose):
+    whole, two = micro_batch(superpose), dict(pipeline_model_parallel_size=2)
+    got = broadcast_bags(whole, 3, superpose, **layout() | two | stage)
     assert {name for name, tensor in got.items() if tensor is not None} == names
     assert all(torch.equal(got[name], whole[name]) for name in names)
     assert {"cu_seqlens", "max_seqlen", "local_cp_size"} < got.keys()  # as Megatron's own answers

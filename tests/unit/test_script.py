@@ -175,7 +175,9 @@ def test_a_batch_is_read_on_the_first_tensor_parallel_rank(script, monkeypatch, 
         is_pipeline_first_stage=True,
         is_pipeline_last_stage=False,
     )
+    # a stage between the ends, with and without layers of multi-token prediction
     monkeypatch.setattr(script, "is_first_or_last_pipeline_stage", lambda stage: False)
+    assert script.get_batch(iter([sample]) if rank == 0 else None) == got and len(calls) == 2
     monkeypatch.setattr(script, "stage_has_mtp", lambda stage: False)
     assert script.get_batch(None) == [None] * 5
 
