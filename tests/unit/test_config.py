@@ -311,6 +311,21 @@ def test_a_schedule_must_leave_room_and_have_no_empty_phase():
         check_arguments(TSTConfig(bag_size=(8, 4), step_ratio=(0.3, 0.0001)), arguments())
 
 
+@pytest.mark.parametrize(
+    "ratios, iterations",
+    [
+        ((0.29,), [29]),  # 28.999999999999996 in floating point
+        ((0.58, 0.07), [58, 7]),  # 57.99999999999999, 7.000000000000001
+        ((0.296, 0.294), [30, 29]),
+        ((0.006,), [1]),
+    ],
+)
+def test_a_ratio_is_rounded_to_whole_iterations(ratios, iterations):
+    sizes = (8, 4)[: len(ratios)]
+    plan = TSTConfig(sizes, step_ratio=ratios).schedule(arguments(train_iters=100))
+    assert plan.samples == (*[8 * n for n in iterations], 8 * (100 - sum(iterations)))
+
+
 def test_a_boundary_that_megatron_would_pass_by():
     at_boundary = TSTConfig(bag_size=6, step_ratio=0.3, exit_at_boundary=True)
     check_arguments(at_boundary, arguments(iterations_to_skip=[299, 301]))

@@ -606,6 +606,20 @@ def test_gradients_go_over_rows_that_lie_apart(loss):
     assert torch.equal(logits.detach(), leaf.grad[:, 7:]) and not leaf.grad[:, :7].any()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_in_place_is_the_gradient(loss, dtype):
+    """Bit for bit: every logit is read before its gradient is written over it."""
+    logits, labels = draw((4,), 50, 3, ignored=0)
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.to(dtype).requires_grad_()
+        options = dict(loss=loss, inplace_backward=inplace)
+        multi_hot_cross_entropy(leaf * 1, labels, **options).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads) and (grads[0] < 0).any(-1).all()
+
+
 def test_one_position_without_leading_dimensions():
     logits, labels = draw((1,), 50, 3, ignored=0)
     assert torch.equal(
