@@ -203,6 +203,27 @@ def test_collectives_are_of_the_layers_group(monkeypatch, sequence_parallel):
         grad.square().sum().backward()
 
 
+@pytest.mark.parametrize("loss", ["mce", "mce-alt"])
+def test_the_second_of_two_ranks(monkeypatch, loss):
+    """It holds the columns from V on, of twice as many. What the first has is put in by hand."""
+    from types import SimpleNamespace
+
+    from megatron_tst.ops import linear_loss, torch_kernel
+
+    layer, labels = gpt().output_layer, torch.randint(0, 2 * V, (L, 2, S))
+    hidden, first, weights = torch.randn(L, 2, 32), torch.randn(V, 32), torch.ones(S)
+    given = labels.view(-1, S), weights, 0, 2 * V, loss == "mce-alt"
+    of_first = torch_kernel.statistics((hidden @ first.t()).view(-1, V), *given)
+    monkeypatch.setattr(linear_loss, "of_all_ranks", lambda mine, _: torch.stack([of_first, mine]))
+    copy = "copy_to_tensor_model_parallel_region"
+    monkeypatch.setattr(linear_loss.mappings, copy, lambda tensor, group: tensor)
+    layer.tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    deferred = linear_loss.DeferredLogits(layer, hidden, layer.weight)
+    got = linear_loss.loss_of_deferred(deferred, labels, weights, loss=loss, kernel="torch")
+    whole = hidden @ torch.cat([first, layer.weight.detach()]).t()
+    close(got, multi_hot_cross_entropy(whole, labels, loss=loss), 1e-6)
+
+
 def test_rows_at_once(monkeypatch):
     """Logits of five columns in bf16, 49 bytes a chunk: four rows."""
     from megatron_tst.ops import chunks, linear_loss

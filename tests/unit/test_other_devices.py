@@ -83,16 +83,17 @@ def test_what_is_gathered(monkeypatch):
     assert_is(of_all_ranks(there(4, N, dtype=torch.float32), ALONE), 1, 4, N)
 
 
-def test_the_fused_output_layer():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_fused_output_layer(dtype):
     context = Context()
     rest = labels(), there(S, dtype=torch.float32), None, 0, V, False, KERNELS["torch"], False
     op = linear_loss._LinearMultiHotCrossEntropy
-    loss = op.forward(context, there(N, H), there(V, H), *rest)
+    loss = op.forward(context, there(N, H, dtype=dtype), there(V, H, dtype=dtype), *rest)
     assert_is(loss, N)
     with torch.no_grad():
         hidden, weight, *others = op.backward(context, loss)
-    assert_is(hidden, N, H, dtype=torch.bfloat16)
-    assert_is(weight, V, H, dtype=torch.bfloat16)
+    assert_is(hidden, N, H, dtype=dtype)
+    assert_is(weight, V, H, dtype=dtype)
     assert others == [None] * 8
 
 
@@ -129,8 +130,11 @@ def test_megatrons_kernel_adds_to_main_grad(monkeypatch, fuse, where, dtype, by_
 
 
 def test_the_embedding(monkeypatch):
-    reduce = "reduce_from_tensor_model_parallel_region"
-    monkeypatch.setattr(embedding.mappings, reduce, lambda mean, group: mean)
+    def reduce(mean, group):
+        assert_is(mean, 2, 3, H)  # what crosses the wire
+        return mean
+
+    monkeypatch.setattr(embedding.mappings, "reduce_from_tensor_model_parallel_region", reduce)
     context, table = Context(), there(V, H)
     tokens = there(2, 3, S, dtype=torch.int64)
     out = embedding._PoolBags.forward(context, table, tokens, 0, ALONE, False)
