@@ -214,7 +214,12 @@ def test_the_second_of_two_ranks(monkeypatch, loss):
     hidden, first, weights = torch.randn(L, 2, 32), torch.randn(V, 32), torch.ones(S)
     given = labels.view(-1, S), weights, 0, 2 * V, loss == "mce-alt"
     of_first = torch_kernel.statistics((hidden @ first.t()).view(-1, V), *given)
-    monkeypatch.setattr(linear_loss, "of_all_ranks", lambda mine, _: torch.stack([of_first, mine]))
+
+    def gathered(mine, group):
+        assert group is layer.tp_group
+        return torch.stack([of_first, mine])
+
+    monkeypatch.setattr(linear_loss, "of_all_ranks", gathered)
     copy = "copy_to_tensor_model_parallel_region"
     monkeypatch.setattr(linear_loss.mappings, copy, lambda tensor, group: tensor)
     layer.tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
