@@ -7,17 +7,17 @@ import math
 import pytest
 import torch
 from support.close import close
-from support.losses import IGNORE
+from support.losses import IGNORE, grad_of
 
 from megatron_tst.ops import reference, torch_kernel
 from megatron_tst.ops.ablations import BagAblation
-from megatron_tst.ops.loss import of_all_ranks
+from megatron_tst.ops.loss import multi_hot_cross_entropy, of_all_ranks
 from megatron_tst.ops.names import ABLATIONS, LOSSES
 
 pytestmark = pytest.mark.numeric
 
 RANKS, COLUMNS, V = 2, 5, 10  # two ranks of five columns
-WEIGHTS = torch.tensor([0.5, 0.25, 0.125])  # their sum is not 1, nor is any of them
+WEIGHTS = torch.tensor([0.25, 0.5, 0.125])  # their sum is not 1, nor is any of them
 # Numbers that bf16 has. 1 and -1 are where the hinge's slope jumps.
 LOGITS = torch.tensor(
     [
@@ -82,22 +82,23 @@ def by_hand(loss):
 def test_a_row_that_needs_no_program():
     """Its softmax is 0.1, 0.2, 0.3 and 0.4, all other columns are padding."""
     z = [math.log(x) for x in (0.1, 0.2, 0.3, 0.4)] + [-math.inf] * 6
-    value, gradient = row_by_hand(z, [3, IGNORE, 1], "mce")  # weights of 0.5 and 0.125: 0.8 and 0.2
-    want = 0.8 * math.log(1 / 0.4) + 0.2 * math.log(1 / 0.2)
+    value, gradient = row_by_hand(z, [3, IGNORE, 1], "mce")  # weights of 0.25 and 0.125
+    want = 2 / 3 * math.log(1 / 0.4) + 1 / 3 * math.log(1 / 0.2)
     assert value == pytest.approx(want)
-    assert gradient == pytest.approx([0.1, 0.2 - 0.2, 0.3, 0.4 - 0.8] + [0] * 6)
+    assert gradient == pytest.approx([0.1, 0.2 - 1 / 3, 0.3, 0.4 - 2 / 3] + [0] * 6)
     value, gradient = row_by_hand(z, [3, 3, 1], "mce-alt")  # 1 of 3, a quarter of 1: 0.4 + 0.05
     assert value == pytest.approx(-math.log(0.45))
     assert gradient == pytest.approx([0.1, 0.2 - 1 / 9, 0.3, 0.4 - 8 / 9] + [0] * 6)
 
 
 @pytest.mark.parametrize("loss", LOSSES + ABLATIONS)
-def test_the_reference(loss):
+@pytest.mark.parametrize("shape", [(2, 3), (6, 1)])
+def test_the_reference(loss, shape):
     want, want_grad = by_hand(loss)
-    z = LOGITS.double().view(2, 3, V).requires_grad_()
-    got = reference.multi_hot_cross_entropy(z, LABELS.view(2, 3, 3), WEIGHTS, loss)
-    (grad,) = torch.autograd.grad((got * UPSTREAM.view(2, 3)).sum(), z)
-    assert got.shape == (2, 3) and got.dtype == torch.float64
+    z = LOGITS.double().view(*shape, V).requires_grad_()
+    got = reference.multi_hot_cross_entropy(z, LABELS.view(*shape, 3), WEIGHTS, loss)
+    (grad,) = torch.autograd.grad((got * UPSTREAM.view(shape)).sum(), z)
+    assert got.shape == shape and got.dtype == torch.float64
     close(got.view(6), want, 1e-14)
     if loss == "mce-alt":  # the reference's gradient is not there where nothing is in the bag
         grad = grad.nan_to_num()
@@ -198,6 +199,17 @@ def test_the_torch_kernel_on_shards(four_rows_a_chunk, loss, dtype):
         assert torch.equal(untouched, grad)
 
 
+def test_the_largest_logit_beside_a_rank_of_padding():
+    """They are further apart than fp32 reaches. The token is certain: its loss is 0."""
+    labels, weights = torch.tensor([[1]]), torch.ones(1)
+    parts = torch.tensor([[0.0, 3e38]]), torch.full((1, 2), -torch.inf)
+    local = [
+        torch_kernel.statistics(z, labels, weights, 2 * r, 4, False) for r, z in enumerate(parts)
+    ]
+    got, _ = torch_kernel.loss(torch.stack(local), labels, weights, False)
+    assert got.tolist() == [0]
+
+
 @pytest.mark.parametrize("loss", ABLATIONS)
 def test_the_ablations_on_shards(four_rows_a_chunk, loss):
     want, want_grad = by_hand(loss)
@@ -216,6 +228,34 @@ class Group:
 
     def __init__(self, size, rank=0):
         self.size, self.rank = lambda: size, lambda: rank
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_rank_of_two(monkeypatch, loss):
+    """By the public function, whose all-gather is put in by hand."""
+    want, want_grad = by_hand(loss)
+    parts = LOGITS.chunk(RANKS, 1)
+    local = [
+        torch_kernel.statistics(z, LABELS, WEIGHTS, rank * COLUMNS, V, loss == "mce-alt")
+        for rank, z in enumerate(parts)
+    ]
+
+    def gather(into, given, group):
+        assert group is group_of_rank and torch.equal(given, local[rank])
+        into.copy_(torch.cat(local))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    for rank, z in enumerate(parts):
+        group_of_rank = Group(RANKS, rank)
+        got, grad = grad_of(
+            lambda z: multi_hot_cross_entropy(
+                z, LABELS, WEIGHTS, tp_group=group_of_rank, loss=loss, kernel="torch"
+            ),
+            z,
+            UPSTREAM,
+        )
+        close(got, want, 1e-6)
+        close(grad, want_grad[:, rank * COLUMNS : (rank + 1) * COLUMNS], 1e-6)
 
 
 def test_the_collective_of_the_losses(monkeypatch):
@@ -273,7 +313,7 @@ def test_the_weight_of_a_token():
     assert got.tolist() == [[1, 0, 0.25], [0, 0, 0], [0, 1, 0.5]]
 
 
-@pytest.mark.parametrize("wrong", [[7, 12], [-1, 3], [-101, 0], [-99, -1]])
+@pytest.mark.parametrize("wrong", [[7, 12], [12, 7], [-1, 3], [-101, 0], [-99, -1]])
 def test_labels_outside_the_vocabulary(wrong):
     fine = [0, 6, IGNORE]
     torch_kernel.check_label_range(torch.tensor([fine, fine]), 7)

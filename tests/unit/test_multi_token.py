@@ -105,6 +105,11 @@ def test_a_stage_without_tokens_has_none_to_roll():
     assert not rolls_bags(None, -1)
 
 
+def test_single_tokens_are_no_bags():
+    tokens = torch.zeros(B, L, dtype=torch.int64)
+    assert not rolls_bags(tokens, -1) and rolls_bags(tokens.unsqueeze(-1), -1)
+
+
 @pytest.mark.parametrize("bag_size", [None, S])
 def test_hidden_states_are_mixed_as_in_stock(megatron, monkeypatch, bag_size):
     """Hidden state mixing (--mtp-hsm): what is mixed into a head are older hidden states, each
