@@ -559,6 +559,10 @@ def test_rows_of_one_number(loss):
         (dict(weights=torch.zeros(2)), "one of them positive"),
         (dict(loss="mse"), "one of .*mce.*got 'mse'"),
         (dict(kernel="fast"), "got 'fast'"),
+        (
+            dict(loss="bce", kernel="extension"),
+            "expected kernel 'auto' or 'torch' with loss 'bce', got 'extension'. It is an ablation",
+        ),
     ],
 )
 def test_refusals(change, message):

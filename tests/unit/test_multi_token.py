@@ -248,6 +248,22 @@ def test_a_guess_is_right_if_it_is_in_the_bag():
     assert accepted_in_bags(logits, labels, mask, False, alone) == (2.0, B * L - 1)
 
 
+@counts_guesses
+def test_the_ranks_of_a_split_vocabulary_are_asked(monkeypatch):
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    def argmax(logits, group, size):
+        asked.append((group, size))
+        return logits.argmax(-1)
+
+    asked, group = [], SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(mtp, "_vocab_parallel_argmax", argmax)
+    rest = torch.zeros(B, L, S, dtype=torch.int64), torch.ones(B, L)
+    for whole in (False, True):
+        assert accepted_in_bags(torch.zeros(L, B, V), *rest, whole, group) == (B * L, B * L)
+    assert asked == [(group, 2)]
+
+
 def rank_counts_guesses():
     import torch.distributed as dist
 
