@@ -147,3 +147,11 @@ def test_the_embedding(monkeypatch):
 
 def test_what_stands_for_a_gradient():
     assert_is(main_grad.added(there(V, H)), V, H, dtype=torch.bfloat16)
+
+
+def test_the_sum_of_the_output_layers_gradients():
+    """fp32, which takes products of fp32 alone."""
+    weight = torch.zeros(V, H, dtype=torch.float32)
+    accumulate, finish = linear_loss._weight_gradient(weight, False)
+    accumulate(torch.ones(N, V, dtype=torch.float32), torch.ones(N, H, dtype=torch.float32))
+    assert torch.equal(finish(), torch.full((V, H), float(N), dtype=torch.float32))
