@@ -1052,7 +1052,6 @@ def test_a_signal_whose_handler_is_not_python_s(monkeypatch):
 # --- places that take nothing
 
 
-WRITE = "a place that can be written to"
 PERMISSIONS = "Choose another one or mend its permissions."
 ROOM = "Make room or choose another disk."
 
@@ -1083,21 +1082,19 @@ def test_what_the_system_refuses_in_words(tmp_path, monkeypatch, filename, code,
     """
     monkeypatch.chdir(tmp_path)
     target, more = Path("here/out"), (Path("here/.out.part-1"), Path("here/.out.whole-1"))
-    named = filename
-    for name in (filename, os.fsencode(tmp_path / filename) if isinstance(filename, str) else None):
-        if isinstance(name, bytes):
-            name = Path(os.fsdecode(name))
-            named = name
+    got = os.strerror(code)
+    for name in (filename, Path(filename) if isinstance(filename, str) else None):
         with pytest.raises(TSTError) as refused, atomic._in_words(target, *more):
-            raise OSError(code, os.strerror(code), name)
-        got = os.strerror(code)
-        if do:
-            assert str(refused.value) == f"{target}: expected {WRITE}, got {got}. {do}"
+            raise OSError(code, got, name)
+        if do or name is None:
+            do = do or PERMISSIONS
+            expected = f"{target}: expected a place that can be written to, got {got}. {do}"
         else:
-            assert str(refused.value) == (
-                f"{tmp_path / named}: expected a file or folder that can be read, got {got}. Mend "
+            expected = (
+                f"{tmp_path / name}: expected a file or folder that can be read, got {got}. Mend "
                 "its permissions or copy it again."
             )
+        assert str(refused.value) == expected
 
 
 def test_what_has_no_number_in_words(tmp_path):
