@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tst.checkpoint import places
 from megatron_tst.checkpoint.places import (
     FILE,
     FOLDER,
@@ -35,7 +34,8 @@ def said(function, *arguments):
 def test_the_place_itself(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "link").symlink_to("a/b")
-    (tmp_path / "a" / "last").symlink_to("b")
+    for name in ("last", "-last"):
+        (tmp_path / "a" / name).symlink_to("b")
     monkeypatch.chdir(tmp_path / "a")
     for target, place in (
         ("new", "a/new"),
@@ -46,6 +46,7 @@ def test_the_place_itself(tmp_path, monkeypatch):
         ("../link", "link"),
         ("../link/new", "a/b/new"),
         ("last", "a/last"),
+        ("-last", "a/-last"),
         ("./b/../last", "a/last"),
         ("b/../none/../new", "a/new"),
         (tmp_path / "link" / "new", "a/b/new"),
@@ -204,8 +205,30 @@ def test_room_is_looked_for_in_the_lowest_folder_that_is_there(tmp_path, monkeyp
         asked.append(folder)
         return usage(folder)
 
-    monkeypatch.setattr(places.shutil, "disk_usage", spy)
+    monkeypatch.setattr(shutil, "disk_usage", spy)
     (tmp_path / "a").mkdir()
     for target in ("a", "b", "a/b", "a/b/c/d"):
         check_space(tmp_path / target, 0)
     assert asked == [tmp_path, tmp_path, tmp_path / "a", tmp_path / "a"]
+
+
+def test_a_disk_without_room(tmp_path, monkeypatch):
+    """1 % more than was asked for, and 16 MiB, is looked for where the target is to be."""
+    asked, needed = [], 1_010_000_000 + (16 << 20)
+    frees = [500_000_000, needed - 1, needed, needed + 1]
+
+    def usage(folder):
+        free = frees[len(asked)]
+        asked.append(folder)
+        return shutil._ntuple_diskusage(2 * needed, 2 * needed - free, free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    do = "Make room or choose another disk."
+    for refused in (
+        f"{tmp_path}: expected 1.03 GB of free space, got 0.50 GB. {do}",
+        f"{tmp_path}: expected 1,026,777.22 KB of free space, got 1,026,777.21 KB. {do}",
+        None,
+        None,
+    ):
+        assert said(check_space, tmp_path / "new" / "out", 1_000_000_000) == refused
+    assert asked == [tmp_path] * 4

@@ -230,14 +230,35 @@ def test_a_machine_of_any_name(monkeypatch):
     assert len({match[2] for match in found.values()}) == 1
 
 
+def test_whose_process_has_ended(tmp_path):
+    """One of another beginning has another process's number, be it before or after."""
+    machine, who, mine, begun, _ = tag().split(".")
+    dead = str(2**22 + 1)  # above the largest number
+    for process, begins, ended in (
+        (mine, begun, False),
+        (mine, "1", True),
+        (mine, "9" * 12, True),
+        (mine, f"{begun}0", True),
+        (dead, begun, True),
+        (dead, "0", True),
+    ):
+        part = tmp_path / f".out.part-{machine}.{who}.{process}.{begins}.7"
+        part.mkdir()
+        found = [part.name.removeprefix(".out.part-")] if ended else []
+        assert left_over(tmp_path / "out", ["part"]) == found
+        part.rmdir()
+
+
 @pytest.mark.parametrize("seconds, ended", [(STALE - 1, False), (STALE, False), (STALE + 1, True)])
 def test_what_another_machine_has_not_written_to(tmp_path, monkeypatch, seconds, ended):
     assert STALE == 7 * 24 * 60 * 60
-    folder = tmp_path / ".out.part-node.0a.1.2.3"
-    folder.mkdir()
-    os.utime(folder, (1000, 1000))
+    tags = ["-.0a.1.2.3", "~.0a.1.2.3"]  # before and after this one in the alphabet
+    for its_tag in tags:
+        folder = tmp_path / f".out.part-{its_tag}"
+        folder.mkdir()
+        os.utime(folder, (1000, 1000))
     monkeypatch.setattr(time, "time", lambda: 1000.0 + seconds)
-    assert left_over(tmp_path / "out", ["whole", "part"]) == (["node.0a.1.2.3"] if ended else [])
+    assert left_over(tmp_path / "out", ["whole", "part"]) == (tags if ended else [])
     assert left_over(tmp_path / "out", ["whole"]) == []
 
 
