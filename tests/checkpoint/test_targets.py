@@ -936,6 +936,26 @@ def test_two_at_once(tmp_path, system):
         shutil.rmtree(tmp_path / "here")
 
 
+@pytest.mark.parametrize("kind", ["folder", "link to a folder", "file"])
+def test_leftovers_that_are_no_folders_of_their_own(tmp_path, kind):
+    """What a link leads to is not what is left over."""
+    (tmp_path / "made").mkdir()
+    target, left = tmp_path / "made" / "out", leave(tmp_path / "made" / "out", "whole", process=1)
+    write(tmp_path / "kept", "dear")
+    shutil.rmtree(left)
+    if kind == "folder":
+        shutil.copytree(tmp_path / "kept", left)
+        (left / "weights").write_text("dear!")
+    elif kind == "file":
+        left.write_text("dear")
+    else:
+        left.symlink_to(tmp_path / "kept")
+    write(target)
+    assert names(tmp_path / "made") == ["out", "out.old-1"]
+    assert content(tmp_path / "kept") == whole("dear")
+    assert (tmp_path / "made" / "out.old-1").is_symlink() == (kind == "link to a folder")
+
+
 def test_what_was_away_while_another_took_the_place(tmp_path):
     """Killed without a target, where the system cannot exchange two: a new one has come since."""
     target = tmp_path / "out"

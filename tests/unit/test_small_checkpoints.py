@@ -763,8 +763,17 @@ def test_which_iteration_stands_for_a_folder(small, recwarn):
     assert mend_tracker(str(folder)) == 2 and tracker.read_text() == "2"
     assert [path.name for path in folder.glob(f"{TRACKER}*")] == [TRACKER]
     assert format.iteration_folder(release) == release
-    shutil.rmtree(newer)
-    shutil.rmtree(release)
+    (folder / "iter_9999999").mkdir()
+    later = Path(shutil.copytree(small, folder / "iter_10000000"))
+    tracker.write_text("9999999")
+    assert warned(lambda: format.iteration_folder(folder), recwarn)[1] == [
+        f"{tracker} names iter_9999999; iter_10000000 is there too"
+    ]
+    tracker.write_text("")
+    assert warned(lambda: format.iteration_folder(folder), recwarn)[0] == later
+    for path in (newer, release, later, folder / "iter_9999999"):
+        shutil.rmtree(path)
+    tracker.write_text("2")
     assert warned(lambda: format.iteration_folder(folder), recwarn) == (small, [])
 
 
@@ -895,6 +904,8 @@ def test_the_shares_of_two_ranks(tmp_path):
     one, other = (size for _, size in shares)
     assert abs(one - other) <= max(item.length for item in found.items) / 4
     assert found.check_all() == (9, one + other)
+    with pytest.raises(TypeError):
+        found.check_all(0, 2)  # which is which is said
 
 
 def test_what_cannot_be_changed(small):
