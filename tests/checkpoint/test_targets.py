@@ -224,6 +224,7 @@ def photographs(folder):
     [
         "foreign",
         "a file more",
+        "a hidden file more",
         "a folder more",
         "another size",
         "another size, before the mark",
@@ -242,6 +243,8 @@ def test_what_this_tool_did_not_write_is_moved_aside(tmp_path, system, change, r
         write(target, "old")
         if change == "a file more":
             (target / "below" / "notes").write_text("dear")
+        elif change == "a hidden file more":
+            (target / ".a").write_text("dear")
         elif change == "a folder more":
             (target / "iter_2").mkdir()
         elif change.startswith("another size"):
@@ -429,6 +432,21 @@ def test_marks_that_say_nothing(tmp_path, mark):
     (tmp_path / "sound" / MARK).write_bytes(good)
     write(tmp_path / "sound", force=True)
     assert names(tmp_path) == ["out", "out.old-1", "sound"]
+
+
+def test_a_file_of_the_same_tick_as_the_mark(tmp_path):
+    """The system's clock is coarse: a file that was written just before has the mark's time. Here
+    it is the mark by another name, which has as many bytes as it says of that one.
+    """
+    target, size = tmp_path / "out", 100
+    for _ in range(3):
+        with new_folder(target, 0, force=True) as part:
+            (part / "weights").write_text("x" * size)
+        size = (target / MARK).stat().st_size
+    (target / "weights").unlink()
+    os.link(target / MARK, target / "weights")
+    write(target, force=True)
+    assert names(tmp_path) == ["out"] and content(target) == whole()
 
 
 def test_files_of_nobody_are_moved_aside(tmp_path, system):
@@ -880,23 +898,6 @@ def test_what_the_system_refuses_names_both(tmp_path):
         renames._renameat2(one, other, 1)
 
 
-def test_a_file_where_there_are_no_hard_links(tmp_path, monkeypatch):
-    """As on FAT and some network file systems, which have no renameat2 either."""
-
-    def link(*arguments, **more):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(renames, "_renameat2", lambda *arguments: False)
-    monkeypatch.setattr(os, "link", link)
-    (tmp_path / "one").write_text("1")
-    renames.rename_new(tmp_path / "one", tmp_path / "other")
-    assert content(tmp_path) == {"other": b"1"}
-    (tmp_path / "one").write_text("2")
-    with pytest.raises(FileExistsError):
-        renames.rename_new(tmp_path / "one", tmp_path / "other")
-    assert content(tmp_path) == {"one": b"2", "other": b"1"}
-
-
 def test_foreign_things_among_leftovers_are_moved_aside(tmp_path):
     """Killed after the exchange: what lies there then was the target."""
     target = tmp_path / "out"
@@ -1190,6 +1191,14 @@ def test_a_disk_that_fills_up(tmp_path, capfd, wanted):
     error = capfd.readouterr().err
     assert code == 2 and error.count("\n") == 1 and "Make room" in error, error
     assert "expected a place that can be written to, got File too large" in error
+    assert not names(tmp_path)
+
+
+def test_a_disk_without_room(tmp_path):
+    """Seen before anything is written."""
+    with pytest.raises(TSTError, match=f"^{tmp_path}: expected 1,164,450.72 TB of free space"):
+        with new_folder(tmp_path / "new" / "out", 1 << 60):
+            raise AssertionError
     assert not names(tmp_path)
 
 

@@ -93,6 +93,23 @@ def test_a_file_that_was_stopped_with_both_names(tmp_path, monkeypatch):
     assert content(tmp_path) == {"other": b"one"}
 
 
+def test_a_file_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    """As on FAT and some network file systems, which have no renameat2 either."""
+
+    def link(*arguments, **more):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(renames, "_renameat2", lambda *arguments: False)
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "one").write_text("1")
+    rename_new(tmp_path / "one", tmp_path / "other")
+    assert content(tmp_path) == {"other": b"1"}
+    (tmp_path / "one").write_text("2")
+    with pytest.raises(FileExistsError):
+        rename_new(tmp_path / "one", tmp_path / "other")
+    assert content(tmp_path) == {"one": b"2", "other": b"1"}
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_cannot_be_renamed(tmp_path, system, kind):
     put(tmp_path / "one", kind)
@@ -112,6 +129,15 @@ def test_an_exchange(tmp_path, monkeypatch, system):
         with pytest.raises(FileNotFoundError):
             exchange(tmp_path / one, tmp_path / other, tmp_path / "spare")
         assert content(tmp_path) == {"one": b"other", "other": None, "other/file": b"one"}
+
+
+def test_an_exchange_in_one_step(tmp_path, monkeypatch):
+    """With renameat2 neither name is ever free."""
+    monkeypatch.setattr(renames, "rename_new", lambda *arguments: pytest.fail("several steps"))
+    put(tmp_path / "one", "file")
+    put(tmp_path / "other", "file")
+    exchange(tmp_path / "one", tmp_path / "other", tmp_path / "spare")
+    assert content(tmp_path) == {"one": b"other", "other": b"one"}
 
 
 @pytest.mark.parametrize(
