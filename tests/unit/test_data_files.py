@@ -295,8 +295,9 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     (tmp_path / "site-packages").mkdir()
     for name in ("a.py", "site-packages/b.py", "c.bin"):
         (tmp_path / name).write_text("x")
-    assert [path.name for path in corpora.find_files([tmp_path])] == ["a.py"]
-    assert [path.name for path in corpora.find_files([tmp_path / "site-packages"])] == ["b.py"]
+    for root, name in (tmp_path, "a.py"), (tmp_path / "site-packages", "b.py"):
+        found = corpora.find_files([root], tmp_path / "out", corpora.LeftOut())
+        assert [path.name for path in found] == [name]
 
 
 @pytest.mark.parametrize(
