@@ -1,5 +1,7 @@
 """What `megatron-tst corpus` reads: each file once. What it does not read is counted and said."""
 
+import inspect
+import itertools
 import json
 import os
 import random
@@ -313,3 +315,74 @@ def test_what_make_has_written_is_known_again(here, tmp_path):
         assert not corpus._as_made(prefix)
     os.unlink(names[".json"])
     assert not corpus._as_made(prefix)
+
+
+def test_what_is_replaced_is_deleted_where_nobody_has_changed_it(here, tmp_path):
+    (tmp_path / "to").mkdir()
+    prefix, names = tmp_path / "to/out", {f"out{ending}" for ending in corpus.FILES}
+    corpus.make(prefix, [here], vocab_size=300)
+    corpus.make(prefix, [here], vocab_size=301, force=True)
+    assert set(os.listdir(tmp_path / "to")) == names and corpus.vocab_size(prefix) == 301
+    (tmp_path / "to/out.tokenizer.json").write_text("mine")
+    with pytest.warns(UserWarning, match="old-1"):
+        corpus.make(prefix, [here], vocab_size=300, force=True)
+    kept = set(os.listdir(tmp_path / "to")) - names
+    assert kept == {f"{name}.old-1" for name in names} and corpus.vocab_size(prefix) == 300
+    assert (tmp_path / "to/out.tokenizer.json.old-1").read_text() == "mine"
+
+
+def test_the_library_and_the_command_have_the_same_defaults():
+    from megatron_tst.cli.corpus import parser
+
+    options = vars(parser("corpus").parse_args(["--output", "x"]))
+    of_make = {
+        name: parameter.default
+        for name, parameter in inspect.signature(corpus.make).parameters.items()
+        if name in ("vocab_size", "seed", "force")
+    }
+    assert of_make == {name: options[name] for name in of_make} and len(of_make) == 3
+
+
+def test_each_folder_is_looked_at_once(here):
+    """Two links that lead back would double the work at each of forty levels."""
+    for name in ("one", "other"):
+        (here / name).symlink_to(here)
+    (here / "below").mkdir()
+    (here / "below/up").symlink_to(here)
+    (here / "below/a.txt").write_text("a")
+    found = list(itertools.islice(corpus._below(here, corpus.LeftOut()), 100))
+    assert sorted(found) == sorted([*here.glob("good*"), here / "below/a.txt"])
+
+
+def test_the_tokenizers_file_is_as_its_library_saves_it(here, made, tmp_path):
+    from tokenizers import Tokenizer
+
+    assert made(here)[0] == 0
+    Tokenizer.from_file(str(tmp_path / "out.tokenizer.json")).save(str(tmp_path / "saved"))
+    assert (tmp_path / "out.tokenizer.json").read_text() == (tmp_path / "saved").read_text()
+
+
+def test_training_the_tokenizer_draws_no_bars_of_its_own(here, tmp_path):
+    """Its library draws on a terminal alone."""
+    terminal, side = os.openpty()
+    kept = os.dup(2)
+    try:
+        os.dup2(side, 2)
+        corpus.make(tmp_path / "out", [here], vocab_size=300)
+        os.write(2, b"end")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    assert os.read(terminal, 10_000) == b"end"
+    os.close(side)
+    os.close(terminal)
+
+
+def test_names_that_are_no_text(here, made):
+    """The first by name is named."""
+    for name in (b"\xff.csv", b"\xfe.csv"):
+        (here / os.fsdecode(name)).write_text("x")
+    code, out, _ = made(here)
+    assert code == 0 and out.endswith(
+        rf"; left out: 2 of other endings (the first: {here}/\udcfe.csv)"
+    )
