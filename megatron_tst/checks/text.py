@@ -89,7 +89,7 @@ def count(
         return None
     corpora = []
     for prefix, weight in zip(prefixes, weights or [None] * len(prefixes)):
-        dataset = IndexedDataset(prefix, mmap=True)  # kept: its lengths lie in its mapped file
+        dataset = IndexedDataset(prefix)  # kept: its lengths lie in its mapped file
         lengths = dataset.sequence_lengths
         begin, end = (round(place * float(len(lengths))) for place in share)
         corpora.append(Corpus(prefix, int(lengths[begin:end].sum(dtype="int64")), weight))

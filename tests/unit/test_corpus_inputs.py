@@ -1,17 +1,20 @@
 """What `megatron-tst corpus` reads: each file once. What it does not read is counted and said."""
 
+import builtins
 import inspect
 import itertools
 import json
 import os
 import random
 import socket
+import warnings
 
 import numpy as np
 import pytest
 
 from megatron_tst import cli
 from megatron_tst.data import corpus
+from megatron_tst.errors import TSTError
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 
@@ -386,3 +389,31 @@ def test_names_that_are_no_text(here, made):
     assert code == 0 and out.endswith(
         rf"; left out: 2 of other endings (the first: {here}/\udcfe.csv)"
     )
+
+
+def test_how_many_ids_a_small_text_gives(tmp_path):
+    """256 bytes, the merges "aa" and "aaaa", and the end of a document."""
+    (tmp_path / "a.txt").write_text("aaaa")
+    with pytest.raises(TSTError) as caught:
+        corpus.make(tmp_path / "out", [tmp_path / "a.txt"], vocab_size=300)
+    assert str(caught.value) == (
+        "--vocab-size: expected as many ids as the text gives, got a text that is too small for "
+        "300: it gives 259. Ask for fewer or add text."
+    )
+
+
+def test_what_megatron_warns_of_without_a_gpu_is_not_said(here, tmp_path, monkeypatch):
+    """Its import warns, where it is the first in a process."""
+    importing, found = builtins.__import__, []
+
+    def warning(name, *rest):
+        if name == "megatron.core.datasets.indexed_dataset":
+            found.append(name)
+            warnings.warn("Apex is not installed", stacklevel=2)
+        return importing(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corpus.make(tmp_path / "out", [here], vocab_size=300)
+    assert found
