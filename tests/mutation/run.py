@@ -25,6 +25,7 @@ import collections
 import contextlib
 import difflib
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -57,6 +58,11 @@ SKIPPED = re.compile(
     r"|ReplaceComparisonOperator_(Is|IsNot|In|NotIn)_(Lt|LtE|Gt|GtE|Eq|NotEq)$"
     r"|ReplaceUnaryOperator_\w+_(Invert|UAdd)$|VariableReplacer|VariableInserter"
 )
+# pytest's. The plugins left out walk through all of torch's objects, longer than most tests take
+FLAGS = (
+    "-x -q --no-header --tb=line -p pytest_timeout -p no:cacheprovider -p no:unraisableexception "
+    "-p no:threadexception"
+).split()
 MEMORY = 8 << 30  # bytes that a mutant may ask for beyond what the parent has
 
 
@@ -122,7 +128,7 @@ def prepare(tree: Path) -> None:
     warnings.simplefilter("ignore")  # of what is not installed, and of forks beside threads
     tqdm.tqdm.monitor_interval = 0  # no thread
     os.chdir(tree)
-    os.environ.update(MEGATRON_TST_CPU="1", OMP_NUM_THREADS="1")
+    os.environ.update(MEGATRON_TST_CPU="1", OMP_NUM_THREADS="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     sys.path[:0] = [str(tree), str(tree / "tests")]
     from support.paths import EVERYTHING, environment
 
@@ -148,6 +154,7 @@ def prepare(tree: Path) -> None:
     loaded = [n for n in sys.modules if n.startswith("megatron_tst.")]
     unexpected = set(loaded) - {f"megatron_tst.{n}" for n in ("compat", "cpu", "cpu_torch")}
     assert not unexpected, f"mutants of {unexpected} would not be imported"
+    gc.freeze()  # else the forks' garbage collectors copy this process, page by page
 
 
 @dataclass
@@ -255,8 +262,7 @@ def run_tests(
                 os.dup2(output.fileno(), 2)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
-            flags = "-x -q --no-header --tb=line -p no:cacheprovider -m".split()
-            code = int(pytest.main([*flags, "not slow", *tests], plugins=plugins))
+            code = int(pytest.main([*FLAGS, "-m", "not slow", *tests], plugins=plugins))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
