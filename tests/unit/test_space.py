@@ -69,6 +69,14 @@ def test_bytes_of_a_checkpoint(tmp_path, changes, each):
     assert space.checkpoint_bytes(arguments(tmp_path, **changes)) == each * WEIGHTS
 
 
+def test_every_expert_is_in_a_checkpoint(tmp_path):
+    """Not those alone that a token is sent to."""
+    experts = dict(num_experts=5, moe_ffn_hidden_size=64, moe_router_topk=2)
+    more = 3 * (5 * 128 + 5 * 2 * 128 * 64 - 2 * 128 * 512)  # router, experts, no dense layer
+    args = arguments(tmp_path, **experts, no_save_optim=True)
+    assert space.checkpoint_bytes(args) == 4 * (WEIGHTS + more)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
