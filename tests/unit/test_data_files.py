@@ -198,6 +198,29 @@ def test_one_id_outside_the_vocabulary(copied, monkeypatch, whole, where):
     check_data_files([copied], 512)
 
 
+def test_the_first_of_several_faults_is_named(copied):
+    for part, value, message in (
+        ("lengths", -10, "got -10 of sequence 3"),
+        ("documents", 2, "expected document 3 at sequence 9 or behind it, got at 2"),
+    ):
+        with open(copied + ".idx", "rb") as file:
+            before = file.read()
+        if part == "documents":
+            changed(copied, part, 2, 9)
+        changed(copied, part, 3, value)
+        changed(copied, part, 7, value)
+        with pytest.raises(TSTError, match=message):
+            check_data_files([copied], 512)
+        with open(copied + ".idx", "wb") as file:
+            file.write(before)
+    with open(copied + ".bin", "r+b") as file:
+        for place in (0, os.path.getsize(copied + ".bin") - 2):
+            file.seek(place)
+            file.write(struct.pack("<H", 40000))
+    with pytest.raises(TSTError, match="got 40000 in document 0"):
+        check_data_files([copied], 512)
+
+
 def test_sequences_without_tokens_and_modes_of_sequences(tmp_path):
     """Both are written by Megatron's own builder."""
     for multimodal in (False, True):
@@ -423,7 +446,9 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
 
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
     """Sizes and sequence length of both calls; what they return is tested in the training loop."""
-    args = types.SimpleNamespace(seq_length=32, create_attention_mask_in_dataloader=True)
+    args = types.SimpleNamespace(
+        seq_length=32, create_attention_mask_in_dataloader=True, consumed_train_samples=0
+    )
     schedule = Schedule.of(4, 6, 40, 32, 4)
     asked = []
 
@@ -443,6 +468,10 @@ def test_provider_is_asked_for_long_training_samples_and_stock_validation():
         ([1, 17, None], 32, True, 1),
     ]
     assert (args.seq_length, args.create_attention_mask_in_dataloader) == (32, True)
+    wrapped([33, 0, 0])  # fewer are asked for near the end of a run
+    assert [sizes for sizes, *_ in asked[2:]] == [[schedule.long_samples, 0, 0], [1, 0, 0]]
+    with pytest.raises(AssertionError):
+        wrapped([41, 0, 0])
 
 
 class Longs(list):
@@ -479,6 +508,7 @@ def test_the_stock_index_is_written_by_the_first_rank(monkeypatch, rank):
         data_cache_path="cache",
         rank=rank,
         padded_vocab_size=99,
+        consumed_train_samples=0,
     )
     schedule, written = Schedule.of(4, 6, 40, 32, 4), []
     monkeypatch.setattr(dataset.stock_index, "write", lambda *given: written.append(given))
@@ -521,7 +551,10 @@ OTHER = np.array([0, 2, 1])
 )
 def test_a_longer_run_reads_its_data_in_the_order_of_the_first(before, later):
     args = types.SimpleNamespace(
-        seq_length=32, create_attention_mask_in_dataloader=False, padded_vocab_size=None
+        seq_length=32,
+        create_attention_mask_in_dataloader=False,
+        padded_vocab_size=None,
+        consumed_train_samples=0,
     )
     schedule, config = Schedule.of(4, 6, 40, 32, 4), TSTConfig(bag_size=4, iters=6)
 

@@ -418,6 +418,8 @@ def test_no_other_schedule_is_followed():
             exact.follow(other)
     exact.follow(dataclasses.replace(plan, samples=(4, 12)))
     assert exact.schedule.samples == (4, 12) and len(exact) == 16
+    exact.follow(plan)  # and back
+    assert exact.schedule == plan
 
 
 def test_ratio_becomes_iterations():

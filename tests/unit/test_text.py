@@ -47,6 +47,7 @@ def arguments(folder, **given):
     args = argparse.Namespace(**dict.fromkeys((*names, *files)), **dict(seq_length=L, rank=0))
     args.create_attention_mask_in_dataloader, args.padded_vocab_size = False, 512
     args.global_batch_size, args.full_validation, args.multiple_validation_sets = BATCH, None, None
+    args.consumed_train_samples = 0
     for name, value in given.items():
         if name in names:
             words = value.split()
