@@ -109,6 +109,10 @@ def test_blends_that_are_none(words, message):
         ('{"train": [1e999, "a"], "valid": null, "test": null}', "finite"),
         ("[" * 100000, "nested too deeply"),
         (b"\xff\xfe{", "UTF-8"),
+        (
+            "",
+            ("", r'an empty file\. Write {"train": \[\.\.\.\], "valid": '),
+        ),
     ],
 )
 def test_files_of_splits_that_are_none(tmp_path, content, message):
@@ -124,6 +128,9 @@ def test_files_of_splits_that_are_none(tmp_path, content, message):
 def test_files_that_are_not_there(tmp_path, flag, place):
     (tmp_path / "folder").mkdir()
     with pytest.raises(TSTError, match=f"{place}: expected a .* file, got (a folder|no such file)"):
+        read_blends(arguments(**{flag: str(tmp_path / place)}))
+    got = {"missing": "no such file", "folder": "a folder"}[place]
+    with pytest.raises(TSTError, match=f"file, got {got}"):
         read_blends(arguments(**{flag: str(tmp_path / place)}))
 
 

@@ -189,6 +189,7 @@ def test_text_that_is_read_more_than_once_is_warned_of_and_more_than_allowed_ref
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check([needed], config)
+        check([needed + 1], config)
     with pytest.warns(UserWarning, match=r"a is read 2.00 times \(384 tokens of 192\)"):
         check([192], config)
     with pytest.warns(UserWarning, match="is read 4.00 times"):
