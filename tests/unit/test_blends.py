@@ -109,10 +109,7 @@ def test_blends_that_are_none(words, message):
         ('{"train": [1e999, "a"], "valid": null, "test": null}', "finite"),
         ("[" * 100000, "nested too deeply"),
         (b"\xff\xfe{", "UTF-8"),
-        (
-            "",
-            ("", r'an empty file\. Write {"train": \[\.\.\.\], "valid": '),
-        ),
+        ("", r'an empty file\. Write {"train": \[\.\.\.\], "valid": '),
     ],
 )
 def test_files_of_splits_that_are_none(tmp_path, content, message):
