@@ -52,8 +52,6 @@ def check_arguments(
     Raises:
         TSTError: with the flag, what was expected, what was got, what to do.
     """
-    if config.bag_size == 1 and config.enabled:  # through the superposed code, in tests alone
-        return
     check_effects(config, args)
     if config.bag_size == 1:
         return

@@ -210,6 +210,29 @@ def test_ablations_are_in_torch_alone(loss):
             check_arguments(TSTConfig(6, 0.3, loss=loss, **changes), arguments())
 
 
+def test_sequences_of_nothing():
+    with pytest.raises(
+        TSTError, match="--seq-length: expected at least 1 position, got 0. Correct it."
+    ):
+        check_arguments(FINE, arguments(seq_length=0))
+    check_arguments(FINE, arguments(seq_length=1))
+    refusals.check_sequence_length(FINE, argparse.Namespace())  # before Megatron asks for one
+    refusals.check_sequence_length(FINE, argparse.Namespace(seq_length=None))
+    refusals.check_sequence_length(TSTConfig(6), argparse.Namespace(seq_length=0))
+
+
+def test_runs_of_no_iteration_and_of_few():
+    with pytest.raises(
+        TSTError, match="--train-iters or --train-samples: expected at least 1, got 0. Correct it."
+    ):
+        check_arguments(TSTConfig(6, iters=3), arguments(train_iters=0))
+    check_arguments(TSTConfig(6, iters=1), arguments(train_iters=3))
+    one_sample = arguments(train_iters=2, global_batch_size=1)
+    assert warned(TSTConfig(6, iters=1), **vars(one_sample)) == [
+        "megatron_tst: step ratio 0.500: the paper found 0.2 to 0.4 robust"
+    ]
+
+
 def test_layouts_that_divide_are_let_through():
     for changes in (
         dict(seq_length=136, context_parallel_size=4),

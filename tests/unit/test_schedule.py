@@ -391,8 +391,9 @@ def test_too_few_long_samples_are_refused():
 
 def test_samples_of_another_length_and_foreign_tokens_are_refused():
     plan = Schedule.of(4, 3, 16, 4, 2)
-    with pytest.raises(TSTError, match="expected 16 tokens, got 8"):
-        PhasedDataset(Stream(99, 8), plan, TSTConfig(4, iters=3))[0]
+    for length in (8, 32):
+        with pytest.raises(TSTError, match=f"expected 16 tokens, got {length}"):
+            PhasedDataset(Stream(99, length), plan, TSTConfig(4, iters=3))[0]
     with pytest.raises(TSTError, match="below the vocabulary size 100, got 111"):
         PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=100)[6]
     with pytest.raises(TSTError, match="training sample 6: .* size 111, got 111"):
@@ -425,6 +426,8 @@ def test_no_other_schedule_is_followed():
             exact.follow(other)
     exact.follow(dataclasses.replace(plan, samples=(4, 12)))
     assert exact.schedule.samples == (4, 12) and len(exact) == 16
+    exact.follow(plan)  # and back
+    assert exact.schedule == plan
 
 
 def test_ratio_becomes_iterations():
