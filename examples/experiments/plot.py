@@ -160,15 +160,11 @@ def equal_loss(rows: list[dict], reference: str, axis: str) -> list[str]:
 
 def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, options) -> None:
     """The figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     arms, paired = list(losses), differences(losses, reference)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 1.6 + 0.45 * max(4, len(arms))), layout="constrained"
-    )
+    figure = Figure(figsize=(11, 1.6 + 0.45 * max(4, len(arms))), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for number, arm in enumerate(arms):
         if options.against:
             found = [row for row in rows if row["arm"] == arm]

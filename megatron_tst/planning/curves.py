@@ -118,8 +118,8 @@ def summary(run: Run) -> dict:
     """
 
     def up_to_the_last(axis):
-        curve = run.curve(axis, {run.last: 0.0})
-        return curve and curve[0][0]
+        where = run.along(axis, [run.last])
+        return where and where.pop()
 
     tokens = up_to_the_last("raw tokens")
     return {
