@@ -15,7 +15,6 @@ reference's arms of other lengths need to each arm's loss. The figures are print
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def summary(losses: dict[str, dict[str, float]], reference: str) -> list[str]:
 
 def _said(values, sign=""):
     mean, lowest, highest, error = spread(values)
-    if math.isnan(error):
+    if error is None:
         return f"{mean:{sign}.4f} (1 seed)"
     return (
         f"{mean:{sign}.4f} standard error {error:.4f} ({lowest:{sign}.4f} to "
@@ -221,7 +220,6 @@ def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, 
 
 def _bar(axis, where, values, colour, across=False, **more):
     mean, _, _, error = spread(list(values))
-    error = None if math.isnan(error) else error
     if across:
         axis.errorbar(mean, where, xerr=error, fmt="o", color=colour, capsize=4, **more)
     else:

@@ -29,7 +29,8 @@ class Run:
 
     Args:
         validation: of the validation set; of the one that was chosen, where there are several.
-        sets: of each of several validation sets (--multiple-validation-sets), by name or number.
+        sets: of each of several validation sets (--multiple-validation-sets), by name or number;
+            NaN and infinite ones too.
         test: of the test set, which Megatron evaluates after training.
         nan: iterations whose training loss is NaN or infinite.
         nan_validation: iterations after which the validation loss is.

@@ -142,6 +142,17 @@ def test_several_validation_sets_are_apart(tmp_path, names):
         curves.read(tmp_path / "one", names[0])
 
 
+def test_nan_of_one_validation_set_says_nothing_of_another(tmp_path):
+    lines = [*HEAD, *steps(1, 10)]
+    for i, one, two in ((5, 3.0, 2.0), (10, "NAN", 1.0)):
+        lines += [valid(i, one, name="-a"), valid(i, two, name="-b")]
+    (tmp_path / "log").write_text("\n".join(lines))
+    one, two = (curves.read(tmp_path / "log", name) for name in "ab")
+    assert one.nan_from == 10 and one.notes == ["NaN from iteration 10 on"]
+    assert one.validation == {5: 3.0} and one.final_validation is None
+    assert two.final_validation == 1.0 and two.nan_from is None and two.notes == []
+
+
 # ---- NaN
 
 
@@ -571,7 +582,25 @@ def writer(tmp_path):
             {10: 5.0},
             {10: 4.0},
         ),
+        (
+            [(5, 5.5), (10, 5.0), (10, 4.5), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 5},
+            {5: 5.5, 10: 4.5},
+            {10: 4.0},
+        ),
+        (
+            [(10, 5.0), (10, 4.5), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 10},
+            {10: 4.5},
+            {10: 4.0},
+        ),
+        ([(10, 5.0), (10, 4.0)], {"eval_interval": 5}, {10: 4.0}, {}),
+        ([(10, 5.0), (10, 4.0)], {"eval_interval": 0}, {10: 5.0}, {}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,0,10"}, {}, {10: 4.0}),
+        ([(10, 4.0)], {"eval_interval": 5, "split": "90, 0.0 ,10"}, {}, {10: 4.0}),
+        ([(10, 4.0)], {"split": "90,0,10"}, {}, {10: 4.0}),
+        ([(10, 4.0)], {"split": "100,0"}, {10: 4.0}, {}),
+        ([(10, 4.0)], {"split": "0,90,10"}, {10: 4.0}, {}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,10,0"}, {10: 4.0}, {}),
         ([(5, 5.5), (10, 5.25), (10, 5.0), (10, 4.0)], {}, {5: 5.5, 10: 5.0}, {10: 4.0}),
         ([(5, 5.5), (10, 5.0), (10, 4.0)], {}, {5: 5.5, 10: 5.0}, {}),
@@ -592,6 +621,79 @@ def test_tensorboard_files_of_restarts(writer):
         "iterations 11 to 13 were done again from iteration 10",
         "iterations 11 to 12 were done again from iteration 10",
     ]
+
+
+def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path):
+    """Losses that were NaN, boundaries, excess and several sets of what was abandoned, at the step
+    that was done again and beside it.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    def start(number, scalars):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for tag, values in scalars.items():
+                for i, value in values.items():
+                    out.add_scalar(tag, value, i, walltime=1000 * number + i)
+        return curves.read(tmp_path, "a")
+
+    nan, valid = float("nan"), "lm loss validation-a"
+    lost = {
+        "lm loss": {**dict.fromkeys(range(1, 4), 5.0), 4: nan, **dict.fromkeys(range(5, 9), nan)},
+        "mce minus bag entropy": {3: 4.0, 6: 4.0},
+        "tst bag size": {1: 2, 6: 2, 7: 1},
+        "tst raw tokens": {4: 8, 7: 14},
+        valid: {2: nan, 4: 6.0, 6: nan, 8: 7.0},
+        f"{valid} vs samples": {2: 9.0},
+        f"{valid} ppl": {2: 9.0},
+    }
+    run = start(1, lost)
+    assert (run.boundary, run.nan, run.nan_validation) == (6, {4, 5, 6, 7, 8}, {2, 6})
+    assert run.validation == {4: 6.0, 8: 7.0} and run.raw_tokens == {4: 8, 7: 14}
+    assert run.test == {} and list(run.sets) == ["a"]
+    run = start(2, {"lm loss": {6: 4.0, 7: 3.0}})
+    assert run.train == {1: 5.0, 2: 5.0, 3: 5.0, 6: 4.0, 7: 3.0} and run.nan == {4, 5}
+    assert run.boundary is None and run.excess == {3: 4.0} and run.raw_tokens == {4: 8}
+    assert run.validation == {4: 6.0} and run.nan_validation == {2} and run.last == 7
+    assert run.notes == [
+        "iterations 6 to 8 were done again from iteration 5: what came first is left out",
+        "NaN at 2 iterations that are left out, the first 4",
+        "NaN at 1 evaluation that is left out, the first 2",
+    ]
+
+
+@pytest.mark.parametrize("began, boundary", [(5, None), (6, None), (7, 6), (8, 6)])
+def test_tensorboard_a_boundary_is_abandoned_with_its_step(tmp_path, began, boundary):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, first, bags in ((1, 1, {6: 2, 8: 1}), (2, began, {})):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for i in range(first, 9):
+                out.add_scalar("lm loss", 5.0, i, walltime=1000 * number + i)
+            for i, size in bags.items():
+                out.add_scalar("tst bag size", size, i, walltime=1000 * number + i)
+    assert curves.read(tmp_path).boundary == boundary
+
+
+@pytest.mark.parametrize("interval, known", [("", True), ("8", True), ("7", False)])
+def test_tensorboard_of_a_run_that_writes_seldom(tmp_path, interval, known):
+    """Every 8th iteration, so that the first is no late beginning. Its own seconds are not known,
+    and a start without losses changes nothing.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, tag, steps in ((1, "lm loss", (8, 16, 24)), (2, "learning-rate", (30,))):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            out.add_text("tensorboard_log_interval", interval, 0)
+            for i in steps:
+                out.add_scalar(tag, 5.0, i, walltime=1000 * number + i)
+    run = curves.read(tmp_path)
+    assert run.seconds == ({16: 8.0, 24: 16.0} if known else {})
+    assert run.last == run.total == 24 and not run.validation
+    assert run.notes == ["it begins at iteration 8: the seconds before are not known"] * (not known)
+
+
+def test_tensorboard_one_step_says_no_seconds(writer):
+    assert curves.read(writer(1, 1, 1)).seconds == {}
 
 
 def test_tensorboard_counts_no_time_between_two_starts(writer):
@@ -654,6 +756,18 @@ def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
     with pytest.raises(TSTError, match="expected one of a, which"):
         curves.read(path, "b")
     with pytest.raises(TSTError, match="got none there, but in .*tb. Give the folder of one run"):
+        curves.read(tmp_path)
+
+
+def test_an_event_file_that_tensorboard_fails_on(tmp_path):
+    """A record is whole, and what it holds is no event."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file = tmp_path / "events.out.tfevents.1"
+    with file.open("wb") as out:
+        RecordWriter(out).write(b"no event")
+    expected = r"tfevents.1: expected an event file of TensorBoard, got one that cannot be read"
+    with pytest.raises(TSTError, match=rf"{expected} \(DecodeError\)\. Give a log of the run\."):
         curves.read(tmp_path)
 
 
