@@ -61,7 +61,7 @@ def _scalars(reader: ModuleType, file: Path) -> dict | None:
     level = log.level
     log.setLevel(logging.CRITICAL)  # of a file that is cut off it is what came before that counts
     try:
-        events = reader.EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0})
+        events = reader.EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
         tags = events.Tags()
         scalars = {tag: events.Scalars(tag) for tag in tags["scalars"]}
@@ -72,8 +72,6 @@ def _scalars(reader: ModuleType, file: Path) -> dict | None:
             for event in events.Tensors(tag)
             for text in event.tensor_proto.string_val
         }
-    except OSError:
-        raise
     except Exception as error:
         got = f"one that cannot be read ({type(error).__name__})"
         refuse(file, "an event file of TensorBoard", got, "Give a log of the run.")

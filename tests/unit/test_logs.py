@@ -115,6 +115,17 @@ def test_a_whole_log(read):
 # ---- the test set, several validation sets
 
 
+@pytest.mark.parametrize("where", ["", " on validation set"])
+def test_the_last_evaluation_of_an_iteration_counts(read, where):
+    again = [valid(5, "NAN", where), valid(5, 5.5, where), valid(10, "NAN", where)]
+    run = read([*WHOLE, *again])
+    assert run.validation == {5: 5.5} and run.nan_validation == {10} and run.nan_from == 10
+    run = read([*WHOLE, *again, valid(11, 4.0)])
+    assert run.notes == ["NaN at 1 evaluation that is left out, the first 10"]
+    run = read([*WHOLE, valid(10, 4.0, " on test set"), valid(10, "NAN", " on test set")])
+    assert run.test == {} and run.nan_from is None and run.notes == []
+
+
 def test_the_test_set_is_no_validation_set(read):
     after = [valid(10, 5.0, " on validation set"), valid(10, 4.0, " on test set")]
     run = read([*WHOLE, *after])
@@ -133,7 +144,8 @@ def test_several_validation_sets_are_apart(tmp_path, names):
     assert curves.read(tmp_path / "log", names[0]).validation == {10: 3.0}
     run = curves.read(tmp_path / "log", names[1])
     assert run.validation == {10: 2.0} and not run.test
-    with pytest.raises(TSTError, match=f"--validation-set: expected one of {names[0]}, {names[1]}"):
+    expected = f"--validation-set: expected one of {names[0]}, {names[1]}, which .*, got none."
+    with pytest.raises(TSTError, match=expected):
         curves.read(tmp_path / "log")
     (tmp_path / "first").write_text("\n".join([*HEAD, *steps(1, 10), valid(10, 3.0, name="-x")]))
     assert curves.read(tmp_path / "first").validation == {10: 3.0}  # the only one
@@ -692,8 +704,69 @@ def test_tensorboard_of_a_run_that_writes_seldom(tmp_path, interval, known):
     assert run.notes == ["it begins at iteration 8: the seconds before are not known"] * (not known)
 
 
+def test_tensorboard_seconds_over_a_gap(tmp_path):
+    """Two seconds a step, then five, and three steps of which nothing is said in between."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, each, steps in ((1, 2, (1, 2, 3)), (2, 5, (6, 8)), (3, 9, (10,))):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for i in steps:
+                out.add_scalar("lm loss", 5.0, i, walltime=1000 * number + each * i)
+    # the last start has one step: as long as the mean before, 29 seconds from step 1 to 8
+    seconds = curves.read(tmp_path).seconds
+    assert seconds == pytest.approx({2: 2, 3: 4, 6: 19, 8: 29, 10: 29 + 2 * 29 / 7})
+
+
+def test_tensorboard_evaluations_again(tmp_path):
+    """A later start that only evaluates: its losses count, be they NaN or no more."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    nan, tag = float("nan"), "lm loss validation"
+    for number, losses in ((1, {5: nan, 10: 4.0, 15: 4.5}), (2, {5: 3.0, 10: nan})):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for i, loss in losses.items():
+                out.add_scalar(tag, loss, i, walltime=1000 * number + i)
+    run = curves.read(tmp_path)
+    assert run.validation == {5: 3.0, 15: 4.5} and run.nan_validation == {10}
+    assert run.total is None and run.seconds == {}
+    assert run.notes == ["NaN at 1 evaluation that is left out, the first 10"]
+
+
+def test_tensorboard_keeps_every_step_of_a_long_run(tmp_path):
+    """More than the 10000 that TensorBoard shows."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with (tmp_path / "events.out.tfevents.1").open("wb") as file:
+        out = RecordWriter(file)
+        for i in range(1, 10003):
+            loss = Summary(value=[Summary.Value(tag="lm loss", simple_value=i)])
+            out.write(Event(step=i, wall_time=i, summary=loss).SerializeToString())
+    assert curves.read(tmp_path).train == {i: i for i in range(1, 10003)}
+
+
+def test_tensorboard_file_that_is_cut_off(writer, caplog):
+    """What came before counts, and TensorBoard's own complaint is not shown."""
+    (file,) = writer(1, 1, 10).iterdir()
+    file.write_bytes(file.read_bytes()[:-20])
+    assert sorted(curves.read(file).train) == list(range(1, 10))
+    assert not caplog.records
+
+
+def test_tensorboard_folders_of_runs_are_named(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.out.tfevents.1").touch()
+    three = ", ".join(str(tmp_path / name) for name in "abc")
+    with pytest.raises(TSTError) as error:
+        curves.read(tmp_path)
+    assert f"got none there, but in {three}. Give the folder of one run." in str(error.value)
+
+
 def test_tensorboard_one_step_says_no_seconds(writer):
-    assert curves.read(writer(1, 1, 1)).seconds == {}
+    run = curves.read(writer(1, 1, 1))
+    assert run.seconds == {} and run.raw_tokens == {1: 32} and run.notes == []
 
 
 def test_tensorboard_counts_no_time_between_two_starts(writer):
@@ -753,7 +826,7 @@ def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
     assert run.nan_from == 8 and run.validation == {10: 5.0} and run.final_validation is None
     assert run.raw_tokens == {} and run.flops is None and run.positions is None
     assert curves.read(path).validation == {10: 5.0}  # the only one
-    with pytest.raises(TSTError, match="expected one of a, which"):
+    with pytest.raises(TSTError, match="expected one of a, which .*, got b. Name one."):
         curves.read(path, "b")
     with pytest.raises(TSTError, match="got none there, but in .*tb. Give the folder of one run"):
         curves.read(tmp_path)

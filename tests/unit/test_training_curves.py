@@ -57,6 +57,9 @@ def test_speed_up_has_the_known_answer():
     slow.seconds, fast.seconds = {100: 10.0, 1000: 100.0}, {100: 20.0, 1000: 200.0}
     assert speed_up(slow, fast, "seconds") == pytest.approx(1.0)
     assert speed_up(slow, Run(validation={}), "steps") is None
+    # an evaluation before the first step has cost nothing: no number of times less than that
+    at_once = Run(validation={0: 1.0, 100: 1.0})
+    assert speed_up(slow, at_once, "steps") is speed_up(at_once, slow, "steps") is None
 
 
 def test_speed_up_over_seeds(tmp_path, capsys):
