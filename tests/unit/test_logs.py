@@ -486,6 +486,8 @@ EXPERT = 3 * 16 * 8
         ({"moe_layer_freq": [0, 1, 1, 1]}, 3),
         ({"moe_layer_freq": "[0,0,0,1]"}, 1),
         ({"moe_layer_freq": [0, 1, 1, 1], "mtp_num_layers": 1}, 4),
+        ({"moe_layer_freq": [1, 1, 1, 0], "mtp_num_layers": 1}, 3),
+        ({"moe_ffn_hidden_size": None, "ffn_hidden_size": 8}, 4),
     ],
 )
 def test_experts_rest_in_the_layers_that_have_them(read, changes, layers):
@@ -500,6 +502,10 @@ def test_experts_rest_in_the_layers_that_have_them(read, changes, layers):
         {"moe_layer_freq": [0, 1]},
         {"num_experts": "4 or so"},
         {"hybrid_layer_pattern": "M-ME"},
+        {"hybrid_override_pattern": "XE"},
+        {"moe_router_topk": "many"},
+        {"moe_ffn_hidden_size": None, "ffn_hidden_size": None},
+        {"rampup_batch_size": "2 2 100"},
         {"hidden_size": None},
         {"vocab_size": None},
         {"seq_length": "[8, 16]"},
@@ -537,6 +543,32 @@ def test_rows_of_the_embedding_are_those_that_megatron_says(read):
         ({"tensor_model_parallel_size": 2}, {(1, 0, 0): 6}, None),
         ({"pipeline_model_parallel_size": 2}, {(0, 0, 1): 9}, None),
         ({"pipeline_model_parallel_size": 2}, {(0, 0, 0): 6, (0, 0, 1): 4}, 10),
+        ({}, {(1, 0, 0): 6}, None),
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+            {(0, 0, 0): 6, (1, 0, 1): 4},
+            None,
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "untie_embeddings_and_output_weights": False,
+                "vocab_size": None,
+            },
+            {(0, 0, 0): 6000, (0, 0, 1): 4000},
+            None,
+        ),
+        ({"expert_model_parallel_size": 2, "hidden_size": None}, {(0, 0, 0): 9000}, 9000),
+        (
+            {
+                "num_experts": 4,
+                "tensor_model_parallel_size": 2,
+                "expert_tensor_parallel_size": 1,
+                "moe_ffn_hidden_size": 8,
+            },
+            {(0, 0, 0): 9000, (1, 0, 0): 9000},  # each holds all experts
+            18000 - 4 * 4 * EXPERT,
+        ),
         (
             {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
             {(0, 0, 0): 6000, (0, 0, 1): 4000},
@@ -552,7 +584,7 @@ def test_rows_of_the_embedding_are_those_that_megatron_says(read):
 def test_parameters_are_those_of_the_whole_model(read, changes, ranks, whole):
     lines = [line for rank, count in ranks.items() for line in parameters(count, rank)]
     run = read([*arguments(**changes), *lines, *steps(1, 2)])
-    assert run.parameters == whole
+    assert run.parameters == whole and type(run.parameters) is type(whole)
     assert ("the number of parameters is not known" in str(run.notes)) == (whole is None)
 
 
@@ -635,7 +667,8 @@ def test_tensorboard_files_of_restarts(writer):
     ]
 
 
-def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path):
+@pytest.mark.parametrize("name", ["", "-a"])
+def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path, name):
     """Losses that were NaN, boundaries, excess and several sets of what was abandoned, at the step
     that was done again and beside it.
     """
@@ -646,9 +679,9 @@ def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path):
             for tag, values in scalars.items():
                 for i, value in values.items():
                     out.add_scalar(tag, value, i, walltime=1000 * number + i)
-        return curves.read(tmp_path, "a")
+        return curves.read(tmp_path, name[1:] or None)
 
-    nan, valid = float("nan"), "lm loss validation-a"
+    nan, valid = float("nan"), f"lm loss validation{name}"
     lost = {
         "lm loss": {**dict.fromkeys(range(1, 4), 5.0), 4: nan, **dict.fromkeys(range(5, 9), nan)},
         "mce minus bag entropy": {3: 4.0, 6: 4.0},
@@ -661,7 +694,7 @@ def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path):
     run = start(1, lost)
     assert (run.boundary, run.nan, run.nan_validation) == (6, {4, 5, 6, 7, 8}, {2, 6})
     assert run.validation == {4: 6.0, 8: 7.0} and run.raw_tokens == {4: 8, 7: 14}
-    assert run.test == {} and list(run.sets) == ["a"]
+    assert run.test == {} and list(run.sets) == ["a"] * bool(name)
     run = start(2, {"lm loss": {6: 4.0, 7: 3.0}})
     assert run.train == {1: 5.0, 2: 5.0, 3: 5.0, 6: 4.0, 7: 3.0} and run.nan == {4, 5}
     assert run.boundary is None and run.excess == {3: 4.0} and run.raw_tokens == {4: 8}

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_tst.cli import plot
 from megatron_tst.planning import curves, plots
-from megatron_tst.planning.curves import Run, reached, speed_up, spread
+from megatron_tst.planning.curves import reached, speed_up, spread
+from megatron_tst.planning.runs import AXES, Run, interpolated
 
 ARGUMENTS = {
     "global_batch_size": "4",
@@ -21,6 +22,8 @@ ARGUMENTS = {
     "tensor_model_parallel_size": "1",
     "num_layers": "2",
 }
+
+MODEL = {"arguments": ARGUMENTS, "parameters": 10000}
 
 
 def line(slope, steps=10, **more):
@@ -77,6 +80,26 @@ def test_speed_up_over_seeds(tmp_path, capsys):
     (one, *_) = curves.speed_ups({"a": [line(0.5)], "b": [line(1.0)]})
     assert plot.said(one).endswith("speed-up in steps 2.000 (one pair)")
     assert (one.mean, one.standard_error, one.pairs) == (2.0, None, 1)
+
+
+def test_where_iterations_lie():
+    """On straight lines from the start through what is known, and on the last line beyond."""
+    run = Run(seconds={10: 20.0, 20: 60.0}, raw_tokens={10: 640, 20: 960}, **MODEL)
+    assert run.along("seconds", [5, 10, 15, 20, 25]) == [10.0, 20.0, 40.0, 60.0, 80.0]
+    assert run.along("raw tokens", [5, 30]) == [320.0, 1280.0]
+    assert run.along("steps", [3, 7]) == [3, 7]
+    assert run.along("FLOPs", [3]) == [3 * 6 * (10000 - 128 * 16) * 32]
+    assert [Run().along(axis, [3]) for axis in AXES] == [[3], None, None, None]
+    assert interpolated({4: 7.0}, [1, 4, 9]) == [7.0] * 3
+
+
+@pytest.mark.parametrize(
+    "changes, rows",
+    [({"vocab_size": "130"}, 192), ({"make_vocab_size_divisible_by": "None"}, 100)],
+)
+def test_rows_of_the_embedding_without_a_word_of_tensor_parallelism(changes, rows):
+    arguments = ARGUMENTS | {"tensor_model_parallel_size": "None"} | changes
+    assert Run(arguments=arguments, parameters=10000).flops == 6 * (10000 - rows * 16) * 32
 
 
 def test_spread():
