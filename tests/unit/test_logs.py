@@ -639,6 +639,12 @@ def writer(tmp_path):
             {10: 4.0},
         ),
         ([(10, 5.0), (10, 4.0)], {"eval_interval": 5}, {10: 4.0}, {}),
+        (
+            [(10, 5.0), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 10},
+            {10: 4.0},
+            {},
+        ),
         ([(10, 5.0), (10, 4.0)], {"eval_interval": 0}, {10: 5.0}, {}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,0,10"}, {}, {10: 4.0}),
         ([(10, 4.0)], {"eval_interval": 5, "split": "90, 0.0 ,10"}, {}, {10: 4.0}),
@@ -716,7 +722,11 @@ def test_tensorboard_a_boundary_is_abandoned_with_its_step(tmp_path, began, boun
                 out.add_scalar("lm loss", 5.0, i, walltime=1000 * number + i)
             for i, size in bags.items():
                 out.add_scalar("tst bag size", size, i, walltime=1000 * number + i)
-    assert curves.read(tmp_path).boundary == boundary
+    run = curves.read(tmp_path)
+    which = "iteration 8 was" if began == 8 else f"iterations {began} to 8 were"
+    assert run.boundary == boundary and run.notes == [
+        f"{which} done again from iteration {began - 1}: what came first is left out"
+    ]
 
 
 @pytest.mark.parametrize("interval, known", [("", True), ("8", True), ("7", False)])
