@@ -173,10 +173,10 @@ class _Reader:
             self._note("lines that do not stand in the order of their dates")
             return self._loss(iteration, text, fields, 1)
         self._follow(iteration, total)
-        self._loss(iteration, text, fields, max(1, iteration - self.last))
+        self._loss(iteration, text, fields, iteration - self.last)
         if (elapsed := _number(fields.get("elapsed time per iteration (ms)"))) is not None:
             # a mean over the iterations since the last line
-            self.spent += elapsed / 1000 * max(0, iteration - self.last)
+            self.spent += elapsed / 1000 * (iteration - self.last)
             self.run.seconds[iteration] = self.spent
         self.batches.add(fields.get("global batch size", next(iter(self.batches), "")))
         self.last, self.last_text, self.date, self.run.total = iteration, match[0], date, total
@@ -379,7 +379,7 @@ def _lines(path: Path, notes: list[str]) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         stream = _unpacked(stack.enter_context(path.open("rb")), path, stack)
         try:
-            encoding = _encoding(stream.peek(64)[:64])
+            encoding = _encoding(stream.peek()[:64])
             text = stack.enter_context(io.TextIOWrapper(stream, encoding, errors="replace"))
             while line := text.readline(LONGEST):
                 line = _of_record(line.rstrip("\n"))
@@ -404,7 +404,7 @@ def _of_record(line: str) -> str:
 def _unpacked(
     raw: io.BufferedReader, path: Path, stack: contextlib.ExitStack
 ) -> io.BufferedReader | BinaryIO:
-    head = raw.peek(8)[:8]
+    head = raw.peek()[:8]
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         refuse(path, "text, or text packed by gzip, bzip2 or xz", "a zstd file", "Unpack it.")
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
