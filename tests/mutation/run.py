@@ -142,9 +142,12 @@ def prepare(tree: Path) -> None:
     cpu.enable_if_asked()
     compat.hide_broken_transformer_engine()
     import hypothesis
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import megatron.core.models.gpt
     import megatron.core.models.hybrid.hybrid_model
     import megatron.training.training  # noqa: F401
+    import torch.utils.tensorboard
 
     # nobody asks for the smallest example of a mutant
     phases = [p for p in hypothesis.Phase if p.name in ("explicit", "generate")]
