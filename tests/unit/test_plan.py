@@ -508,351 +508,358 @@ def test_tsts_own_warnings_are_shown(capsys):
     assert "Warnings at start-up" in screen_of(capsys, "--preset", "moe-10b-a1b")[1]
 
 
-# ---- whole answers
+# ---- whole answers: every figure, by hand
+
+
+def _moe():
+    """The paper's largest run, with half of the text that it read: table 1, and its shape."""
+    layer = 2 * 2048 * 128 * (16 + 4) + 2 * 2048 + 2 * 128 + 64 * 2048 + 64 * 3 * 2048 * 1024
+    parameters, idle = 24 * layer + 2048 + 2 * 128256 * 2048, 24 * 60 * 3 * 2048 * 1024
+    products = 24 * (2 * 2048 * 128 * (16 + 4) + 16 * 128 * 4096 + 4 * 3 * 2048 * 1024)
+    flops, batch, hours = 6.0 * (products + 128256 * 2048) * 2**23, 2**23, 4768 / 49983
+    raw, logits, r = batch * (16 * 12483 + 37500), 2 * 2 * 4096 * 128256, 12483 / 49983
+    loss = 3.1455 + (r - 0.2) / 0.1 * (3.1484 - 3.1455)  # table 4, s = 16, r = 0.2 and 0.3
+    return {
+        "model.parameters": parameters,
+        "model.active_parameters": parameters - idle,
+        "model.vocabulary": 128256,
+        "model.preset": "moe-10b-a1b",
+        "run.steps": 49983,
+        "run.superposed_steps": 12483,
+        "run.step_ratio": r,
+        "run.bag_size.0": 16,
+        "run.positions_a_step": batch,
+        "run.gpus": 64,
+        "run.gpu": "b200",
+        "phases.0.name": "superposition",
+        "phases.0.bag_size": 16,
+        "phases.0.steps": 12483,
+        "phases.0.raw_tokens": 16 * batch * 12483,
+        "phases.0.raw_tokens_a_step": 16 * batch,
+        "phases.1.name": "recovery",
+        "phases.1.bag_size": 1,
+        "phases.1.steps": 37500,
+        "phases.1.raw_tokens": batch * 37500,
+        "phases.1.raw_tokens_a_step": batch,
+        "text.raw_tokens": raw,
+        "text.baseline_tokens": batch * 49983,
+        "text.ratio": raw / (batch * 49983),
+        "text.needed": raw,
+        "text.available": 10**12,
+        "text.suffices": False,
+        "text.missing": raw - 10**12,
+        "text.times": raw / 10**12,
+        "text.baseline_suffices": True,
+        # 10^12 tokens are 119,209 positions' batches: 12483 s + 37500, 49983 + 15 x, and 16 of the
+        # 6272 steps that are superposed of 25115, 6273 of 25116
+        "text.fits.bag_size": (119209 - 37500) // 12483,
+        "text.fits.superposed_steps": (119209 - 49983) // 15,
+        "text.fits.steps": 25115,
+        "cost.flops_of_step": flops,
+        "cost.flops": flops * 49983,
+        "cost.tflops_a_gpu": flops / (hours * 3600) / 1e12,
+        "cost.mfu": flops / (hours * 3600) / 2250e12,
+        "cost.source": "paper: 4,768 B200-hours for 49,983 steps",
+        "cost.gpu_hours_of_step": hours,
+        "cost.gpu_hours": 4768.0,
+        "cost.days": 4768 / 64 / 24,
+        "cost.step_seconds": hours * 3600 / 64,
+        "cost.of_the_paper": True,
+        "equal_loss.measured": True,
+        "equal_loss.speed_up": 125000 / 49983,
+        "equal_loss.baseline_steps": 125000,
+        "equal_loss.baseline_tokens": 125000 * batch,
+        "equal_loss.baseline_gpu_hours": 12311.0,
+        "equal_loss.paper_run.model": "moe-10b-a1b",
+        "equal_loss.paper_run.s": 16,
+        "equal_loss.paper_run.r": r,
+        "equal_loss.paper_run.loss": 2.236,
+        "equal_loss.paper_run.baseline_loss": 2.252,
+        "loss_memory.logits": logits,
+        "loss_memory.superposition.extension": logits,
+        "loss_memory.superposition.torch": logits + (512 << 20),
+        "loss_memory.superposition.fused": 512 << 20,
+        "loss_memory.superposition.paper_loop": 37 * logits,
+        "loss_memory.recovery.megatron": 4 * logits,
+        "loss_memory.recovery.kernel_in_recovery": logits,
+        "loss_memory.recovery.fused": 512 << 20,
+        "loader.tokens_a_second": 16 * batch / (hours * 3600 / 64),
+        "loader.mb_a_second": 4 * 16 * batch / (hours * 3600 / 64) / 1e6,
+        "loader.baseline_tokens_a_second": batch / (hours * 3600 / 64),
+        "loader.times_baseline": 16.0,
+        "loader.readers": 64,
+        "loader.tokens_a_second_of_a_reader": 16 * batch / (hours * 3600),
+        "loader.bytes_a_token": 4,
+        "loader.measured": None,
+        "paper.cell.model": "270m",
+        "paper.cell.steps": 20000,
+        "paper.cell.weighting": "uniform",
+        "paper.cell.table": 4,
+        "paper.cell.loss": loss,
+        "paper.cell.difference": loss - 3.2124,
+        "paper.cell.interpolated_between_r.0": 0.2,
+        "paper.cell.interpolated_between_r.1": 0.3,
+        "paper.run.loss": 2.236,
+        "paper.run.baseline_loss": None,
+        "paper.run.b200_hours": 4768,
+    }
+
+
+def _experts():
+    """Bags of 20, TP x PP x CP = 1 x 2 x 2, a given MFU, a token of four bytes."""
+    layer, batch = 4 * 512**2 + 2 * 512 + 8 * 512 + 8 * 3 * 512 * 256, 64 * 1024
+    parameters, vocabulary = 4 * layer + 512 + 2 * 512 * 70016, 547 * 128
+    products = 4 * (4 * 512**2 + 512 * 1024 + 2 * 3 * 512 * 256) + 512 * vocabulary
+    flops, raw, logits = 6.0 * products * batch, batch * (20 * 700 + 300), 2 * 1024 * 70016
+    seconds = flops / (16 * 0.4 * 989.4e12)
+    return {
+        "model.parameters": parameters,
+        "model.active_parameters": parameters - 4 * 6 * 3 * 512 * 256,
+        "model.vocabulary": vocabulary,
+        "model.preset": None,
+        "run.steps": 1000,
+        "run.superposed_steps": 700,
+        "run.step_ratio": 0.7,
+        "run.bag_size.0": 20,
+        "run.positions_a_step": batch,
+        "run.gpus": 16,
+        "run.gpu": "h100",
+        "phases.0.name": "superposition",
+        "phases.0.bag_size": 20,
+        "phases.0.steps": 700,
+        "phases.0.raw_tokens": 20 * batch * 700,
+        "phases.0.raw_tokens_a_step": 20 * batch,
+        "phases.1.name": "recovery",
+        "phases.1.bag_size": 1,
+        "phases.1.steps": 300,
+        "phases.1.raw_tokens": batch * 300,
+        "phases.1.raw_tokens_a_step": batch,
+        "text.raw_tokens": raw,
+        "text.baseline_tokens": batch * 1000,
+        "text.ratio": 14.3,
+        "text.needed": raw,  # 300 x 64 samples of recovery are cut from 960 long samples
+        "text.available": 10**8,
+        "text.suffices": False,
+        "text.missing": raw - 10**8,
+        "text.times": raw / 10**8,
+        "text.baseline_suffices": True,
+        # 10^8 tokens are 4882 long samples. Bags of 2 need 54,400 of a tenth of the length. 27
+        # steps: 27 x 64 + 3114, 28: 4903. Of 106 steps 74 are superposed: 74 x 64 + 103, of 107
+        # 75: 4903
+        "text.fits.bag_size": None,
+        "text.fits.superposed_steps": 27,
+        "text.fits.steps": 106,
+        "cost.flops_of_step": flops,
+        "cost.flops": flops * 1000,
+        "cost.tflops_a_gpu": 0.4 * 989.4,
+        "cost.mfu": 0.4,
+        "cost.source": "--mfu 0.4, given",
+        "cost.gpu_hours_of_step": seconds * 16 / 3600,
+        "cost.gpu_hours": seconds * 1000 * 16 / 3600,
+        "cost.days": seconds * 1000 / 86400,
+        "cost.step_seconds": seconds,
+        "cost.of_the_paper": False,
+        "equal_loss": None,
+        "loss_memory.logits": logits,
+        "loss_memory.superposition.extension": logits,
+        "loss_memory.superposition.torch": logits + (512 << 20),
+        "loss_memory.superposition.fused": logits,
+        "loss_memory.superposition.paper_loop": 45 * logits,
+        "loss_memory.recovery.megatron": 4 * logits,
+        "loss_memory.recovery.kernel_in_recovery": logits,
+        "loss_memory.recovery.fused": logits,
+        "loader.tokens_a_second": 20 * batch / seconds,
+        "loader.mb_a_second": 4 * 20 * batch / seconds / 1e6,
+        "loader.baseline_tokens_a_second": batch / seconds,
+        "loader.times_baseline": 20.0,
+        "loader.readers": 4,
+        "loader.tokens_a_second_of_a_reader": 5 * batch / seconds,
+        "loader.bytes_a_token": 4,
+        "loader.measured": None,
+        "paper.cell": None,
+        "paper.run": None,
+    }
+
+
+def _output():
+    """The 600M model on H200, the output alone in bags of 4: no more text than plain training."""
+    batch, logits = 2**21, 2 * 4 * 4096 * 128256
+    parameters = 32 * (4 * 960**2 + 2 * 960 + 3 * 960 * 2560) + 960 + 2 * 128256 * 960
+    products = 32 * (4 * 960**2 + 960 * 4096 + 3 * 960 * 2560) + 128256 * 960
+    flops, hours = 6.0 * products * batch, 61 * 2250 / 989.4  # table 1: 61 B200-hours
+    seconds = hours / 20000 / 16 * 3600
+    return {
+        "model.parameters": parameters,
+        "model.active_parameters": parameters,
+        "model.vocabulary": 128256,
+        "model.preset": "600m",
+        "run.steps": 20000,
+        "run.superposed_steps": 5000,
+        "run.step_ratio": 0.25,
+        "run.bag_size.0": 4,
+        "run.positions_a_step": batch,
+        "run.gpus": 16,
+        "run.gpu": "h200",
+        "phases.0.name": "superposition",
+        "phases.0.bag_size": 4,
+        "phases.0.steps": 5000,
+        "phases.0.raw_tokens": batch * 5000,
+        "phases.0.raw_tokens_a_step": batch,
+        "phases.1.name": "recovery",
+        "phases.1.bag_size": 1,
+        "phases.1.steps": 15000,
+        "phases.1.raw_tokens": batch * 15000,
+        "phases.1.raw_tokens_a_step": batch,
+        "text.raw_tokens": batch * 20000,
+        "text.baseline_tokens": batch * 20000,
+        "text.ratio": 1.0,
+        "text.needed": batch * 20000,
+        "text.available": 10**12,
+        "text.suffices": True,
+        "text.missing": 0,
+        "text.times": batch * 20000 / 10**12,
+        "text.baseline_suffices": True,
+        "cost.flops_of_step": flops,
+        "cost.flops": flops * 20000,
+        "cost.tflops_a_gpu": flops * 20000 / (hours * 3600) / 1e12,
+        "cost.mfu": flops * 20000 / (61 * 3600) / 2250e12,
+        "cost.source": "assumed: the MFU that the paper's B200-hours come to",
+        "cost.gpu_hours_of_step": hours / 20000,
+        "cost.gpu_hours": hours,
+        "cost.days": hours / 16 / 24,
+        "cost.step_seconds": seconds,
+        "cost.of_the_paper": False,
+        "equal_loss": None,
+        "loss_memory.logits": logits,
+        "loss_memory.superposition.extension": logits,
+        "loss_memory.superposition.torch": logits + (512 << 20),
+        "loss_memory.superposition.fused": 512 << 20,
+        "loss_memory.superposition.paper_loop": 13 * logits,
+        "loss_memory.recovery.megatron": 4 * logits,
+        "loss_memory.recovery.kernel_in_recovery": logits,
+        "loss_memory.recovery.fused": 512 << 20,
+        "loader.tokens_a_second": batch / seconds,
+        "loader.mb_a_second": 4 * batch / seconds / 1e6,
+        "loader.baseline_tokens_a_second": batch / seconds,
+        "loader.times_baseline": 1.0,
+        "loader.readers": 16,
+        "loader.tokens_a_second_of_a_reader": batch / seconds / 16,
+        "loader.bytes_a_token": 4,
+        "loader.measured": None,
+        "paper.cell": None,
+        "paper.run": None,
+    }
 
 
 WHOLE = {
-    "a run of the paper's": (
-        [*["--preset", "moe-10b-a1b", "--tokens", "1T"]],
-        {
-            "model": {
-                "parameters": 10443923456,
-                "active_parameters": 1384226816,
-                "vocabulary": 128256,
-                "preset": "moe-10b-a1b",
-            },
-            "run": {
-                "steps": 49983,
-                "superposed_steps": 12483,
-                "step_ratio": 0.249744913270512,
-                "bag_size": [16],
-                "positions_a_step": 8388608,
-                "gpus": 64,
-                "gpu": "b200",
-            },
-            "phases": [
-                {
-                    "name": "superposition",
-                    "bag_size": 16,
-                    "steps": 12483,
-                    "raw_tokens": 1675439898624,
-                    "raw_tokens_a_step": 134217728,
-                },
-                {
-                    "name": "recovery",
-                    "bag_size": 1,
-                    "steps": 37500,
-                    "raw_tokens": 314572800000,
-                    "raw_tokens_a_step": 8388608,
-                },
-            ],
-            "text": {
-                "raw_tokens": 1990012698624,
-                "baseline_tokens": 419287793664,
-                "ratio": 4.74617369905768,
-                "needed": 1990012698624,
-                "available": 1000000000000,
-                "suffices": False,
-                "missing": 990012698624,
-                "times": 1.990012698624,
-                "baseline_suffices": True,
-                "fits": {"bag_size": 6, "superposed_steps": 4615, "steps": 25115},
-                "readings": [],
-            },
-            "cost": {
-                "flops_of_step": 6.641929841069261e16,
-                "flops": 3.3198357924616486e21,
-                "tflops_a_gpu": 193.409523703256,
-                "mfu": 0.08595978831255822,
-                "source": "paper: 4,768 B200-hours for 49,983 steps",
-                "gpu_hours_of_step": 0.09539243342736531,
-                "gpu_hours": 4768.0,
-                "days": 3.1041666666666665,
-                "step_seconds": 5.365824380289299,
-                "of_the_paper": True,
-            },
-            "equal_loss": {
-                "measured": True,
-                "speed_up": 2.5008502890982935,
-                "baseline_steps": 125000,
-                "baseline_tokens": 1048576000000,
-                "baseline_gpu_hours": 12311.0,
-                "paper_run": {
-                    "model": "moe-10b-a1b",
-                    "s": 16,
-                    "r": 0.249744913270512,
-                    "loss": 2.236,
-                    "baseline_loss": 2.252,
-                },
-            },
-            "loss_memory": {
-                "logits": 2101346304,
-                "superposition": {
-                    "extension": 2101346304,
-                    "torch": 2638217216,
-                    "fused": 536870912,
-                    "paper_loop": 77749813248,
-                },
-                "recovery": {
-                    "megatron": 8405385216,
-                    "kernel_in_recovery": 2101346304,
-                    "fused": 536870912,
-                },
-            },
-            "loader": {
-                "tokens_a_second": 25013440.337897092,
-                "mb_a_second": 100.05376135158836,
-                "baseline_tokens_a_second": 1563340.0211185683,
-                "times_baseline": 16.0,
-                "readers": 64,
-                "tokens_a_second_of_a_reader": 390835.00527964206,
-                "bytes_a_token": 4,
-                "measured": None,
-            },
-            "paper": {
-                "cell": {
-                    "model": "270m",
-                    "steps": 20000,
-                    "weighting": "uniform",
-                    "table": 4,
-                    "loss": 3.146942602484845,
-                    "difference": -0.06545739751515534,
-                    "interpolated_between_r": (0.2, 0.3),
-                },
-                "run": {"loss": 2.236, "baseline_loss": None, "b200_hours": 4768},
-            },
-            "not_used": [],
-        },
-    ),
+    "a run of the paper's": ("--preset moe-10b-a1b --tokens 1T".split(), _moe),
     "experts, little text": (
         [
-            *EXPERTS,
-            *[
-                "--untie-embeddings-and-output-weights",
-                "--gpus",
-                "16",
-                "--gpu",
-                "h100",
-                "--mfu",
-                "0.4",
-                "--tokens",
-                "100M",
-                "--tst-iters",
-                "700",
-                "--tst-bag-size",
-                "20",
-                "--pipeline-model-parallel-size",
-                "2",
-                "--context-parallel-size",
-                "2",
-                "--micro-batch-size",
-                "2",
-                "--vocab-size",
-                "70000",
-            ],
+            *[*EXPERTS, "--untie-embeddings-and-output-weights", "--vocab-size", "70000"],
+            *"--gpus 16 --gpu h100 --mfu 0.4 --tokens 100M --micro-batch-size 2".split(),
+            *"--pipeline-model-parallel-size 2 --context-parallel-size 2".split(),
+            *"--tst-iters 700 --tst-bag-size 20".split(),
         ],
-        {
-            "model": {
-                "parameters": 88494592,
-                "active_parameters": 79057408,
-                "vocabulary": 70016,
-                "preset": None,
-            },
-            "run": {
-                "steps": 1000,
-                "superposed_steps": 700,
-                "step_ratio": 0.7,
-                "bag_size": [20],
-                "positions_a_step": 65536,
-                "gpus": 16,
-                "gpu": "h100",
-            },
-            "phases": [
-                {
-                    "name": "superposition",
-                    "bag_size": 20,
-                    "steps": 700,
-                    "raw_tokens": 917504000,
-                    "raw_tokens_a_step": 1310720,
-                },
-                {
-                    "name": "recovery",
-                    "bag_size": 1,
-                    "steps": 300,
-                    "raw_tokens": 19660800,
-                    "raw_tokens_a_step": 65536,
-                },
-            ],
-            "text": {
-                "raw_tokens": 937164800,
-                "baseline_tokens": 65536000,
-                "ratio": 14.3,
-                "needed": 937164800,
-                "available": 100000000,
-                "suffices": False,
-                "missing": 837164800,
-                "times": 9.371648,
-                "baseline_suffices": True,
-                "fits": {"bag_size": None, "superposed_steps": 27, "steps": 106},
-                "readings": [],
-            },
-            "cost": {
-                "flops_of_step": 17806934409216.0,
-                "flops": 1.7806934409216e16,
-                "tflops_a_gpu": 395.76,
-                "mfu": 0.4,
-                "source": "--mfu 0.4, given",
-                "gpu_hours_of_step": 1.2498409817128226e-05,
-                "gpu_hours": 0.012498409817128225,
-                "days": 3.254794223210475e-05,
-                "step_seconds": 0.0028121422088538506,
-                "of_the_paper": False,
-            },
-            "equal_loss": None,
-            "loss_memory": {
-                "logits": 143392768,
-                "superposition": {
-                    "extension": 143392768,
-                    "torch": 680263680,
-                    "fused": 143392768,
-                    "paper_loop": 6452674560,
-                },
-                "recovery": {
-                    "megatron": 573571072,
-                    "kernel_in_recovery": 143392768,
-                    "fused": 143392768,
-                },
-            },
-            "loader": {
-                "tokens_a_second": 466093071.6353112,
-                "mb_a_second": 1864.3722865412446,
-                "baseline_tokens_a_second": 23304653.58176556,
-                "times_baseline": 20.0,
-                "readers": 4,
-                "tokens_a_second_of_a_reader": 116523267.9088278,
-                "bytes_a_token": 4,
-                "measured": None,
-            },
-            "paper": {"cell": None, "run": None},
-            "not_used": [],
-        },
+        _experts,
     ),
     "output alone": (
-        [
-            *[
-                "--preset",
-                "600m",
-                "--tst-superpose",
-                "output",
-                "--tst-bag-size",
-                "4",
-                "--tst-step-ratio",
-                "0.25",
-                "--gpu",
-                "h200",
-                "--gpus",
-                "16",
-                "--tokens",
-                "1T",
-            ]
-        ],
-        {
-            "model": {
-                "parameters": 600208320,
-                "active_parameters": 600208320,
-                "vocabulary": 128256,
-                "preset": "600m",
-            },
-            "run": {
-                "steps": 20000,
-                "superposed_steps": 5000,
-                "step_ratio": 0.25,
-                "bag_size": [4],
-                "positions_a_step": 2097152,
-                "gpus": 16,
-                "gpu": "h200",
-            },
-            "phases": [
-                {
-                    "name": "superposition",
-                    "bag_size": 4,
-                    "steps": 5000,
-                    "raw_tokens": 10485760000,
-                    "raw_tokens_a_step": 2097152,
-                },
-                {
-                    "name": "recovery",
-                    "bag_size": 1,
-                    "steps": 15000,
-                    "raw_tokens": 31457280000,
-                    "raw_tokens_a_step": 2097152,
-                },
-            ],
-            "text": {
-                "raw_tokens": 41943040000,
-                "baseline_tokens": 41943040000,
-                "ratio": 1.0,
-                "needed": 41943040000,
-                "available": 1000000000000,
-                "suffices": True,
-                "missing": 0,
-                "times": 0.04194304,
-                "baseline_suffices": True,
-                "readings": [],
-            },
-            "cost": {
-                "flops_of_step": 7585599439503360.0,
-                "flops": 1.517119887900672e20,
-                "tflops_a_gpu": 303.79243414064456,
-                "mfu": 0.3070471337584845,
-                "source": "assumed: the MFU that the paper's B200-hours come to",
-                "gpu_hours_of_step": 0.006936021831412978,
-                "gpu_hours": 138.72043662825956,
-                "days": 0.3612511370527593,
-                "step_seconds": 1.56060491206792,
-                "of_the_paper": False,
-            },
-            "equal_loss": None,
-            "loss_memory": {
-                "logits": 4202692608,
-                "superposition": {
-                    "extension": 4202692608,
-                    "torch": 4739563520,
-                    "fused": 536870912,
-                    "paper_loop": 54635003904,
-                },
-                "recovery": {
-                    "megatron": 16810770432,
-                    "kernel_in_recovery": 4202692608,
-                    "fused": 536870912,
-                },
-            },
-            "loader": {
-                "tokens_a_second": 1343807.1249058894,
-                "mb_a_second": 5.3752284996235575,
-                "baseline_tokens_a_second": 1343807.1249058894,
-                "times_baseline": 1.0,
-                "readers": 16,
-                "tokens_a_second_of_a_reader": 83987.94530661809,
-                "bytes_a_token": 4,
-                "measured": None,
-            },
-            "paper": {"cell": None, "run": None},
-            "not_used": [],
-        },
+        "--preset 600m --tst-superpose output --tst-bag-size 4 --tst-step-ratio 0.25 --gpu h200 "
+        "--gpus 16 --tokens 1T".split(),
+        _output,
     ),
 }
 
 
+def _leaves(value, name=""):
+    """{"a.b.0": value} of dicts and sequences in each other."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (_leaves(part, f"{name}.{key}".lstrip(".")) for key, part in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_plan(name):
-    """Every figure, written out: those that follow from each other are held against each other
-    above.
-    """
+    """Every figure, worked out from the shape, the paper's table 1 and the data sheets' peaks."""
     argv, expected = WHOLE[name]
-    found = planned(*argv)
-    apart = {"flags", "checks", "against", "warnings"}
-    assert {key: value for key, value in found.items() if key not in apart} == expected
+    plan, expected = planned(*argv), expected()
+    for apart in ("flags", "checks", "against", "warnings"):
+        plan.pop(apart)
+    assert plan.pop("not_used") == plan["text"]["readings"] == []
+    found = _leaves(plan)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert type(found[key]) is type(value), key
+        about = pytest.approx(value, rel=1e-12) if isinstance(value, float) else value
+        assert found[key] == about, key
+
+
+@pytest.mark.parametrize(
+    "tokens, bag_size, superposed_steps, steps",
+    [
+        # 65,536 positions a step, 1000 steps, 300 of them with bags of 6
+        (65536 * (2 * 300 + 700), 2, 59, 519),
+        (65536 * (2 * 300 + 700) - 1, None, 59, 519),
+        (65536 * (6 * 1 + 999), None, 1, 401),
+        (65536 * (6 * 1 + 999) - 1, None, None, 401),
+        # 2 steps, one superposed: 64 long samples of 6 x 1024, and 11 that recovery's 64 are cut of
+        ((64 + 11) * 6 * 1024, None, None, 2),
+        # one step alone would have nothing to superpose
+        ((64 + 11) * 6 * 1024 - 1, None, None, None),
+        (65536, None, None, None),
+    ],
+)
+def test_what_fits_to_the_token(tokens, bag_size, superposed_steps, steps):
+    fits = {"bag_size": bag_size, "superposed_steps": superposed_steps, "steps": steps}
+    assert planned(*SMALL, "--tokens", str(tokens))["text"]["fits"] == fits
+
+
+def test_text_for_plain_training_to_the_token():
+    for tokens in (65536 * 1000 - 1, 65536 * 1000):
+        text = planned(*SMALL, "--tokens", str(tokens))["text"]
+        assert text["baseline_suffices"] == (tokens == 65536 * 1000)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--tst-bag-size 4,2 --tst-step-ratio 0.2,0.1", "--tst-superpose output"]
+)
+def test_what_would_fit_is_said_of_one_bag_size_in_wide_samples_alone(flags):
+    text = planned(*SMALL, "--tokens", "1M", *flags.split())["text"]
+    assert not text["suffices"] and "fits" not in text
+
+
+@pytest.mark.parametrize(
+    "hidden, flags, width",
+    [
+        (512, ["--swiglu"], 1344),  # 4 x 512 x 2 / 3 = 1365.3 = 21.3 x 64
+        (768, ["--swiglu"], 2048),  # 32 x 64
+        (760, ["--swiglu"], 1984),  # 31.7 x 64
+        (24, ["--swiglu"], 64),
+        (512, [], 2048),
+        (512, ["--ffn-hidden-size", "8"], 8),
+    ],
+)
+def test_the_width_that_megatron_derives(hidden, flags, width):
+    sizes = [word for word in SMALL if word != "--swiglu"]
+    args, _ = plan_flags.read([*sizes, "--hidden-size", str(hidden), *flags])
+    assert args.ffn_hidden_size == width and args.kv_channels == hidden // 8
+    assert args.moe_ffn_hidden_size == width and args.expert_tensor_parallel_size == 1
+
+
+def test_where_the_cost_is_from():
+    assumed = planned(*SMALL)["cost"]
+    assert assumed["mfu"] == pytest.approx(0.35) and assumed["tflops_a_gpu"] == 0.35 * 989.4
+    assert assumed["source"] == (
+        "assumed: MFU 0.35. Give --mfu, or --tflops as Megatron's --log-throughput prints it"
+    )
+    given = planned("--preset", "3b", "--tflops", "450.5")["cost"]
+    assert given["source"] == "--tflops 450.5, given" and not given["of_the_paper"]
+    assert given["mfu"] == pytest.approx(450.5 / 2250)
+    # half of the positions a step: half of the paper's hours, 247 for 20,000 steps
+    half = planned("--preset", "3b", "--global-batch-size", "256")["cost"]
+    assert half["gpu_hours"] == pytest.approx(247 / 2) and half["of_the_paper"]
 
 
 def test_the_whole_sweep():
