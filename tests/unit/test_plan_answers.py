@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from support.paths import environment
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
+from megatron_tst import compat
 from megatron_tst.checks import dry_run, layout
 from megatron_tst.cli import plan_screen
 from megatron_tst.config import TSTConfig
@@ -524,6 +526,148 @@ def test_a_dataset_is_counted_and_read(corpus, capsys):
         documents[: round(0.5 * len(documents))]
     )
     assert planned(*run, "--tokens", "1T")["text"]["available"] == 10**12
+
+
+def dataset_of(prefix, *documents, ids=512):
+    """Megatron's dataset of documents of so many tokens: two bytes a token, four from 65,500 ids
+    on. -> prefix
+    """
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(ids))
+    for count in documents:
+        builder.add_document(torch.arange(count), [count])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+class Clock:
+    """A 64th of a second passes each time that it is asked, so that a second has 63 looks."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1 / 64
+        return self.now
+
+
+ALL = (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "names, weights, length, tokens, read, size",
+    [
+        (["one"], None, 8, 12, 8, 2),  # tokens; of a look; bytes each
+        (["one"], None, 100, 12, 12, 2),
+        (["two"], None, 12, 24, 12, 4),
+        (["few", "many"], None, 12, 100001, 12, 2),  # drawn in proportion to the text
+        (["one", "two"], [1.0, 1e-12], 12, 12, 12, 2),  # drawn as the weights say
+        (["one", "two"], [1e-12, 1.0], 12, 24, 12, 4),
+        # until the first one is used up
+        (["one", "two"], [4.0, 1.0], 12, 12 * 5 // 4, 12, None),
+        (["one", "two"], [1.0, 4.0], 12, 24 * 5 // 4, 12, None),
+    ],
+)
+def test_a_dataset_by_hand(tmp_path, monkeypatch, names, weights, length, tokens, read, size):
+    monkeypatch.setattr(plan, "time", Clock())
+    dataset_of(tmp_path / "one", 12)
+    dataset_of(tmp_path / "two", 12, 12, ids=70000)
+    dataset_of(tmp_path / "few", 1)
+    dataset_of(tmp_path / "many", 100000)
+    there = {"one": 12, "two": 24, "few": 1, "many": 100000}
+    prefixes = [str(tmp_path / name) for name in names]
+    found, corpora = plan.measure((prefixes, weights), ALL, length)
+    assert [corpus.tokens for corpus in corpora] == [there[name] for name in names]
+    assert (found["tokens"], found["counted"]) == (tokens, sum(there[name] for name in names))
+    assert isinstance(found["tokens"], int)
+    assert (found["seconds"], found["tokens_a_second"]) == (1.0, 63 * read)
+    if size:
+        assert found["mb_a_second"] == 63 * read * size / 1e6
+
+
+def test_a_dataset_that_is_not_there(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(compat, "hide_broken_transformer_engine", lambda: calls.append("hidden"))
+    one = dataset_of(tmp_path / "one", 12)
+    for names, share, message in (
+        (
+            [one, "s3://a/b", "s3://c/d"],
+            ALL,
+            "--data-path: expected local files, to be counted and read, got s3://a/b. Give --tokens"
+            " in place of it.",
+        ),
+        (
+            [one],
+            (0.0, 0.4),  # no whole document
+            "--data-path: expected text in the training share, got none. Raise it in --split.",
+        ),
+    ):
+        with pytest.raises(TSTError) as caught:
+            plan.measure((names, None), share, 8)
+        assert str(caught.value) == message
+    assert calls == ["hidden"] * 2  # before Megatron is imported
+
+
+def test_what_training_would_say_of_the_text(tmp_path, monkeypatch):
+    """4,096 x (6 x 300 + 700) tokens are read, of 4,096 x 250."""
+    monkeypatch.setattr(plan, "time", Clock())
+    one = dataset_of(tmp_path / "one", 4096 * 250)
+    run = [*SMALL, "--seq-length", "64", "--data-path", one, "--split", "1"]
+    found = planned(*run)
+    reading = {"corpus": one, "tokens": 4096 * 250, "read": 4096 * 2500, "times": 10.0}
+    assert found["text"]["readings"] == [reading] and isinstance(
+        found["text"]["readings"][0]["read"], int
+    )
+    assert found["text"]["available"] == 4096 * 250
+    assert found["loader"]["measured"]["counted"] == 4096 * 250
+    assert found["warnings"] == [
+        "training refuses this run: --tst-max-epochs: expected no corpus to be read more than 4 "
+        f"times, got what {one} is read 10.00 times (10,240,000 tokens of 1,024,000). Give more "
+        "text, lower --tst-bag-size or the iterations, or allow it with --tst-max-epochs 11."
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the process that asks, not of the plan
+        assert planned(*run, "--tst-max-epochs", "10")["warnings"] == [
+            f"{one} is read 10.00 times (10,240,000 tokens of 1,024,000): Megatron repeats it. "
+            "More text, smaller bags or fewer iterations change that"
+        ]
+    ample = planned(*run, "--train-iters", "10", "--tst-iters", "3", "--mtp-num-layers", "1")
+    assert ample["warnings"] == [
+        "--mtp-num-layers changes the run: the figures are those of the run without"
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, got",
+    [
+        ("--tst-bag-size 1", "--tst-bag-size 1 and --tst-step-ratio 0.3"),
+        ("--tst-step-ratio 0", "--tst-bag-size 6 and --tst-step-ratio 0"),
+        ("--tst-bag-size 1 --tst-iters 7", "--tst-bag-size 1 and --tst-iters 7"),
+    ],
+)
+def test_a_run_without_superposition(flags, got):
+    with pytest.raises(TSTError) as caught:
+        planned(*SMALL, *flags.split())
+    assert str(caught.value) == (
+        f"TST: expected bags of 2 or more and a length above 0, got {got}. This run is stock "
+        "Megatron: there is nothing to plan."
+    )
+
+
+def test_all_that_is_said_of_an_impossible_run():
+    found = planned(*SMALL, "--gpus", "6", "--tensor-model-parallel-size", "4", "--bf16")
+    fault = (
+        "--gpus: expected a multiple of TP x PP x CP = 4 x 1 x 1 = 4, got 6. Change one of them."
+    )
+    assert found.keys() == {"faults", "checks", "not_used"}
+    assert found["not_used"] == ["--bf16"] and fault in found["faults"]
+    assert found["checks"][0] == {
+        "what": "--gpus 6",
+        "rule": "a multiple of TP x PP x CP = 4 x 1 x 1 = 4",
+        "fault": fault,
+    }
+    assert [check["fault"] for check in found["checks"] if check["fault"]] == found["faults"]
 
 
 def test_how_often_each_corpus_is_read(corpus, tmp_path, capsys):
