@@ -3,6 +3,7 @@ benchmarks; what speaks against a run.
 """
 
 import csv
+import dataclasses
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
 from megatron_tst import model_size
 from megatron_tst.cli import plan_screen
+from megatron_tst.errors import TSTError
 from megatron_tst.ops import chunks
 from megatron_tst.planning import arithmetic, evidence, paper, recipes
 from megatron_tst.planning import flags as plan_flags
@@ -506,6 +508,362 @@ def test_tsts_own_warnings_are_shown(capsys):
         for text in planned("--preset", "moe-10b-a1b")["warnings"]
     )
     assert "Warnings at start-up" in screen_of(capsys, "--preset", "moe-10b-a1b")[1]
+
+
+@pytest.mark.parametrize(
+    "flags, model, speed_up",
+    [
+        # 3B: 36,000 plain steps have the loss of 20,000 with TST; 10B-A1B: 125,000 that of 49,983
+        ("--preset 3b --tst-iters 3900", "3b", 1.8),  # r = 0.195
+        ("--preset 3b --tst-iters 3899", None, None),
+        ("--preset 3b --tst-iters 8100", "3b", 1.8),  # r = 0.405
+        ("--preset 3b --tst-iters 8101", None, None),
+        ("--preset 3b --tst-bag-size 4", "3b", 1.8),
+        ("--preset 3b --tst-bag-size 3", None, None),
+        ("--preset 3b --tst-bag-size 16", "3b", 1.8),
+        ("--preset 3b --tst-bag-size 17", None, None),
+        ("--preset 270m", "3b", 1.8),  # no baseline of its own comes close
+        ("--preset moe-10b-a1b --tst-bag-size 8", "moe-10b-a1b", 125000 / 49983),
+        # nearest on a log scale: 5.48B lie between
+        ("--preset 3b --num-layers 60", "3b", 1.8),  # 5.21B
+        ("--preset 3b --num-layers 66", "moe-10b-a1b", 125000 / 49983),  # 5.68B
+        ("--preset 3b --tst-superpose input", None, None),
+        ("--preset 3b --tst-target-weighting power-law", None, None),
+        ("--preset 3b --tst-bag-size 6,4 --tst-iters 3000,3000", None, None),
+    ],
+)
+def test_the_speed_up_that_a_plan_is_compared_with(flags, model, speed_up):
+    found = planned(*flags.split())
+    equal = found["equal_loss"]
+    if model is None:
+        assert equal is None
+        return
+    assert not equal["measured"] and equal["speed_up"] == pytest.approx(speed_up)
+    steps = round(found["run"]["steps"] * speed_up)
+    assert (equal["baseline_steps"], equal["paper_run"]["model"]) == (steps, model)
+    hours = found["cost"]["gpu_hours"] / found["run"]["steps"] * steps
+    assert equal["baseline_gpu_hours"] == pytest.approx(hours)
+
+
+def test_the_hours_of_the_baseline_of_equal_loss():
+    """Table 1: 443 B200-hours for 36,000 steps; on other GPUs the plan's own for so many."""
+    measured = planned("--preset", "3b")["equal_loss"]
+    assert (measured["measured"], measured["baseline_gpu_hours"]) == (True, 443.0)
+    assert isinstance(measured["baseline_gpu_hours"], float)
+    other = planned("--preset", "3b", "--mfu", "0.4")
+    assert other["equal_loss"]["measured"]
+    assert other["equal_loss"]["baseline_gpu_hours"] == pytest.approx(
+        other["cost"]["gpu_hours"] * 1.8
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tst-superpose input",
+        "--tst-superpose output",
+        "--tst-loss mce-alt",
+        "--tst-switch auto",
+        "--tst-bag-size 6,4 --tst-iters 3000,3000",
+    ],
+)
+def test_the_paper_has_figures_of_its_own_method_alone(flags):
+    found = planned("--preset", "600m", *flags.split())
+    assert found["paper"] == {"cell": None, "run": None} and found["equal_loss"] is None
+
+
+def test_the_nearest_model_counts_all_experts():
+    """0.9B parameters of which 60M are active: the 600M model's table, not the 270M model's."""
+    argv = [*EXPERTS, "--num-experts", "128", "--moe-ffn-hidden-size", "1024", "--sweep"]
+    found = planned(*argv)
+    every, active = found["model"]["parameters"], found["model"]["active_parameters"]
+    assert active < (270e6 * 600e6) ** 0.5 < every
+    assert found["sweep"]["model"] == found["paper"]["cell"]["model"] == "600m"
+
+
+FAR = (
+    "r = {:.2f}: too little is left to recover. The paper's gain shrinks (600M, s = 6: -0.075 "
+    "nats at r = 0.3, -0.046 at 0.7, +0.036 at 0.9); cells worse than their baseline: 0 of 51 at "
+    "r = 0.7, 9 of 51 at r = 0.8, 46 of 51 at r = 0.9."
+)
+WIDE = (
+    "s = {}: no grid of the paper with uniform weights has its lowest loss beyond 8, and larger "
+    "bags cost text. Its 10B-A1B run used 16, and no other."
+)
+UNTRIED = "s = {}: the paper tried 2 to 16. Nobody has published a larger bag."
+
+
+@pytest.mark.parametrize(
+    "flags, sentences",
+    [
+        ("--tst-iters 13900", [FAR.format(0.695)]),
+        ("--tst-iters 13899", []),
+        ("--tst-iters 18000", [FAR.format(0.9)]),
+        ("--tst-bag-size 8", []),
+        ("--tst-bag-size 9", [WIDE.format(9)]),
+        ("--tst-bag-size 16", [WIDE.format(16)]),
+        ("--tst-bag-size 17", [UNTRIED.format(17)]),
+        (
+            "--tst-bag-size 18,9,6 --tst-iters 20,20,20",
+            [UNTRIED.format(18), WIDE.format(9)],
+        ),
+        ("--train-iters 19999", ["19,999 steps: the paper's shortest runs have 20,000."]),
+        (
+            "--tst-superpose output",
+            [
+                "Output alone: needs no more text; the paper shows one curve and no figure, better "
+                "than the baseline and worse than superposing both sides."
+            ],
+        ),
+        (
+            "--tokens 1B",
+            [
+                "Data-bound: TST gains by reading more text for the same compute, and there is less"
+                " than it reads. At equal text the paper's baseline was better: 3B, 105B tokens, "
+                "plain 2.640 (50,000 steps, 622 B200-hours), TST 2.676 (20,000 steps, 247). "
+                "Repeated text under TST: nobody has measured it."
+            ],
+        ),
+    ],
+)
+def test_all_that_speaks_against(flags, sentences):
+    assert planned("--preset", "600m", *flags.split())["against"] == sentences
+
+
+# ---- the paper's runs and grids
+
+
+def test_runs_and_grids_by_hand():
+    by = {(run.model, run.steps, run.tst_steps): run for run in paper.runs()}
+    run = by["3b", 20000, 6000]
+    assert (run.r, run.tokens) == (0.3, 2**21 * (6 * 6000 + 14000)) and len(by) == 12
+    ratio, baseline = paper.speed_up(run)
+    assert (ratio, baseline) == (1.8, by["3b", 36000, 0])
+    assert paper.speed_up(by["270m", 20000, 6000]) is None  # 3.142: 0.050 from the nearest
+    assert [(g.model, g.steps, g.weighting, g.table) for g in paper.grids()] == [
+        ("270m", 20000, "uniform", 4),
+        ("270m", 100000, "uniform", 5),
+        ("600m", 20000, "uniform", 6),
+        ("600m", 20000, "power-law", 7),
+    ]
+    assert [grid.baseline for grid in paper.grids()] == [3.2124, 3.0921, 3.0186, 3.0186]
+
+
+def test_a_run_as_near_as_a_baseline_may_be(monkeypatch):
+    """0.02 nats, to either side."""
+    plain = paper.Run("x", 0, 100, 1, 8, 1, 2.0)
+    for loss, near in ((2.015625, True), (1.984375, True), (2.03125, False), (1.96875, False)):
+        run = paper.Run("x", 20, 50, 4, 8, 1, loss)
+        monkeypatch.setattr(paper, "runs", lambda run=run: (plain, run))
+        assert paper.speed_up(run) == ((2.0, plain) if near else None)
+
+
+def test_a_cell_between_others():
+    grid = paper.Grid("x", 1, "uniform", 0, {(0.0, 1): 4.0, (0.5, 2): 2.0, (0.75, 2): 3.0})
+    measured = paper.Cell(2.0, -2.0, None)
+    for r, cell in (
+        (0.5, measured),
+        (0.4996, measured),
+        (0.5004, measured),
+        (0.25, paper.Cell(3.0, -1.0, (0.0, 0.5))),
+        (0.5625, paper.Cell(2.25, -1.75, (0.5, 0.75))),
+        (0.7504, paper.Cell(3.0, -1.0, None)),
+        (0.7506, None),
+        (-0.001, None),
+    ):
+        assert grid.cell(r, 2) == cell, r
+    assert grid.cell(0.4994, 2).between == (0.0, 0.5)
+    assert grid.cell(0.5006, 2).between == (0.5, 0.75)
+    assert grid.cell(0.5, 3) is None
+
+
+@pytest.mark.parametrize(
+    "parameters, steps, weighting, tables",
+    [
+        (270e6, 20000, "uniform", [4, 5, 6]),
+        (270e6, 100000, "uniform", [5, 4, 6]),
+        (270e6, 44000, "uniform", [4, 5, 6]),  # on a log scale 44,721 lie between
+        (270e6, 45000, "uniform", [5, 4, 6]),
+        (402e6, 20000, "uniform", [4, 5, 6]),  # 402.5M lie between
+        (403e6, 20000, "uniform", [6, 4, 5]),
+        (270e6, 20000, "power-law", [7]),
+        (270e6, 20000, "another", [4, 5, 6]),
+    ],
+)
+def test_grids_by_their_distance(parameters, steps, weighting, tables):
+    assert [g.table for g in paper.by_distance(parameters, steps, weighting)] == tables
+
+
+# ---- recipes
+
+
+def _values(words):
+    """{flag: its value, or "" of a switch} of Megatron's flags."""
+    text = " ".join(words)
+    return {
+        f"--{part.partition(' ')[0]}": part.partition(" ")[2]
+        for part in re.split(r"(?:^| )--", text)
+        if part
+    }
+
+
+# the paper's table 1 and set-up: steps, superposed, s, positions a step, lr; ours: micro-batch on
+# h100 and b200
+PAPER = {
+    "270m": (20000, 6000, 6, 2**21, "2e-3", 4, 8),
+    "600m": (20000, 6000, 6, 2**21, "1e-3", 4, 8),
+    "3b": (20000, 6000, 6, 2**21, "2e-4", 1, 4),
+    "moe-10b-a1b": (49983, 12483, 16, 2**23, "3e-4", 1, 2),
+}
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200", "b200", None])
+@pytest.mark.parametrize("name", PAPER)
+def test_a_recipe_by_hand(name, gpu):
+    steps, superposed, s, positions, lr, hopper, blackwell = PAPER[name]
+    groups = recipes.groups(name, {"GPU": gpu} if gpu else None)
+    assert list(groups) == ["model", "training", "tst", "parallel", "precision"]
+    assert groups["tst"] == ["--tst-bag-size", str(s), "--tst-iters", str(superposed)]
+    found = _values(groups["training"])
+    expected = {
+        "--train-iters": str(steps),
+        "--global-batch-size": str(positions // 4096),
+        "--micro-batch-size": str(blackwell if gpu == "b200" else hopper),
+        "--lr": lr,
+        "--lr-decay-iters": str(steps),
+        "--lr-wsd-decay-iters": str(steps // 10),
+    }
+    assert {flag: found[flag] for flag in expected} == expected
+    assert _values(groups["model"])["--seq-length"] == "4096"
+    assert _values(groups["model"])["--max-position-embeddings"] == "4096"
+    experts = name == "moe-10b-a1b"
+    parallel = {
+        "--tensor-model-parallel-size": "1",
+        "--pipeline-model-parallel-size": "1",
+        "--context-parallel-size": "1",
+        "--expert-model-parallel-size": "8" if experts else "1",
+        "--make-vocab-size-divisible-by": "128",
+        "--use-distributed-optimizer": "",
+        "--overlap-grad-reduce": "",
+        "--overlap-param-gather": "",
+    }
+    if experts:
+        parallel["--expert-tensor-parallel-size"] = "1"
+    assert _values(groups["parallel"]) == parallel
+    low = "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather"
+    low += " --reuse-grad-buf-for-mxfp8-param-ag"
+    assert groups["precision"] == ["--bf16", *(low.split() if gpu == "b200" else [])]
+
+
+@pytest.mark.parametrize(
+    "name, given, flags",
+    [
+        ("3b", "STEPS=100", "--train-iters 100 --lr-wsd-decay-iters 10 --tst-iters 30"),
+        ("3b", "STEPS=0007", "--train-iters 7 --lr-wsd-decay-iters 0 --tst-iters 2"),
+        ("3b", "STEPS=999999999999999", "--train-iters 999999999999999"),
+        ("moe-10b-a1b", "STEPS=20000", "--train-iters 20000 --tst-iters 12483"),
+        ("3b", "TST_STEPS=7", "--tst-iters 7 --tst-bag-size 6"),
+        ("3b", "TST_STEPS=0", "--tst-iters 0"),
+        ("3b", "BAG_SIZE=8,4 TST_STEPS=70,30", "--tst-bag-size 8,4 --tst-iters 70,30"),
+        ("3b", "BATCH_TOKENS=4096", "--global-batch-size 1 --seq-length 4096"),
+        ("3b", "SEQ=8192", "--seq-length 8192 --max-position-embeddings 8192"),
+        ("3b", "SEQ=8192", "--global-batch-size 256"),
+        ("3b", "LR=1.5e-3", "--lr 1.5e-3"),
+        ("3b", "LR=2E+0", "--lr 2E+0"),
+        ("3b", "LR=.5", "--lr .5"),
+        ("3b", "MICRO_BATCH=3", "--micro-batch-size 3"),
+        ("3b", "TP=2", "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 64"),
+        ("3b", "TP=2", "--sequence-parallel  --context-parallel-size 1"),
+        ("3b", "PP=4 CP=2", "--pipeline-model-parallel-size 4 --context-parallel-size 2"),
+        ("3b", "EP=4", "--expert-model-parallel-size 1"),  # no experts to share
+        ("moe-10b-a1b", "EP=4", "--expert-model-parallel-size 4 --expert-tensor-parallel-size 1"),
+        ("moe-10b-a1b", "EP=2", "--expert-tensor-parallel-size 1"),
+        ("3b", "PRECISION=fp8", "--fp8-format hybrid --fp8-recipe tensorwise"),
+        ("3b", "PRECISION=fp8-blockwise", "--fp8-format e4m3 --fp8-recipe blockwise"),
+        ("3b", "PRECISION=bf16 GPU=b200", "--micro-batch-size 4"),
+    ],
+)
+def test_a_variable_of_a_recipe(name, given, flags):
+    groups = recipes.groups(name, dict(word.split("=") for word in given.split()))
+    found = _values(word for group in groups.values() for word in group)
+    assert _values(flags.split()).items() <= found.items()
+    assert ("--sequence-parallel" in found) == ("TP=2" in given)
+    assert ("--fp8-format" in found) == ("PRECISION=fp8" in given)
+
+
+def test_experts_on_one_rank_share_no_tensors():
+    found = _values(recipes.groups("moe-10b-a1b", {"EP": "1"})["parallel"])
+    assert found["--expert-model-parallel-size"] == "1"
+    assert "--expert-tensor-parallel-size" not in found
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (
+            "SPEED=1",
+            "the recipe's variables: expected GPU, STEPS, TST_STEPS, BAG_SIZE, BATCH_TOKENS, LR, "
+            "SEQ, MICRO_BATCH, PRECISION, TP, PP, CP, EP, got SPEED. Leave it out.",
+        ),
+        ("STEPS=1e4", "STEPS: expected a whole number above 0, got '1e4'. Correct it."),
+        ("STEPS=00", "STEPS: expected a whole number above 0, got '00'. Correct it."),
+        (
+            "STEPS=1000000000000000",
+            "STEPS: expected a whole number above 0, got '1000000000000000'. Correct it.",
+        ),
+        (
+            "TST_STEPS=1,x",
+            "TST_STEPS: expected a whole number, or several as 8,4, got '1,x'. Correct it.",
+        ),
+        (
+            "BAG_SIZE=1000000000000000",
+            "BAG_SIZE: expected a whole number, or several as 8,4, got '1000000000000000'. Correct "
+            "it.",
+        ),
+        (
+            "GPU=a100",
+            "GPU: expected h100 or h200 or b200, got a100. MICRO_BATCH and PRECISION suit it to "
+            "another.",
+        ),
+        (
+            "BATCH_TOKENS=5000",
+            "BATCH_TOKENS: expected a multiple of SEQ=4096, got 5000. Change one of them.",
+        ),
+        (
+            "PRECISION=int8",
+            "PRECISION: expected bf16, fp8, fp8-blockwise or mxfp8, got int8. Choose one of them.",
+        ),
+        (
+            "PRECISION=mxfp8",
+            "PRECISION=mxfp8: expected GPU=b200, got GPU=h100. Hopper has no MXFP8: use "
+            "PRECISION=fp8.",
+        ),
+        ("LR=0", "LR: expected a number above 0, as 2e-4, got '0'. Correct it."),
+        ("LR=1.2.3", "LR: expected a number above 0, as 2e-4, got '1.2.3'. Correct it."),
+        ("LR=1e999", "LR: expected a number above 0, as 2e-4, got '1e999'. Correct it."),
+    ],
+)
+def test_what_is_said_of_a_variable(given, sentence):
+    name, _, value = given.partition("=")
+    with pytest.raises(TSTError) as caught:
+        recipes.groups("3b", {name: value})
+    assert str(caught.value) == sentence
+
+
+def test_a_recipe_as_arrays_of_a_shell():
+    groups = recipes.groups("3b", {"STEPS": "50"})
+    lines = recipes.shell("3b", {"STEPS": "50"}).split("\n")
+    names = ("MODEL", "TRAINING", "TST", "PARALLEL", "PRECISION")
+    assert lines == [
+        *(f"{name}_FLAGS=({' '.join(groups[name.lower()])})" for name in names),
+        "VOCABULARY=128256",
+    ]
+
+
+@pytest.mark.parametrize("value", [recipes.Fit(1, "bf16"), recipes.RECIPES["3b"]])
+def test_a_recipe_is_not_changed(value):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.precision = value.steps = 1
 
 
 # ---- whole answers: every figure, by hand
