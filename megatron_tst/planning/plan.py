@@ -151,7 +151,7 @@ def measure(
     lasts = sum(counts)
     if weights:
         lasts = min(count * sum(weights) / weight for count, weight in zip(counts, weights))
-    datasets = [IndexedDataset(prefix, mmap=True) for prefix in prefixes]
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
     if not lasts:
         refuse("--data-path", "text in the training share", "none", "Raise it in --split.")
     draw, read, size, start = random.Random(0), 0, 0, time.perf_counter()

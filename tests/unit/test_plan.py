@@ -608,6 +608,7 @@ UNTRIED = "s = {}: the paper tried 2 to 16. Nobody has published a larger bag."
             [UNTRIED.format(18), WIDE.format(9)],
         ),
         ("--train-iters 19999", ["19,999 steps: the paper's shortest runs have 20,000."]),
+        ("--train-iters 20001", []),
         (
             "--tst-superpose output",
             [
@@ -1218,6 +1219,13 @@ def test_where_the_cost_is_from():
     # half of the positions a step: half of the paper's hours, 247 for 20,000 steps
     half = planned("--preset", "3b", "--global-batch-size", "256")["cost"]
     assert half["gpu_hours"] == pytest.approx(247 / 2) and half["of_the_paper"]
+
+
+def test_a_cell_of_the_sweep_fits_to_the_token():
+    """Bags of 2 for 500 of 1000 steps, of 65,536 positions each."""
+    for tokens, fits in ((65536 * 1500, True), (65536 * 1500 - 1, False)):
+        cells = planned(*SMALL, "--tokens", str(tokens), "--sweep")["sweep"]["cells"]
+        assert [cell["fits"] for cell in cells if (cell["s"], cell["r"]) == (2, 0.5)] == [fits]
 
 
 def test_the_whole_sweep():

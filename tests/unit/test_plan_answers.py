@@ -383,7 +383,9 @@ def test_never_a_traceback(flags):
         ("--mfu 1", dict(mfu=1.0)),
         ("--mfu 1e-6", dict(mfu=1e-6)),
         ("--tflops 7915.2", dict(tflops=8 * 989.4)),  # four bits: up to eight times bf16's peak
+        ("--gpu b200 --tflops 0.00225", dict(tflops=2250 / 10**6)),
         ("--tflops 0.00099", dict(tflops=0.00099)),
+        ("--recompute-granularity full", dict(recompute_granularity="full")),
         ("--gpus 1_000", dict(gpus=1000)),
         ("--micro-batch-size 1000000000000", dict(micro_batch_size=10**12)),
         ("--vocab-size 1", dict(vocab_size=1, padded_vocab_size=128)),
