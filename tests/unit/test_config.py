@@ -38,6 +38,14 @@ def arguments(**changes):
 
 
 FINE = TSTConfig(bag_size=6, step_ratio=0.3)
+LAYOUT = dict(
+    micro_batch_size=2,
+    global_batch_size=16,
+    world_size=16,
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    context_parallel_size=2,
+)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +224,11 @@ def test_sequences_of_nothing():
     ):
         check_arguments(FINE, arguments(seq_length=0))
     check_arguments(FINE, arguments(seq_length=1))
-    refusals.check_sequence_length(FINE, argparse.Namespace())  # before Megatron asks for one
-    refusals.check_sequence_length(FINE, argparse.Namespace(seq_length=None))
-    refusals.check_sequence_length(TSTConfig(6), argparse.Namespace(seq_length=0))
+    none, nothing = arguments(**LAYOUT, seq_length=None), arguments(**LAYOUT, seq_length=0)
+    refusals.check_sizes(FINE, none)  # before Megatron asks for one
+    refusals.check_sizes(TSTConfig(6), nothing)
+    with pytest.raises(TSTError, match="--seq-length: expected at least 1 position, got 0"):
+        refusals.check_sizes(FINE, nothing)
 
 
 def test_runs_of_no_iteration_and_of_few():
@@ -647,16 +657,6 @@ def test_the_gpu_is_asked_for_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert refusals.this_gpu() == ((9, 0), "13.0")
-
-
-LAYOUT = dict(
-    micro_batch_size=2,
-    global_batch_size=16,
-    world_size=16,
-    tensor_model_parallel_size=2,
-    pipeline_model_parallel_size=2,
-    context_parallel_size=2,
-)
 
 
 @pytest.mark.parametrize(

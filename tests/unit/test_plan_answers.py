@@ -879,7 +879,7 @@ def test_what_training_would_say_of_the_text(tmp_path, monkeypatch):
     assert found["warnings"] == [
         "training refuses this run: --tst-max-epochs: expected no corpus to be read more than 4 "
         f"times, got what {one} is read 10.00 times (10,240,000 tokens of 1,024,000). Give more "
-        "text, lower --tst-bag-size or the iterations, or allow it with --tst-max-epochs 11."
+        "text, lower --tst-bag-size or the iterations, or allow it with --tst-max-epochs 10."
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the process that asks, not of the plan
