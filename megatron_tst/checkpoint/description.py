@@ -9,7 +9,6 @@ that is opened.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import PurePath
 
 import numpy as np
@@ -78,18 +77,17 @@ def _check_tensor(name, entry):
     covered = sum(math.prod(shape) for _, shape in boxes)
     if covered != math.prod(size):
         raise ValueError(f"{name}: shards of {covered} elements for {math.prod(size)}")
-    if len(boxes) > 1 and _overlap(boxes):
+    if _overlap(boxes, range(len(size))):
         raise ValueError(f"{name}: shards that overlap")
 
 
-def _overlap(boxes) -> bool:
+def _overlap(boxes, dimensions) -> bool:
     """Whether two of the boxes (place, shape) share a cell of the grid that their edges make."""
-    dimensions = range(len(boxes[0][0]))
     edges = [sorted({e for o, n in boxes for e in (o[d], o[d] + n[d])}) for d in dimensions]
     if math.prod(map(len, edges)) > _MOST_CELLS:  # no real cut: the number of elements must do
         return False
     at = [{edge: i for i, edge in enumerate(row)} for row in edges]
-    cells = np.zeros([max(1, len(row) - 1) for row in edges], dtype=bool)
+    cells = np.zeros([len(row) for row in edges], dtype=bool)
     for place, shape in boxes:
         box = tuple(slice(at[d][place[d]], at[d][place[d] + shape[d]]) for d in dimensions)
         if cells[box].any():
@@ -109,7 +107,8 @@ def _check_places(stored, smallest):
             raise ValueError(f"{length} bytes for the {smallest[key]} of {key[0]}")
         files.setdefault(file, []).append((offset, offset + length, key[0]))
     for file, places in files.items():
-        places.sort()
-        for (_, end, _), (start, _, name) in pairwise([(0, 0, ""), *places]):
+        end = 0
+        for start, stop, name in sorted(places):
             if start != end:
                 raise ValueError(f"{name} at byte {start} of {file}, where byte {end} is the next")
+            end = stop

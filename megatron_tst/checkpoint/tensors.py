@@ -77,6 +77,6 @@ class Tensors:
         return refuse(
             self.checkpoint.path,
             f"layer {layer}'s {' or '.join(names)}",
-            "neither" if len(names) > 1 else "none",
+            "none",
             "The model is of another kind than its arguments say.",
         )

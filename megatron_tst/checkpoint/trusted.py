@@ -80,16 +80,14 @@ def check_archive(file: BinaryIO) -> None:
         entries = archive.infolist()
         bad = archive.testzip()
         file.seek(0)
-        reader = torch._C.PyTorchFileReader(file)
-        for record in reader.get_all_records():
-            reader.get_record_offset(record)
+        torch._C.PyTorchFileReader(file).get_all_records()
     except Exception as error:  # a damaged archive fails in many ways
         text = str(error).strip().partition("\n")[0]
         raise ValueError(f"damage ({type(error).__name__}: {text})") from error
     # torch takes such a record for a folder, and leaves the memory for its values as it was
     if any(entry.external_attr & _FOLDER for entry in entries):
         raise ValueError("damage (a record that is marked as a folder)")
-    if bad and all(entry.CRC == 0 for entry in entries):
+    if bad and not any(entry.CRC for entry in entries):
         raise ValueError("none of its checksums (torch.serialization.set_crc32_options)")
     if bad:
         raise ValueError(f"damage ({bad})")

@@ -43,6 +43,7 @@ def differences(
     found = dict.fromkeys(ours - others, f"only in {one.path}")
     found |= dict.fromkeys(others - ours, f"only in {other.path}")
     theirs: dict[str, list] = {}
+    apart: dict[str, list[float]] = {}
     for item in other.items:
         theirs.setdefault(item.name, []).append(item)
     mine = [item for item in one.items if item.name in ours & others]
@@ -52,22 +53,16 @@ def differences(
         if (a.size, a.properties.dtype) != (b.size, b.properties.dtype):
             kinds = [f"{x.properties.dtype} {list(x.size)}" for x in (a, b)]
             found[item.name] = " and ".join(kinds)
-        elif item.name not in found:
-            largest, covered = _compare(one, item, other, theirs[item.name])
-            if largest is not None:
-                found[item.name] = f"differs by up to {largest:.3g}"
-            elif not covered:
-                found[item.name] = f"not whole in {other.path}"
+        else:
+            apart.setdefault(item.name, []).extend(_apart(one, item, other, theirs[item.name]))
         progress(done := done + item.length, total)
+    found |= {name: f"differs by up to {max(by):.3g}" for name, by in apart.items() if by}
     return dict(sorted(found.items()))
 
 
-def _compare(one, item, other, candidates):
-    """-> largest difference where the shard of `one` meets shards of `other` (None: equal), and
-    whether they cover it.
-    """
+def _apart(one, item, other, candidates):
+    """The largest difference to each shard of `other` that the shard of `one` is unlike."""
     shard, start = one.tensor(item), item.index.offset
-    largest, covered = None, 0
     for candidate in candidates:
         box = []
         place, sizes = candidate.index.offset, _shape(other, candidate)
@@ -78,13 +73,11 @@ def _compare(one, item, other, candidates):
             continue
         mine = shard[tuple(cut for cut, _ in box)]
         theirs = other.tensor(candidate)[tuple(cut for _, cut in box)]
-        covered += mine.numel()
         if not torch.equal(_bits(mine), _bits(theirs)):
             a, b = mine.double(), theirs.double()
-            apart = (a - b).abs().nan_to_num(nan=math.inf)
-            apart[(a == b) | (a.isnan() & b.isnan())] = 0.0
-            largest = max(largest or 0.0, apart.max().item())
-    return largest, covered == shard.numel()
+            difference = (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+            difference[(a == b) | (a.isnan() & b.isnan())] = 0.0
+            yield difference.max().item()
 
 
 def _bits(tensor):

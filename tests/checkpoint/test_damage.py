@@ -12,6 +12,7 @@ import shutil
 import types
 import warnings
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -330,6 +331,26 @@ DESCRIPTIONS = {
         described("table", chunks=at(((0, 0), (8,)))),
         r"table: a shard \[8\] at \[0, 0\] of \[8, 3\]",
     ),
+    "a place of fewer dimensions": (
+        described("table", chunks=at(((0,), (8, 3)))),
+        r"table: a shard \[8, 3\] at \[0\] of \[8, 3\]",
+    ),
+    "a shard of fewer dimensions": (
+        described("table", chunks=at(((0,), (8,)))),
+        r"table: a shard \[8\] at \[0\] of \[8, 3\]",
+    ),
+    "a shard of more dimensions": (
+        described("table", chunks=at(((0, 0, 0), (8, 3, 1)))),
+        r"table: a shard \[8, 3, 1\] at \[0, 0, 0\] of \[8, 3\]",
+    ),
+    "a shape below zero by one": (
+        described("table", chunks=at(((8, 0), (-1, 3)))),
+        r"table: a shard \[-1, 3\] at \[8, 0\] of \[8, 3\]",
+    ),
+    "more than the whole": (
+        described("table", chunks=at(((0, 0), (8, 3)), ((4, 0), (4, 3)))),
+        "table: shards of 36 elements for 24",
+    ),
     "a tensor of no kind": (
         lambda metadata: metadata.state_dict_metadata.update(norm="x"),
         "norm as a str",
@@ -339,7 +360,15 @@ DESCRIPTIONS = {
         "7 as a tensor's name",
     ),
     "a missing file": (stored("norm", relative_path="norm", offset=0), "where byte"),
-    "no description": (lambda metadata: vars(metadata).pop("storage_data"), "AttributeError|table"),
+    "no table of items": (
+        lambda metadata: vars(metadata).update(storage_data=None),
+        "got no table of tensors and items",
+    ),
+    "no table of tensors": (
+        lambda metadata: vars(metadata).update(state_dict_metadata=None),
+        "got no table of tensors and items",
+    ),
+    "no description": (lambda metadata: vars(metadata).clear(), "got AttributeError|got no table"),
 }
 
 
@@ -393,13 +422,64 @@ def test_shards_that_share_an_element():
 
 
 def test_a_cut_that_is_too_fine_to_be_held_against_itself(small, monkeypatch):
-    """Then the number of elements must do: here 2 x 3 edges, where 5 are the most."""
-    change = described("table", chunks=at(((0, 0), (4, 3)), ((4, 0), (4, 3))))
+    """Then the number of elements must do: here rows 0, 2, 4, 6 and columns 0, 3 are edges."""
     metadata = load_metadata((small / ".metadata").read_bytes())
-    change(metadata)
+    storage = metadata.storage_data
+    for index in [index for index in storage if index.fqn == "table"]:
+        if index.offset[0]:
+            moved = dataclasses.replace(index, offset=torch.Size((2, 0)))
+            storage[moved] = storage.pop(index)
+    described("table", chunks=at(((0, 0), (4, 3)), ((2, 0), (4, 3))))(metadata)
+    for most in (description._MOST_CELLS, 9, 8):
+        monkeypatch.setattr(description, "_MOST_CELLS", most)
+        with pytest.raises(ValueError, match="^table: shards that overlap$"):
+            check_description(metadata)
+    monkeypatch.setattr(description, "_MOST_CELLS", 7)
     check_description(metadata)
-    monkeypatch.setattr(description, "_MOST_CELLS", 5)
-    check_description(metadata)
+
+
+@pytest.mark.parametrize("size", [(), (0,), (4, 0), (3,), (2, 3)])
+@pytest.mark.parametrize("shards", [0, 1])
+def test_a_tensor_in_one_shard_or_none(size, shards):
+    """Without an element it needs no shard; one of no dimension has one element."""
+    metadata = dcp.metadata
+    entry = metadata.TensorStorageMetadata(
+        metadata.TensorProperties(dtype=torch.uint8),
+        torch.Size(size),
+        at(((0,) * len(size), size))[:shards],
+    )
+    index = metadata.MetadataIndex("it", torch.Size((0,) * len(size)))
+    items = {index: _StorageInfo("file", 0, 400)} if shards else {}
+    whole, elements = metadata.Metadata({"it": entry}, storage_data=items), np.prod(size, dtype=int)
+    if shards or not elements:
+        check_description(whole)
+    else:
+        with pytest.raises(ValueError, match=f"^it: shards of 0 elements for {elements}$"):
+            check_description(whole)
+
+
+def test_what_is_stored_but_not_described():
+    metadata, info = dcp.metadata, _StorageInfo("file", 0, 8)
+    it = metadata.MetadataIndex("x")
+    part = metadata.MetadataIndex("x", torch.Size((2, 0)))
+    for items, first in (
+        ([it], "x"),
+        ([part], r"x at \[2, 0\]"),
+        ([it, part], r"x at \[2, 0\]"),
+    ):
+        whole = metadata.Metadata({}, storage_data=dict.fromkeys(items, info))
+        with pytest.raises(ValueError, match=f"^{first} is stored but not described$"):
+            check_description(whole)
+
+
+def test_a_description_of_another_type():
+    for other, kind in (
+        ({}, "dict"),
+        (None, "NoneType"),
+        (dcp.metadata.MetadataIndex("x"), "Meta"),
+    ):
+        with pytest.raises(ValueError, match=f"^a {kind}.* in place of a description$"):
+            check_description(other)
 
 
 def test_bytes_that_no_item_names(small):
@@ -446,17 +526,45 @@ def test_a_description_that_the_items_contradict(small, tmp_path):
 
 def test_a_number_that_would_take_the_memory():
     """The C unpickler makes room for as many objects as the number of one says."""
-    with pytest.raises(pickle.UnpicklingError, match="numbered 2000000000"):
-        load_metadata(b"\x80\x02]r" + (2_000_000_000).to_bytes(4, "little") + b".")
+
+    def numbered(number):
+        return b"\x80\x02]r" + number.to_bytes(4, "little") + b"."
+
+    assert len(numbered(0)) == 9
+    for number in (0, 3, 8, 9):  # no pickle has more objects than bytes
+        assert load_metadata(numbered(number)) == []
+    for number in (10, 2_000_000_000):
+        with pytest.raises(pickle.UnpicklingError, match=f"^an object that is numbered {number}$"):
+            load_metadata(numbered(number))
 
 
-@pytest.mark.parametrize("name", ["filesystem.FileSystemWriter", "filesystem.os", "metadata.os"])
+DCP = "torch.distributed.checkpoint."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{DCP}filesystem.FileSystemWriter",
+        f"{DCP}filesystem.os",
+        f"{DCP}metadata.os",
+        "builtins.eval",
+        "torch.load",
+        "torch.Tensor",
+        # names that another module has
+        "builtins.Metadata",
+        "types.Metadata",
+        "builtins.float32",
+        "types.float32",
+        "pathlib.Size",
+    ],
+)
 def test_names_that_have_no_place_in_a_description(name):
-    module, name = f"torch.distributed.checkpoint.{name}".rsplit(".", 1)
+    module, name = name.rsplit(".", 1)
     pickled = b"\x80\x04\x8c" + bytes([len(module)]) + module.encode()
     pickled += b"\x8c" + bytes([len(name)]) + name.encode() + b"\x93."
-    with pytest.raises(pickle.UnpicklingError, match="has no place"):
+    with pytest.raises(pickle.UnpicklingError) as refused:
         load_metadata(pickled)
+    assert str(refused.value) == f"{module}.{name} has no place in a checkpoint's metadata"
 
 
 def test_names_stand_twice_in_what_is_written(small):
@@ -491,6 +599,64 @@ def test_a_record_that_is_marked_as_a_folder(small):
     checkpoint = Checkpoint(small)
     with pytest.raises(TSTError, match="a record that is marked as a folder"):
         checkpoint.check(checkpoint.items[0])
+
+
+def written_anew(change):
+    """An archive of torch.save, its records written anew by another program.
+
+    Args:
+        change: name and content of a record -> those to write.
+    """
+    saved, new = io.BytesIO(), io.BytesIO()
+    torch.save(torch.arange(12.0), saved)
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(new, "w") as target:
+        for name in source.namelist():
+            target.writestr(*change(name, source.read(name)))
+    return new
+
+
+def test_a_record_in_another_folder():
+    """torch's reader would not find it, though its checksum is right."""
+    same = written_anew(lambda name, content: (name, content))
+    check_archive(same)
+    assert same.tell() == 0 and torch.equal(torch.load(same), torch.arange(12.0))
+    other = written_anew(lambda name, content: (name.replace("archive/data/", "o/data/"), content))
+    with pytest.raises(ValueError, match=r"^damage \(RuntimeError: .* not in a subdirectory.*\)$"):
+        check_archive(other)
+
+
+def test_a_record_that_is_marked_as_read_only():
+    """The other attributes of MS-DOS say nothing to torch."""
+    file = io.BytesIO()
+    torch.save(torch.arange(12.0), file)
+    content = bytearray(file.getvalue())
+    for bit in (0, 1, 2, 5):  # read only, hidden, of the system, to be archived
+        content[content.index(b"PK\x01\x02") + 38] |= 1 << bit
+    file = io.BytesIO(content)
+    check_archive(file)
+    assert torch.equal(torch.load(file), torch.arange(12.0))
+
+
+def test_a_tensor_of_a_gpu_is_read_on_the_cpu():
+    def of_a_gpu(name, content):
+        was, now = (bytes([len(word)]) + b"\0\0\0" + word for word in (b"cpu", b"cuda:7"))
+        assert name != "archive/data.pkl" or was in content
+        return name, content.replace(was, now)
+
+    found = load_trusted(written_anew(of_a_gpu), "a name")
+    assert found.device.type == "cpu" and torch.equal(found, torch.arange(12.0))
+
+
+def test_torch_unpickles_nothing_else_either(monkeypatch):
+    """Where its list of what a file names were not complete, and whatever the environment says."""
+    file = io.BytesIO()
+    torch.save([Fraction(1, 2)], file)
+    file.seek(0)
+    listing = "get_unsafe_globals_in_checkpoint"
+    monkeypatch.setattr(torch.serialization, listing, lambda file: [])
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(pickle.UnpicklingError, match="fractions.Fraction"):
+        load_trusted(file, "a name")
 
 
 @pytest.mark.parametrize(

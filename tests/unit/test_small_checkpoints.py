@@ -14,7 +14,10 @@ import shutil
 import signal
 import sys
 import types
+import uuid
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-from megatron_tst.checkpoint import format, rewrite, write
+from megatron_tst.checkpoint import description, format, rewrite, trusted, write
 from megatron_tst.checkpoint.boundary import convert, load_flags
 from megatron_tst.checkpoint.format import (
     TRACKER,
@@ -105,7 +108,7 @@ def test_new_values_reach_every_copy_and_every_shard(tmp_path, shards):
     for name in ("decoder.weight", MASTER + "decoder.weight", AVERAGE + "decoder.weight"):
         assert torch.equal(whole(new, name), whole(source, name))
     uncut = of_a_bf16_run(tmp_path / "uncut")
-    convert(uncut, tmp_path / "other", reinit=("head", "embedding"))
+    convert(uncut, tmp_path / "other", reinit=("head", "embedding"), seed=0)
     assert differences(Checkpoint(tmp_path / "other"), new) == {}
     convert(source, tmp_path / "seeded", reinit=("head", "embedding"), seed=1)
     assert HEAD in differences(Checkpoint(tmp_path / "seeded"), new)
@@ -200,6 +203,89 @@ def test_verify_leaves_the_optimizer_out_where_it_is_told(tmp_path):
     assert [*differences(one, other)] == [AVERAGE + "a"]
     assert differences(one, other, optimizer=False) == {}
     assert differences(one, written(tmp_path / "third", {"a": value}), optimizer=False) == {}
+
+
+def of_shards(folder, size, *shards):
+    """A checkpoint of one tensor, "a", of these shards: (place, values)."""
+    iteration = folder / "iter_0000002"
+    iteration.mkdir(parents=True)
+    items = [("a", size, place, shard.clone()) for place, shard in shards]
+    write_checkpoint(iteration, items, argparse.Namespace(), lambda done: None)
+    return Checkpoint(iteration)
+
+
+def test_verify_of_shards_of_other_sizes(tmp_path):
+    """Rows in an uneven cut against columns in one, which no two shards have in common."""
+
+    def cut(name, value, *boxes):
+        shards = [((a, c), value[a:b, c:d]) for a, b, c, d in boxes]
+        return of_shards(tmp_path / name, value.shape, *shards)
+
+    by_rows = [(5, 6, 0, 40), (6, 24, 0, 40), (0, 5, 0, 40)]
+    by_columns = [(0, 24, 9, 40), (0, 24, 0, 7), (0, 24, 7, 9)]
+    one, same = cut("one", rows(), *by_rows), cut("same", rows(), *by_columns)
+    assert differences(one, same) == differences(same, one) == {}
+    for row, column in ((0, 0), (4, 6), (5, 7), (6, 8), (23, 39)):
+        value = rows()
+        value[row, column] -= 0.5
+        other = cut(f"{row} {column}", value, *by_columns)
+        for pair in ((one, other), (other, one)):
+            assert differences(*pair) == {"a": "differs by up to 0.5"}, (row, column)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "one, other, apart",
+    [
+        ([0.0, 1.0], [0.0, -1.0], "2"),
+        ([1.5, 1.0], [1.0, 1.25], "0.5"),
+        ([1.25, 1.0], [1.0, 1.5], "0.5"),
+        ([2000.0, 1.0], [765.5, 1.0], "1.23e+03"),
+        ([NAN, 1.0], [1.0, 1.0], "inf"),
+        ([INF, 1.0], [-INF, 1.0], "inf"),
+        ([INF, 1.0], [1.0, 1.0], "inf"),
+        ([NAN, 1.0], [NAN, 1.5], "0.5"),
+        ([INF, 1.0], [INF, 1.5], "0.5"),
+        ([0.0, 1.0], [-0.0, 1.0], "0"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_verify_says_how_far_apart(tmp_path, one, other, apart, size):
+    """In one shard and in two."""
+    pair = []
+    for name, values in (("one", one), ("other", other)):
+        shards = zip([(0,), (1,)], torch.tensor(values).split(size))
+        pair.append(of_shards(tmp_path / name, (2,), *shards))
+    assert differences(*pair) == {"a": f"differs by up to {apart}"}
+    assert differences(*pair[::-1]) == {"a": f"differs by up to {apart}"}
+
+
+def test_verify_says_how_far_it_is(tmp_path):
+    """In bytes of the tensors that both have."""
+    one = written(tmp_path / "one", {"b": rows(), "a": rows(), "c": rows()}, shards=2)
+    other = written(tmp_path / "other", {"a": rows(), "b": rows() + 1, "d": rows()})
+    told = []
+    differences(one=one, other=other, progress=lambda *now: told.append(now))
+    lengths = [item.length for item in one.items if item.name in "ab"]
+    assert told == [(sum(lengths[: i + 1]), sum(lengths)) for i in range(4)]
+
+
+def test_shards_with_a_hole(tmp_path, monkeypatch):
+    """Where a description's shards are too many to be held against each other: rows 2 and 3 are in
+    both, 6 and 7 in none.
+    """
+    value = torch.arange(24.0).view(8, 3)
+    monkeypatch.setattr(description, "_MOST_CELLS", 0)
+    cut = of_shards(tmp_path / "cut", (8, 3), ((0, 0), value[:4]), ((2, 0), value[2:6]))
+    found = Tensors(cut)
+    for row, elements in ((3, 6), (7, 0)):
+        assert said(lambda: found.read("a", row)) == (
+            f"{cut.path}: expected shards that cover a, got {elements} of 3 elements. "
+            "Copy it again."
+        )
+    assert torch.equal(found.read("a", 5), value[5])
 
 
 # --- what `inspect` says, what a conversion leaves out, resets, renames and refuses
@@ -299,6 +385,9 @@ def test_everything_that_inspect_shows(tmp_path):
     assert [about[name] for name in nothing] == [None] * 3
     assert (about["consumed samples"], about["raw tokens"]) == (3, 0)
     assert about["tst settings"] == about["layout when saved"] == {}
+    new = with_common(source, tmp_path / "start", args={"tst_plan": None})
+    about = describe(new)  # Megatron counts samples from the first iteration on
+    assert (about["consumed samples"], about["raw tokens"]) == (0, 0)
 
 
 def test_phases_in_arguments():
@@ -363,7 +452,7 @@ def test_without_the_optimizer(tmp_path):
     target = tmp_path / "new"
     start = ["--load", str(target), "--ckpt-format", "torch_dist"]
     lax = ["--dist-ckpt-strictness", "log_all"]
-    assert load_flags(target) == load_flags(target, layer_spec="local") == start
+    assert load_flags(target=target) == load_flags(target, layer_spec="local") == start
     assert load_flags(target, drop_optimizer=True) == [*start, "--no-load-optim"]
     assert load_flags(target, drop_fp8_state=True) == [*start, *lax]
     assert load_flags(target, layer_spec="transformer_engine") == [*start, *lax]
@@ -459,7 +548,16 @@ def test_conversions_that_are_refused(tmp_path, options, message):
     assert differences(source, Checkpoint(tmp_path / "fine"), optimizer=False).keys() == {EMBEDDING}
 
 
-@pytest.mark.parametrize("new", [torch.float64, (WIDTH, ROWS)])
+def test_the_first_table_that_is_not_there_is_named(tmp_path):
+    source = written(tmp_path / "source", {"a": rows()})
+    for reinit, name in ((("head", "embedding"), HEAD), (("embedding", "head"), EMBEDDING)):
+        assert said(lambda: convert(source, tmp_path / "new", reinit=reinit)) == (
+            f"--reinit {reinit[0]}: expected a tensor {name}, got none. "
+            "A tied head is the embedding: name that alone."
+        )
+
+
+@pytest.mark.parametrize("new", [torch.float64, (WIDTH, ROWS), (ROWS // 2, 2 * WIDTH)])
 def test_an_edited_shard_is_of_the_same_kind(tmp_path, new):
     source = written(tmp_path / "source", {"a": rows()})
 
@@ -477,11 +575,58 @@ def test_flattened_tensors_keep_their_descriptions(tmp_path):
     """Megatron's own table of them follows names and what is left out."""
     source = of_a_whole_run(tmp_path)
     source.metadata.mcore_data = {NORM: "shape of it", AVERAGE + NORM: "too", HEAD: "the head's"}
+    source.metadata.planner_data = {"of": "the run that saved it"}
     options = {"drop_optimizer": True, "layer_spec": "transformer_engine"}
     new = Checkpoint(convert(source, tmp_path / "new", **options))
     name = "decoder.layers.pre_mlp_layernorm.weight"
     assert new.metadata.mcore_data == {name: "shape of it", HEAD: "the head's"}
     assert new.metadata.planner_data is None
+
+
+def test_a_copy_of_several_files(tmp_path):
+    """Each item stays in the file that it was in, wherever the description begins."""
+    source = written(tmp_path / "source", {"a": rows(), "b": rows(seed=1), "c": rows(seed=2)})
+    first, second = source.path / "__0_0.distcp", source.path / "__1_0.distcp"
+    (start,) = (item.offset for item in source.items if item.name == "c")
+    second.write_bytes(first.read_bytes()[start:])
+    os.truncate(first, start)
+    storage = {}
+    for index, info in reversed(source.metadata.storage_data.items()):
+        if info.offset >= start:
+            info = dataclasses.replace(info, relative_path=second.name, offset=info.offset - start)
+        storage[index] = info
+    source.metadata.storage_data = storage
+    (source.path / ".metadata").write_bytes(pickle.dumps(source.metadata))
+    source = Checkpoint(source.path)
+    assert source.items[0] is source.common_item and source.items[0].offset > 0
+    rewrite.rewrite(source, tmp_path / "new", rewrite.Changes(common=source.common))
+    new = Checkpoint(tmp_path / "new")
+    files = {"a": first.name, "b": first.name, "c": second.name}
+    files["common_state/shard_0_1"] = "__common_0.distcp"
+    assert {item.name: item.file for item in new.items} == files
+    assert differences(source, new) == {} and new.common == source.common
+
+
+def test_a_released_checkpoint_stays_one(tmp_path):
+    """What Megatron's own converters write has a name in place of an iteration."""
+    source = written(tmp_path / "source", {"a": rows()})
+    source = Checkpoint(source.path.rename(tmp_path / "source" / "release"))
+    assert convert(source, tmp_path / "new") == tmp_path / "new" / "release"
+    assert (tmp_path / "new" / TRACKER).read_text() == "release"
+    assert differences(source, Checkpoint(tmp_path / "new")) == {}
+
+
+def test_every_checksum_of_what_is_read_back(small):
+    found = Checkpoint(small)
+    sums = {item.index: zlib.crc32(found.read(item)) for item in found.items}
+    rewrite.read_back(small, sums)
+    for item in found.items:
+        for change in (-1, 1):
+            other = sums | {item.index: sums[item.index] + change}
+            assert said(lambda: rewrite.read_back(small, other)) == (
+                f"{small}/__0_0.distcp: expected {item.name} as it was written, got other bytes. "
+                "The disk is faulty."
+            )
 
 
 # --- tensors out of shards
@@ -522,7 +667,7 @@ def test_tensors_in_any_cut(tmp_path):
         (lambda: found.of_layer(1, "x"), f"{folder}: expected layer 1's x, got none. {kind}"),
         (
             lambda: found.of_layer(1, "x", "y"),
-            f"{folder}: expected layer 1's x or y, got neither. {kind}",
+            f"{folder}: expected layer 1's x or y, got none. {kind}",
         ),
         (
             lambda: found.read("decoder.layers.w", 4),
@@ -938,6 +1083,7 @@ def test_types_that_arguments_may_hold(tmp_path):
     for value, full in (
         (fractions.Fraction(1, 2), "fractions.Fraction"),
         (http.HTTPStatus.OK, "http.HTTPStatus"),
+        (uuid.SafeUUID.safe, "uuid.SafeUUID"),
         (Schedule((1,), (1,), 1, 1), "megatron_tst.schedule.Schedule"),
         (TransformerConfig, "megatron.core.transformer.transformer_config.TransformerConfig"),
         (parallel_state.is_initialized, "megatron.core.parallel_state.is_initialized"),
@@ -948,15 +1094,33 @@ def test_types_that_arguments_may_hold(tmp_path):
         )
         with open(tmp_path / "other.pt", "rb") as file:
             assert said(lambda: load_trusted(file, "a name")).startswith(f"a name: {kinds}")
-    for text, got in ((b"text", "damage "), (b"", "damage ")):
+    for text in (b"text", b""):
         (tmp_path / "text.pt").write_bytes(text)
-        assert f"text.pt: expected a readable torch.save, got {got}" in said(
-            lambda: load_trusted(tmp_path / "text.pt")
-        )
+        for file in (tmp_path / "text.pt", io.BytesIO(text)):
+            assert said(lambda: load_trusted(file, "a name")) == (
+                "a name: expected a readable torch.save, got damage (BadZipFile: File is not a zip "
+                "file). The checkpoint is damaged."
+            )
     assert said(lambda: load_trusted(tmp_path / "none.pt")) == (
         f"{tmp_path}/none.pt: expected a readable torch.save, got FileNotFoundError: [Errno 2] No "
         f"such file or directory: '{tmp_path}/none.pt'. The checkpoint is damaged."
     )
+
+
+def test_warnings_of_a_type_s_module_are_not_the_user_s(tmp_path, monkeypatch):
+    """Megatron warns of libraries that only a training run needs."""
+    from megatron.core.transformer.enums import AttnBackend
+
+    load = trusted.importlib.import_module
+
+    def loud(name):
+        warnings.warn(f"{name} without a GPU's libraries", stacklevel=1)
+        return load(name)
+
+    torch.save([AttnBackend.flash], tmp_path / "file.pt")
+    monkeypatch.setattr(trusted, "importlib", types.SimpleNamespace(import_module=loud))
+    with warnings.catch_warnings(action="error"):
+        assert load_trusted(tmp_path / "file.pt") == [AttnBackend.flash]
 
 
 def test_a_type_of_another_megatron(tmp_path):
