@@ -166,8 +166,10 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
         weight_NS = _normalised_weight(labels, weights) * owned_NS
         off_NS = torch.where(shared_NSS, weight_NS[:, None, :], 0.0).sum(2)
     scale_N = torch.where(carries_loss(labels, weights), upstream, 0.0)
+    fp32 = logits.dtype == torch.float32  # then it is made where it goes
     for chunk in row_chunks(logits):
-        p = logits[chunk].to(torch.float32, copy=True).sub_(peak_N[chunk, None])
+        z = logits[chunk].float()
+        p = torch.sub(z, peak_N[chunk, None], out=out_NV[chunk] if fp32 else z)
         index = index_NS[chunk]
         if alt:
             log_p = p.gather(1, index) + log_weight_NS[chunk]
@@ -176,7 +178,9 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
             off = off_NS[chunk]
         p.exp_().div_(sum_exp_N[chunk, None])
         p.scatter_(1, index, p.gather(1, index) - off)
-        out_NV[chunk] = p.mul_(scale_N[chunk, None])
+        p.mul_(scale_N[chunk, None])
+        if not fp32:
+            out_NV[chunk] = p
     return out_NV
 
 
