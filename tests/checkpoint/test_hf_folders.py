@@ -588,6 +588,20 @@ TOKENIZERS = {  # name: (makes it, largest id + 1, end of text)
         8,
         7,
     ),
+    "tokenizer.json before added_tokens.json": (
+        lambda f: at(words(f, eos_token="w2"), added_tokens__json={"w2": 7, "x": 6}),
+        7,
+        2,
+    ),
+    "sentencepiece before a slow vocabulary": (
+        lambda f: at(
+            f,
+            tokenizer__model=protobuf("<unk>", "</s>"),
+            vocab__json={"a": 0, "</s>": 4},
+        ),
+        2,
+        1,
+    ),
     "a chat template's file": (
         lambda f: at(words(f, eos_token="w0"), chat_template__jinja="{{ bos_token }}"),
         6,

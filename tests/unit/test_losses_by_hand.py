@@ -9,9 +9,10 @@ import torch
 from support.close import close
 from support.losses import IGNORE, grad_of
 
+from megatron_tst import extension
 from megatron_tst.ops import reference, torch_kernel
 from megatron_tst.ops.ablations import BagAblation
-from megatron_tst.ops.loss import multi_hot_cross_entropy, of_all_ranks
+from megatron_tst.ops.loss import KERNELS, multi_hot_cross_entropy, of_all_ranks
 from megatron_tst.ops.names import ABLATIONS, LOSSES
 
 pytestmark = pytest.mark.numeric
@@ -177,37 +178,53 @@ def four_rows_a_chunk(monkeypatch):
     monkeypatch.setitem(torch_kernel.TORCH_KERNEL, "cpu", 4 * COLUMNS * 4)
 
 
+@pytest.fixture(params=KERNELS)
+def step(request):
+    """-> a kernel's function, by its name"""
+    if request.param == "extension" and not extension.load().loaded:
+        pytest.skip("NOT RUN: the extension is not built")
+    return KERNELS[request.param]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_torch_kernel_on_shards(four_rows_a_chunk, loss, dtype):
+def test_a_kernel_on_shards(four_rows_a_chunk, step, loss, dtype):
     want, want_grad = by_hand(loss)
     alt, rest = loss == "mce-alt", (LABELS, WEIGHTS)
     parts = LOGITS.to(dtype).chunk(RANKS, 1)
-    local = [
-        torch_kernel.statistics(z, *rest, rank * COLUMNS, V, alt) for rank, z in enumerate(parts)
-    ]
-    got, saved = torch_kernel.loss(torch.stack(local), *rest, alt)
+    local = [step("statistics")(z, *rest, rank * COLUMNS, V, alt) for rank, z in enumerate(parts)]
+    got, saved = step("loss")(torch.stack(local), *rest, alt)
     close(got, want, 1e-6)
     for rank, z in enumerate(parts):
         untouched = z.clone()
         rest_of_call = *rest, saved, UPSTREAM, rank * COLUMNS, alt
-        grad = torch_kernel.gradient(z, *rest_of_call)
+        grad = step("gradient")(z, *rest_of_call)
         assert torch.equal(z, untouched) and grad.dtype == dtype
         part = want_grad[:, rank * COLUMNS : (rank + 1) * COLUMNS]
         close(grad, part, 1e-6, terms=UPSTREAM.abs()[:, None], rounded=dtype)
-        torch_kernel.gradient_(untouched, *rest_of_call)
+        step("gradient_")(untouched, *rest_of_call)
         assert torch.equal(untouched, grad)
 
 
-def test_the_largest_logit_beside_a_rank_of_padding():
+def test_the_largest_logit_beside_a_rank_of_padding(step):
     """They are further apart than fp32 reaches. The token is certain: its loss is 0."""
     labels, weights = torch.tensor([[1]]), torch.ones(1)
     parts = torch.tensor([[0.0, 3e38]]), torch.full((1, 2), -torch.inf)
-    local = [
-        torch_kernel.statistics(z, labels, weights, 2 * r, 4, False) for r, z in enumerate(parts)
-    ]
-    got, _ = torch_kernel.loss(torch.stack(local), labels, weights, False)
+    local = [step("statistics")(z, labels, weights, 2 * r, 4, False) for r, z in enumerate(parts)]
+    got, _ = step("loss")(torch.stack(local), labels, weights, False)
     assert got.tolist() == [0]
+
+
+def test_a_label_of_no_weight_on_padding(step):
+    """Column 2 is -inf. Its label counts for nothing, and the other's loss is log 2."""
+    z, labels = torch.tensor([[1.0, 1.0, -torch.inf]]), torch.tensor([[2, 0]])
+    weights = torch.tensor([0.0, 1.0])
+    got, saved = step("loss")(
+        step("statistics")(z, labels, weights, 0, 3, False)[None], labels, weights, False
+    )
+    grad = step("gradient")(z, labels, weights, saved, torch.ones(1), 0, False)
+    close(got, torch.tensor([math.log(2)]), 1e-6)
+    close(grad, torch.tensor([[-0.5, 0.5, 0.0]]), 1e-6)
 
 
 @pytest.mark.parametrize("loss", ABLATIONS)
