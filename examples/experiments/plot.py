@@ -15,7 +15,6 @@ reference's arms of other lengths need to each arm's loss. The figures are print
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -126,7 +125,7 @@ def summary(losses: dict[str, dict[str, float]], reference: str) -> list[str]:
 
 def _said(values, sign=""):
     mean, lowest, highest, error = spread(values)
-    if math.isnan(error):
+    if error is None:
         return f"{mean:{sign}.4f} (1 seed)"
     return (
         f"{mean:{sign}.4f} standard error {error:.4f} ({lowest:{sign}.4f} to "
@@ -160,15 +159,11 @@ def equal_loss(rows: list[dict], reference: str, axis: str) -> list[str]:
 
 def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, options) -> None:
     """The figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     arms, paired = list(losses), differences(losses, reference)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 1.6 + 0.45 * max(4, len(arms))), layout="constrained"
-    )
+    figure = Figure(figsize=(11, 1.6 + 0.45 * max(4, len(arms))), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for number, arm in enumerate(arms):
         if options.against:
             found = [row for row in rows if row["arm"] == arm]
@@ -225,7 +220,6 @@ def draw(rows: list[dict], losses: dict[str, dict[str, float]], reference: str, 
 
 def _bar(axis, where, values, colour, across=False, **more):
     mean, _, _, error = spread(list(values))
-    error = None if math.isnan(error) else error
     if across:
         axis.errorbar(mean, where, xerr=error, fmt="o", color=colour, capsize=4, **more)
     else:

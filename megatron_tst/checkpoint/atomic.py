@@ -337,12 +337,12 @@ def _written_here(folder):
     if not stat.S_ISDIR(os.lstat(folder).st_mode):
         return False
     about = _marked(folder)
-    end = 0 if about is None else os.lstat(folder / MARK).st_ctime_ns
+    if about is None:
+        return not os.listdir(folder)
+    end = os.lstat(folder / MARK).st_ctime_ns
     for path, found in _everything(folder):
         name = str(path.relative_to(folder))
-        if about is None:
-            known = False
-        elif stat.S_ISDIR(found.st_mode):
+        if stat.S_ISDIR(found.st_mode):
             known = name in about["folders"]
         elif name == MARK:
             known = True

@@ -110,7 +110,7 @@ def _machine() -> str:
         start = Path("/proc/sys/kernel/random/boot_id").read_text()
         container = os.stat("/proc/self/ns/pid").st_ino
     except OSError:  # then each process is taken for one of another machine
-        start, container = str(uuid.uuid4()), 0
+        start = container = uuid.uuid4()
     name = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40]
     return f"{name}.{hashlib.sha256(f'{start} {container}'.encode()).hexdigest()[:8]}"
 

@@ -164,8 +164,8 @@ def _words(path):
         if not os.path.isfile(path):
             got = "a folder" if os.path.isdir(path) else "no such file"
             refuse(f"--data-args-path {path}", "a text file", got, _DO)
-        with open(path, encoding="utf-8") as file:
-            return file.read().split()
+        with open(path, "rb") as file:
+            return file.read().decode().split()
     except OSError as error:
         refuse(f"--data-args-path {path}", "a readable file", error.strerror, _DO)
     except UnicodeDecodeError:

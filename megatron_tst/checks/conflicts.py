@@ -90,8 +90,8 @@ def _others(args):
     one flag.
     """
 
-    def of(name, default=None):
-        return getattr(args, name, default)
+    def of(name):
+        return getattr(args, name, None)
 
     yield "--sft", of("sft"), "plain pre-training data", "packed sequences", _PRE_TRAINING
     fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
@@ -128,5 +128,5 @@ def _others(args):
     yield "label smoothing", smoothing, "0", smoothing, one_label
     quantised = "Quantise or distil after recovery, without the --tst- flags."
     yield "ModelOpt", of("modelopt_enabled"), "off", "on", quantised
-    size = of("gtp_weight_remat_size", 1)
-    yield "--gtp-weight-remat-size", size > 1, "1", size, "Not verified with bags."
+    size = of("gtp_weight_remat_size")
+    yield "--gtp-weight-remat-size", size not in (None, 1), "1", size, "Not verified with bags."

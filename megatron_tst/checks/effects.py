@@ -118,7 +118,7 @@ def check_effects(config: TSTConfig, args: argparse.Namespace) -> None:
                 flag = f"--tst-{name.replace('_', '-')}"
                 refuse(flag, need.expected, need.got(config, args), do)
     lengths = config.iters if config.iters is not None else config.step_ratio
-    if max(config.bag_sizes) > 1 and lengths is not None and not config.enabled:
+    if lengths is not None and not config.enabled:
         flag = "--tst-iters" if config.iters is not None else "--tst-step-ratio"
         do = "No iteration would be superposed: raise it, or drop the --tst- flags."
         refuse(flag, "more than 0", lengths, do)

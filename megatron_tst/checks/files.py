@@ -97,9 +97,8 @@ def _check_index(prefix, index):
             at = int(bad[0])
             expected = f"sequence {start + at + 1} at byte {ends[at]}, where the one before it ends"
             wrong(expected, f"at {following[at]}")
-    if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(lengths):
-        ends = [int(documents[i]) for i in (0, -1)] if len(documents) else "none"
-        wrong(f"documents from sequence 0 to {len(lengths)}", ends)
+    if documents[0] != 0:  # that they end at the last sequence Megatron's reader has looked at
+        wrong("documents from sequence 0", f"from {documents[0]}")
     for start in range(0, len(documents) - 1, _BLOCK):
         block = documents[start : start + _BLOCK + 1]
         if (bad := np.flatnonzero(block[1:] < block[:-1])).size:
@@ -109,7 +108,7 @@ def _check_index(prefix, index):
 
 
 def _check_ids(prefix, index, vocab_size):
-    tokens = np.memmap(f"{prefix}.bin", dtype=index.dtype, mode="r")
+    tokens = np.memmap(f"{prefix}.bin", index.dtype, "r")
     starts, block = np.arange(0, len(tokens), _BLOCK), _BLOCK
     if tokens.nbytes > _WHOLE:
         block = _SAMPLE // index.dtype_size
@@ -137,7 +136,7 @@ def _open_indexed(prefix):
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     try:
-        return IndexedDataset(prefix, mmap=True)
+        return IndexedDataset(prefix)
     except Exception as error:  # a short or foreign file fails in many ways
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise TSTError(

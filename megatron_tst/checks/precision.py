@@ -12,6 +12,7 @@ import argparse
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
 from megatron_tst.hardware import LOW_PRECISION, recipes, why_not
+from megatron_tst.model_size import query_groups
 
 
 def check_precision(
@@ -71,27 +72,28 @@ def tokens_of_a_rank(args: argparse.Namespace) -> int:
     """Positions of one micro-batch that one rank quantises: L / CP, / TP with sequence parallelism,
     x micro-batch size.
     """
-    tp = args.tensor_model_parallel_size if getattr(args, "sequence_parallel", False) else 1
-    return (
-        args.seq_length // (getattr(args, "context_parallel_size", 1) * tp) * args.micro_batch_size
-    )
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return args.seq_length // (args.context_parallel_size * tp) * args.micro_batch_size
 
 
 def _check_shapes(flag, recipe, args):
-    def of(name, default=None):
-        return getattr(args, name, default)
+    def of(name):
+        return getattr(args, name, None)
 
-    tokens, tp = tokens_of_a_rank(args), of("tensor_model_parallel_size", 1)
+    tokens, tp, cp = (
+        tokens_of_a_rank(args),
+        args.tensor_model_parallel_size,
+        args.context_parallel_size,
+    )
     needs = LOW_PRECISION[recipe]
     multiple, flags = needs.tokens, flag
     if recipe == "mxfp8" and of("tp_comm_overlap"):
         multiple, flags = 128, f"{flag} --tp-comm-overlap"
-    elif recipe == "blockwise" and of(
-        "sequence_parallel"
-    ):  # each rank quantises its positions before they are gathered
+    elif recipe == "blockwise" and args.sequence_parallel:
+        # each rank quantises its positions before they are gathered
         multiple, flags = 128, f"{flag} --sequence-parallel"
-    why = f"--seq-length {args.seq_length} / CP {of('context_parallel_size', 1)}"
-    why += f" / TP {tp}" if of("sequence_parallel") else ""
+    why = f"--seq-length {args.seq_length} / CP {cp}"
+    why += f" / TP {tp}" if args.sequence_parallel else ""
     if tokens % multiple:
         do = (
             f"{why} x --micro-batch-size {args.micro_batch_size}, in both phases: change one of "
@@ -112,7 +114,7 @@ def _check_shapes(flag, recipe, args):
                 "Use another recipe or another layout.",
             )
     if recipe == "mxfp8" and (of("fp8_dot_product_attention") or of("fp8_multi_head_attention")):
-        positions = args.seq_length // of("context_parallel_size", 1)
+        positions = args.seq_length // cp
         if positions % 128:
             refuse(
                 f"{flag} in attention: positions of a rank",
@@ -120,35 +122,27 @@ def _check_shapes(flag, recipe, args):
                 positions,
                 "Change --seq-length, or leave attention in bf16.",
             )
-    if of("fp8_output_proj"):
-        size = of("padded_vocab_size", 0) // tp
-        if size % 32:
-            refuse(
-                "--fp8-output-proj: vocabulary / TP",
-                "a multiple of 32",
-                size,
-                "Drop the flag, or change --make-vocab-size-divisible-by.",
-            )
+    # None until Megatron has built the tokenizer; megatron-tst's dry run and plan know it
+    rows = of("padded_vocab_size")
+    if of("fp8_output_proj") and rows and rows // tp % 32:
+        refuse(
+            "--fp8-output-proj: vocabulary / TP",
+            "a multiple of 32",
+            rows // tp,
+            "Drop the flag, or change --make-vocab-size-divisible-by.",
+        )
 
 
 def _widths(args, tp) -> dict[str, int]:
     """Widths of the quantised weights of a rank, by what they follow from."""
-
-    def of(name, default=None):
-        return getattr(args, name, None) or default
-
-    heads, hidden = args.num_attention_heads, args.hidden_size
-    groups = of("num_query_groups", heads) if of("group_query_attention") else heads
-    channels = of("kv_channels", hidden // heads)
+    heads, channels = args.num_attention_heads, args.kv_channels
+    queries_keys_values = heads + 2 * query_groups(args)
     widths = {
-        "--hidden-size": hidden,
-        "queries, keys and values of a rank": (heads + 2 * groups) * channels // tp,
+        "--hidden-size": args.hidden_size,
+        "queries, keys and values of a rank": queries_keys_values * channels // tp,
         "--num-attention-heads x --kv-channels of a rank": heads * channels // tp,
     }
-    if of("num_experts"):
-        widths["--moe-ffn-hidden-size of a rank"] = of(
-            "moe_ffn_hidden_size", args.ffn_hidden_size
-        ) // of("expert_tensor_parallel_size", 1)
-    else:
-        widths["--ffn-hidden-size of a rank"] = args.ffn_hidden_size // tp
-    return widths
+    if args.num_experts:
+        width = args.moe_ffn_hidden_size // args.expert_tensor_parallel_size
+        return widths | {"--moe-ffn-hidden-size of a rank": width}
+    return widths | {"--ffn-hidden-size of a rank": args.ffn_hidden_size // tp}

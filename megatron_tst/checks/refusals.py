@@ -52,8 +52,6 @@ def check_arguments(
     Raises:
         TSTError: with the flag, what was expected, what was got, what to do.
     """
-    if config.bag_size == 1 and config.enabled:  # through the superposed code, in tests alone
-        return
     check_effects(config, args)
     if config.bag_size == 1:
         return
@@ -154,7 +152,7 @@ def _check_sequence_length(config: TSTConfig, args: argparse.Namespace) -> None:
     Raises:
         TSTError: with --seq-length and what it must be a multiple of.
     """
-    length = getattr(args, "seq_length", None)
+    length = args.seq_length
     if not config.enabled or length is None:
         return
     if length < 1:  # Megatron's index builder would divide by it, and kill the process

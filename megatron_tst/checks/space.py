@@ -66,9 +66,9 @@ def check_space(args: argparse.Namespace) -> None:
         return
     kept = kept_checkpoints(args, folder)
     if free < kept * size:
-        wanted, there = sizes(kept * size, free)
+        (one,), (wanted, there) = sizes(size), sizes(kept * size, free)
         warn(
-            f"--save {folder}: {kept} more checkpoints of {sizes(size)[0]} take {wanted}, and "
+            f"--save {folder}: {kept} more checkpoints of {one} take {wanted}, and "
             f"{there} are free. Raise --save-interval, or give --save-retain-interval"
         )
 

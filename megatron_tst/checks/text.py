@@ -15,6 +15,8 @@ left out.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,14 +66,18 @@ class Reading:
     @property
     def said(self) -> str:
         """ "text is read 1.50 times (6,000 tokens of 4,000)" """
+        return self.told(_times(self.times))
+
+    def told(self, times: str) -> str:
+        """`said`, with `times` written as it is given."""
         return (
-            f"{self.corpus.prefix} is read {_times(self.times)} times "
+            f"{self.corpus.prefix} is read {times} times "
             f"({round(self.tokens):,} tokens of {self.corpus.tokens:,})"
         )
 
 
 def count(
-    blend: tuple[Sequence[str], Sequence[float] | None], share: tuple[float, float] = (0.0, 1.0)
+    blend: tuple[Sequence[str], Sequence[float] | None], share: tuple[float, float]
 ) -> list[Corpus] | None:
     """Count the tokens of a training blend, as its index files say.
 
@@ -89,10 +95,10 @@ def count(
         return None
     corpora = []
     for prefix, weight in zip(prefixes, weights or [None] * len(prefixes)):
-        dataset = IndexedDataset(prefix, mmap=True)  # kept: its lengths lie in its mapped file
+        dataset = IndexedDataset(prefix)  # kept: its lengths lie in its mapped file
         lengths = dataset.sequence_lengths
         begin, end = (round(place * float(len(lengths))) for place in share)
-        corpora.append(Corpus(prefix, int(lengths[begin:end].sum(dtype="int64")), weight))
+        corpora.append(Corpus(prefix, int(lengths[begin:end].sum()), weight))
     return corpora
 
 
@@ -156,7 +162,7 @@ def check_text(config: TSTConfig, corpora: Sequence[Corpus], schedule: Schedule)
             f"no corpus to be read more than {config.max_epochs:g} times",
             f"what {_exactly(worst, config.max_epochs)}",
             "Give more text, lower --tst-bag-size or the iterations, or allow it with "
-            f"--tst-max-epochs {_above(worst.times)}.",
+            f"--tst-max-epochs {math.ceil(worst.times)}.",
         )
     if worst.times > 1:
         warn(
@@ -236,10 +242,5 @@ def _times(times) -> str:
 
 def _exactly(reading, limit) -> str:
     """With as many digits as show that it is above the limit."""
-    digits = next((n for n in range(2, 12) if float(f"{reading.times:.{n}f}") > limit), 12)
-    shown = f"is read {reading.times:.{digits}f} times"
-    return reading.said.replace(f"is read {_times(reading.times)} times", shown, 1)
-
-
-def _above(times: float) -> str:
-    return f"{int(times) + 1}"
+    digits = next(n for n in itertools.count(2) if float(f"{reading.times:.{n}f}") > limit)
+    return reading.told(f"{reading.times:.{digits}f}")

@@ -143,9 +143,7 @@ class LeftOut(dict):
         return text.encode(errors="backslashreplace").decode()  # names may be no UTF-8
 
 
-def find_files(
-    roots: Iterable[Path], prefix: Path | None = None, left_out: LeftOut | None = None
-) -> list[Path]:
+def find_files(roots: Iterable[Path], prefix: Path, left_out: LeftOut) -> list[Path]:
     """The files to read, each once, whatever links lead to it: those that are named, whatever their
     ending, and text files below a folder, sorted. Installed third-party packages are left out of a
     folder that holds them, unless it is named itself.
@@ -158,10 +156,9 @@ def find_files(
     Raises:
         TSTError: a root that is not there or is neither file nor folder, or belongs to the prefix.
     """
-    left_out = LeftOut() if left_out is None else left_out
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    own = {identity(Path(f"{prefix}{ending}")) for ending in FILES if prefix} - {None}
+    own = {identity(Path(f"{prefix}{ending}")) for ending in FILES} - {None}
     for root in roots:
         here = identity(root)
         if here is None:
@@ -221,8 +218,8 @@ def build(
     files: list[Path],
     prefix: Path,
     vocab_size: int,
-    progress: Callable[[int, int], None] = lambda done, of: None,
-    left_out: LeftOut | None = None,
+    progress: Callable[[int, int], None],
+    left_out: LeftOut,
 ) -> dict:
     """Train the tokenizer on `files` and write PREFIX's FILES, in place. -> what PREFIX.json holds
 
@@ -237,7 +234,7 @@ def build(
     ):  # of what Megatron does without a GPU's libraries
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-    texts, left_out = [], LeftOut() if left_out is None else left_out
+    texts = []
     for number, path in enumerate(files, 1):
         text, reason = read(path)
         if reason:

@@ -184,7 +184,7 @@ def phased_provider(
             mask = args.create_attention_mask_in_dataloader
             train = PhasedDataset(train, plan, config, args.padded_vocab_size, mask)
             keep(train, stock)
-            if getattr(args, "consumed_train_samples", 0) >= len(train):
+            if args.consumed_train_samples >= len(train):
                 train = _OneMore(train, args.consumed_train_samples + 1)
         return train, valid, test
 
@@ -218,7 +218,7 @@ def _check_same_order(shorter, longer, count: int) -> None:
             names = "dataset_index", "dataset_sample_index"
             ours = [np.asarray(getattr(a, name)[:count]) for name in names]
             theirs = [np.asarray(getattr(b, name)[:count]) for name in names]
-            counts = np.bincount(ours[0], minlength=len(parts[0]))
+            counts = np.bincount(ours[0])  # up to the last dataset that is read
             return all(map(np.array_equal, ours, theirs)) and all(map(same, *parts, counts))
         names = "document_index", "sample_index", "shuffle_index"
         return not count or all(

@@ -67,7 +67,7 @@ class BagAblation(torch.autograd.Function):
             target = _target(labels_NS[rows], weights_S, vocab_start, z)
             # a padded column of -inf must not meet a target of 0
             asked = torch.where(target > 0, target * term(-z) + (1 - target) * term(z), term(z))
-            local_N[rows] = asked.sum(-1)
+            local_N[rows] = asked.sum(1)
         if group is not None:
             # before: the sum over this rank's columns; after: over the vocabulary
             dist.all_reduce(local_N, group=group)
@@ -96,7 +96,7 @@ class BagAblation(torch.autograd.Function):
             z = rows_NV[rows].float()
             target = _target(labels_NS[rows], weights_S, ctx.vocab_start, z)
             grad = (1 - target) * slope(z) - target * slope(-z)
-            grad_NV[rows] = grad * scale_N[rows].unsqueeze(-1)
+            grad_NV[rows] = grad * scale_N[rows, None]
         return grad_NV, *[None] * 7
 
 
@@ -105,4 +105,4 @@ def _target(labels_nS, weights_S, vocab_start, z_nV):
     index, owned = own_labels(labels_nS, vocab_start, z_nV.shape[1])
     # a place that is not ours writes a 0 into column 0
     weight = torch.where(owned, weight_of_token(labels_nS, weights_S), 0.0)
-    return torch.zeros_like(z_nV).scatter_reduce_(-1, index, weight, "amax")
+    return torch.zeros_like(z_nV).scatter_reduce_(1, index, weight, "amax")

@@ -56,7 +56,7 @@ class _PoolBags(torch.autograd.Function):
         sum_NH = torch.zeros(shape, dtype=torch.float32, device=weight_VH.device)
         for place in range(bag_size):  # never [S*L, H] at once
             rows = weight_VH.index_select(0, local_SN[place])
-            sum_NH += rows if owned_SN is None else rows * owned_SN[place].unsqueeze(-1)
+            sum_NH += rows if owned_SN is None else rows * owned_SN[place, :, None]
         mean = (sum_NH / bag_size).view(*((seq_length, b) if scatter else (b, seq_length)), -1)
 
         # before: this rank's part of every position's mean; after: the whole mean (of its own
@@ -75,9 +75,7 @@ class _PoolBags(torch.autograd.Function):
         local_SN, owned_SN = ctx.saved_tensors
         weight_VH = ctx.weight
         if ctx.scatter:
-            grad = mappings.gather_from_sequence_parallel_region(
-                grad, tensor_parallel_output_grad=False, group=ctx.group
-            )
+            grad = mappings.gather_from_sequence_parallel_region(grad, group=ctx.group)
         grad_NH = grad.reshape(-1, weight_VH.shape[1]).float() / len(local_SN)
         # fp32: in bf16 a frequent token's thousands of small contributions are lost
         buffer = main_grad.buffer_of(weight_VH)
@@ -85,7 +83,7 @@ class _PoolBags(torch.autograd.Function):
         if buffer is None:
             sum_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=grad.device)
         for place in range(len(local_SN)):
-            rows = grad_NH if owned_SN is None else grad_NH * owned_SN[place].unsqueeze(-1)
+            rows = grad_NH if owned_SN is None else grad_NH * owned_SN[place, :, None]
             sum_VH.index_add_(0, local_SN[place], rows)
         grad_VH = sum_VH.to(weight_VH.dtype) if buffer is None else main_grad.added(weight_VH)
         return grad_VH, *[None] * 4

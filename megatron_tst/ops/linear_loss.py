@@ -93,9 +93,7 @@ def loss_of_deferred(
     if layer.sequence_parallel:
         # before: this rank's positions; after: all. Backward: reduce-scatter of the ranks' parts of
         # the gradient
-        hidden = mappings.gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=True, group=group
-        )
+        hidden = mappings.gather_from_sequence_parallel_region(hidden, group=group)
     else:
         # before and after: all positions. Backward: all-reduce of the ranks' parts of the gradient
         hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=group)

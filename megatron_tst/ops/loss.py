@@ -104,7 +104,7 @@ def multi_hot_cross_entropy(
     ranks, rank = (1, 0) if tp_group is None else (tp_group.size(), tp_group.rank())
     columns = logits.shape[-1]
     rows_NV = logits.reshape(-1, columns)
-    if rows_NV.stride(-1) != 1 or rows_NV.stride(0) < columns:
+    if rows_NV.stride(1) != 1 or rows_NV.stride(0) < columns:
         rows_NV = rows_NV.contiguous()
     labels_NS = labels.reshape(-1, labels.shape[-1]).contiguous()
     if weights is None:  # made there, not copied: that would wait for the GPU
@@ -136,15 +136,14 @@ def _check(logits, labels, weights, loss):
     if loss not in LOSSES + ABLATIONS:
         raise ValueError(f"{name}: expected loss to be one of {LOSSES + ABLATIONS}, got {loss!r}.")
     floats = torch.float32, torch.bfloat16, torch.float16
-    if logits.dtype not in floats or logits.dim() < 1 or not logits.shape[-1]:
+    if logits.dtype not in floats or not logits.dim() or not logits.shape[-1]:
         raise ValueError(
             f"{name}: expected logits [..., V/tp >= 1] in fp32, bf16 or fp16, got {logits.dtype} "
             f"{tuple(logits.shape)}."
         )
     if labels.dtype != torch.int64:
         raise ValueError(f"{name}: expected int64 labels, got {labels.dtype}.")
-    alike = labels.dim() == logits.dim() and labels.shape[:-1] == logits.shape[:-1]
-    if not alike or labels.shape[-1] < 1:
+    if not labels.dim() or labels.shape[:-1] != logits.shape[:-1] or not labels.shape[-1]:
         raise ValueError(
             f"{name}: expected labels [..., S] with the leading sizes of logits [..., V/tp], S >= "
             f"1; got labels {tuple(labels.shape)} and logits {tuple(logits.shape)}. One label a "

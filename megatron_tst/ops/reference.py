@@ -58,9 +58,7 @@ def multi_hot_cross_entropy(
         return torch.where(total > 0, -(w * picked).sum(-1) / total.clamp_min(1e-300), 0.0)
     members = torch.zeros_like(log_p)
     for i in range(labels.shape[-1]):
-        member = torch.zeros_like(log_p).scatter(
-            -1, labels[..., i : i + 1].clamp_min(0), w[..., i : i + 1]
-        )
+        member = torch.zeros_like(log_p).scatter(-1, labels[..., [i]].clamp_min(0), w[..., [i]])
         members = torch.maximum(members, member)
     largest = members.amax(-1, keepdim=True)
     t = members / largest.clamp_min(1e-300)
@@ -84,7 +82,7 @@ def paper_loss(
     places = []
     for i in range(labels_BLS.shape[-1]):
         label = labels_BLS[..., i]
-        nll = -log_p.gather(-1, label.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        nll = -log_p.gather(-1, label.clamp_min(0)[..., None])
         places.append(nll[label != IGNORE].mean())
     return (torch.stack(places) * weights).sum() / weights.sum()
 

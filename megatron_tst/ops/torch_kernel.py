@@ -25,7 +25,7 @@ import torch
 from megatron_tst.ops.chunks import TORCH_KERNEL, rows_of
 from megatron_tst.ops.names import IGNORE
 
-_LOWEST = torch.finfo(torch.float32).min
+_LOWEST, _TINY = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
 
 
 def statistics(
@@ -57,21 +57,21 @@ def statistics(
     picked_NS = torch.empty(labels.shape, dtype=torch.float32, device=logits.device)
     for chunk in row_chunks(logits):  # the only pass over the logits, whatever S is
         z = logits[chunk].float()
-        peak = z.amax(-1).clamp_min_(_LOWEST)  # a shard of padding alone is all -inf
+        peak = z.amax(1).clamp_min_(_LOWEST)  # a shard of padding alone is all -inf
         peak_N[chunk] = peak
-        picked_NS[chunk] = z.gather(-1, index_NS[chunk])
-        sum_exp_N[chunk] = (z - peak.unsqueeze(-1)).exp_().sum(-1)
-    picked_NS -= peak_N.unsqueeze(-1)
+        picked_NS[chunk] = z.gather(1, index_NS[chunk])
+        sum_exp_N[chunk] = (z - peak[:, None]).exp_().sum(1)
+    picked_NS -= peak_N[:, None]
     if alt:
         scaled_NS = picked_NS + _log_weight_of_token(index_NS, owned_NS, labels, weights)
-        repeated_NS = torch.tril(_same(index_NS, owned_NS), diagonal=-1).any(-1)
-        target_N = scaled_NS.masked_fill(repeated_NS | ~owned_NS, -torch.inf).logsumexp(-1)
+        repeated_NS = torch.tril(_same(index_NS, owned_NS), diagonal=-1).any(2)
+        target_N = scaled_NS.masked_fill(repeated_NS | ~owned_NS, -torch.inf).logsumexp(1)
         held_N = torch.zeros_like(peak_N)
     else:
         weight_NS = _normalised_weight(labels, weights) * owned_NS
         # a weight of 0 must not meet a picked -inf
-        target_N = torch.where(weight_NS > 0, weight_NS * picked_NS, 0.0).sum(-1)
-        held_N = weight_NS.sum(-1)
+        target_N = torch.where(weight_NS > 0, weight_NS * picked_NS, 0.0).sum(1)
+        held_N = weight_NS.sum(1)
     return torch.stack([peak_N, sum_exp_N, target_N, held_N])
 
 
@@ -156,32 +156,27 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
     # Columns are written, not accumulated, so every place that names a column must hold all that
     # the bag takes off it. There is no order of additions, so the result is deterministic. A place
     # without an owned label points at column 0 and holds column 0's.
-    shared_NSS = index_NS.unsqueeze(-1) == index_NS.unsqueeze(-2)
+    shared_NSS = index_NS[:, :, None] == index_NS[:, None, :]
     if alt:
         log_weight_NS = _log_weight_of_token(index_NS, owned_NS, labels, weights)
         log_weight_NS = torch.where(owned_NS, log_weight_NS, -torch.inf)
-        log_weight_NS = torch.where(shared_NSS, log_weight_NS.unsqueeze(-2), -torch.inf).amax(-1)
+        log_weight_NS = torch.where(shared_NSS, log_weight_NS[:, None, :], -torch.inf).amax(2)
         target_N = target_N.clamp_min(_LOWEST)  # no label: nothing is taken off
     else:
         weight_NS = _normalised_weight(labels, weights) * owned_NS
-        off_NS = torch.where(shared_NSS, weight_NS.unsqueeze(-2), 0.0).sum(-1)
+        off_NS = torch.where(shared_NSS, weight_NS[:, None, :], 0.0).sum(2)
     scale_N = torch.where(carries_loss(labels, weights), upstream, 0.0)
-    # else .float() below is the caller's memory
-    may_overwrite_z = out_NV is logits or logits.dtype != torch.float32
     for chunk in row_chunks(logits):
-        z = logits[chunk].float()
-        p = torch.sub(z, peak_N[chunk].unsqueeze(-1), out=z if may_overwrite_z else None)
+        p = logits[chunk].to(torch.float32, copy=True).sub_(peak_N[chunk, None])
         index = index_NS[chunk]
         if alt:
-            log_p = p.gather(-1, index) + log_weight_NS[chunk]
-            off = (log_p - target_N[chunk].unsqueeze(-1)).exp()
+            log_p = p.gather(1, index) + log_weight_NS[chunk]
+            off = (log_p - target_N[chunk, None]).exp()
         else:
             off = off_NS[chunk]
-        p.exp_().div_(sum_exp_N[chunk].unsqueeze(-1))
-        p.scatter_(-1, index, p.gather(-1, index) - off)
-        p.mul_(scale_N[chunk].unsqueeze(-1))
-        if p.data_ptr() != out_NV[chunk].data_ptr():  # fp32 in place: it is there already
-            out_NV[chunk] = p
+        p.exp_().div_(sum_exp_N[chunk, None])
+        p.scatter_(1, index, p.gather(1, index) - off)
+        out_NV[chunk] = p.mul_(scale_N[chunk, None])
     return out_NV
 
 
@@ -221,24 +216,25 @@ def own_labels(
         [N, S].
     """
     local = labels - vocab_start
-    owned = (local >= 0) & (local < columns) & (labels != IGNORE)
+    owned = (local >= 0) & (local < columns)  # none that is ignored: it is negative
     return local.masked_fill_(~owned, 0), owned
 
 
 def _same(index, owned):
     """[N, S, S]: places k and j name the same column and both are owned."""
-    return (index.unsqueeze(-1) == index.unsqueeze(-2)) & owned.unsqueeze(-1) & owned.unsqueeze(-2)
+    same = index[:, :, None] == index[:, None, :]
+    return same & owned[:, :, None] & owned[:, None, :]
 
 
 def carries_loss(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Whether a row has a valid label of positive weight. bool [N]"""
-    return ((labels != IGNORE) & (weights > 0)).any(-1)
+    return (_valid_weight(labels, weights) > 0).any(1)
 
 
 def _normalised_weight(labels, weights):
     """mce: weights of the valid labels, which sum to 1 (all 0 where there is none). [N, S]"""
-    weight = weights * (labels != IGNORE)
-    return weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    weight = _valid_weight(labels, weights)
+    return weight / weight.sum(1, keepdim=True).clamp_min(_TINY)
 
 
 def _log_weight_of_token(index, owned, labels, weights):
@@ -246,10 +242,15 @@ def _log_weight_of_token(index, owned, labels, weights):
     bag. [N, S]
     """
     relative = weight_of_token(labels, weights).log()
-    return torch.where(_same(index, owned), relative.unsqueeze(-2), -torch.inf).amax(-1)
+    return torch.where(_same(index, owned), relative[:, None, :], -torch.inf).amax(2)
 
 
 def weight_of_token(labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Each place's weight over the largest in its bag, 0 where the label is ignored. fp32 [N, S]"""
-    weight = weights * (labels != IGNORE)
-    return weight / weight.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    weight = _valid_weight(labels, weights)
+    return weight / weight.amax(1, keepdim=True).clamp_min(_TINY)
+
+
+def _valid_weight(labels, weights):
+    """Each place's weight, 0 where the label is ignored. [N, S]"""
+    return weights * (labels != IGNORE)

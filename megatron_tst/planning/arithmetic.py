@@ -10,6 +10,7 @@ text that it reads: s tokens a position.
 from __future__ import annotations
 
 import argparse
+import bisect
 
 from megatron_tst.config import TSTConfig
 from megatron_tst.hardware import GPUS
@@ -24,9 +25,8 @@ ASSUMED_MFU = 0.35  # ours: nothing is measured yet
 def complete(args: argparse.Namespace) -> None:
     """Fill in what Megatron derives: widths, groups, expert TP, the padded vocabulary."""
     if args.ffn_hidden_size is None:
-        args.ffn_hidden_size = (
-            int(4 * args.hidden_size * 2 / 3 / 64) * 64 if args.swiglu else 4 * args.hidden_size
-        )
+        four = 4 * args.hidden_size  # SwiGLU: two thirds of it, in whole 64s
+        args.ffn_hidden_size = four * 2 // 3 // 64 * 64 if args.swiglu else four
     args.kv_channels = args.kv_channels or args.hidden_size // args.num_attention_heads
     args.num_query_groups = query_groups(args)
     args.moe_ffn_hidden_size = args.moe_ffn_hidden_size or args.ffn_hidden_size
@@ -134,17 +134,15 @@ def _what_fits(args, schedule, available) -> dict:
         plan = Schedule.of(s, superposed, steps * batch, args.seq_length, batch)
         return plan.long_samples * plan.long_sample_length <= available
 
-    def largest(low, high, fit):  # above `low`, by halving: more of each needs more text
-        least = low
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fit(middle) else (low, middle - 1)
-        return low if low > least else None
+    def largest(least, high, fit):  # above `least`, by halving: more of each needs more text
+        count = bisect.bisect(range(least + 1, high), False, key=lambda x: not fit(x))
+        return least + count if count else None
 
+    plain = steps // (2 * superposed)  # so few steps have none that is superposed at the same r
     return {
         "bag_size": largest(1, s, lambda x: fits(x, superposed, steps)),
         "superposed_steps": largest(0, superposed, lambda x: fits(s, x, steps)),
-        "steps": largest(0, steps, lambda x: fits(s, round(x * superposed / steps), x)),
+        "steps": largest(plain, steps, lambda x: fits(s, round(x * superposed / steps), x)),
     }
 
 
@@ -224,14 +222,10 @@ def _loader(args, phases, step_seconds) -> dict:
     itemsize = 2 if args.vocab_size < 65500 else 4
     baseline = args.global_batch_size * args.seq_length / step_seconds
     most = max(phase["raw_tokens_a_step"] for phase in phases) / step_seconds
-    readers = max(
-        1,
-        args.gpus
-        // (
-            args.tensor_model_parallel_size
-            * args.pipeline_model_parallel_size
-            * args.context_parallel_size
-        ),
+    readers = args.gpus // (
+        args.tensor_model_parallel_size
+        * args.pipeline_model_parallel_size
+        * args.context_parallel_size
     )
     return {
         "tokens_a_second": most,

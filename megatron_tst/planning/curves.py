@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_tst.errors import refuse
 from megatron_tst.planning.events import read_events
-from megatron_tst.planning.logs import read_log
+from megatron_tst.planning.logs import about_losses, read_log
 from megatron_tst.planning.runs import AXES, Run
 
 
@@ -37,7 +37,10 @@ def read(path: Path, validation_set: str | None = None) -> Run:
         do = "Leave --validation-set out."
         refuse("--validation-set", "a run with several sets", f"{path}, which has one", do)
     if run.sets:
-        run.validation = run.sets[validation_set]
+        chosen = run.sets[validation_set]
+        run.validation = {step: loss for step, loss in chosen.items() if math.isfinite(loss)}
+        run.nan_validation = set(chosen) - set(run.validation)
+    run.notes += about_losses(run)
     return run
 
 
@@ -45,11 +48,14 @@ def reached(where: list[float], losses: list[float], loss: float) -> float | Non
     """Where a curve first comes down to `loss`, on straight lines between its points; None where it
     does not.
     """
-    for i, (x, y) in enumerate(zip(where, losses)):
+    before = None
+    for x, y in zip(where, losses):
         if y <= loss:
-            if i == 0 or losses[i - 1] == y:
+            if before is None:
                 return x
-            return where[i - 1] + (x - where[i - 1]) * (losses[i - 1] - loss) / (losses[i - 1] - y)
+            left, above = before
+            return left + (x - left) * (above - loss) / (above - y)
+        before = x, y
     return None
 
 
@@ -71,7 +77,7 @@ def speed_up(base: Run, other: Run, axis: str) -> float | None:
     return ours / theirs if ours and theirs else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class SpeedUp:
     """How many times sooner the runs of `name` reach the loss that they and those of `against` both
     reach, along `axis`: over pairs of runs, which have the same seed.
@@ -104,9 +110,7 @@ def speed_ups(groups: dict[str, list[Run]]) -> list[SpeedUp]:
                 times for a, b in zip(base, runs) if (times := speed_up(a, b, axis)) is not None
             ]
             if pairs:
-                mean, lowest, highest, error = spread(pairs)
-                known = error if len(pairs) > 1 else None
-                found.append(SpeedUp(name, first, axis, mean, lowest, highest, known, len(pairs)))
+                found.append(SpeedUp(name, first, axis, *spread(pairs), len(pairs)))
     return found
 
 
@@ -118,8 +122,8 @@ def summary(run: Run) -> dict:
     """
 
     def up_to_the_last(axis):
-        curve = run.curve(axis, {run.last: 0.0})
-        return curve and curve[0][0]
+        where = run.along(axis, [run.last])
+        return where and where.pop()
 
     tokens = up_to_the_last("raw tokens")
     return {
@@ -139,7 +143,7 @@ def summary(run: Run) -> dict:
     }
 
 
-def spread(values: list[float]) -> tuple[float, float, float, float]:
-    """Mean, lowest, highest, and standard error of the mean (NaN for one value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def spread(values: list[float]) -> tuple[float, float, float, float | None]:
+    """Mean, lowest, highest, and standard error of the mean (None for one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return statistics.mean(values), min(values), max(values), error

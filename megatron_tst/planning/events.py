@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_tst.errors import optional, refuse
-from megatron_tst.planning.logs import about_losses, begins_late, done_again, one_run
+from megatron_tst.planning.logs import begins_late, done_again, one_run
 from megatron_tst.planning.runs import Run
 
 TAG = "lm loss validation"
@@ -45,14 +45,14 @@ def read_events(path: Path) -> Run:
         refuse(path, "scalars of Megatron", "none", "Give the folder of --tensorboard-dir.")
     if run.train or run.nan:
         run.total = run.last
-    first = min(run.seconds, default=0)
-    if begins_late(run.seconds, first, run.arguments.get("tensorboard_log_interval", "")):
-        run.notes.append(f"it begins at iteration {first}: the seconds before are not known")
-        run.seconds = {}
-    if len(run.seconds) > 1:  # how long the first took is not known
-        del run.seconds[first]
+    if run.seconds:
+        first = min(run.seconds)
+        if begins_late(run.seconds, first, run.arguments.get("tensorboard_log_interval", "")):
+            run.notes.append(f"it begins at iteration {first}: the seconds before are not known")
+            run.seconds = {}
+        else:
+            del run.seconds[first]  # how long it took is not known
     run.fill_raw_tokens()
-    run.notes += about_losses(run)
     return run
 
 
@@ -62,17 +62,17 @@ def _scalars(reader: ModuleType, file: Path) -> dict | None:
     level = log.level
     log.setLevel(logging.CRITICAL)  # of a file that is cut off it is what came before that counts
     try:
-        events = reader.EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 0})
+        events = reader.EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
         tags = events.Tags()
         scalars = {tag: events.Scalars(tag) for tag in tags["scalars"]}
         texts = {
-            tag.removesuffix("/text_summary"): events.Tensors(tag)[0].tensor_proto.string_val
+            tag.removesuffix("/text_summary"): text.decode()
             for tag in tags["tensors"]
             if tag.endswith("/text_summary")
+            for event in events.Tensors(tag)
+            for text in event.tensor_proto.string_val
         }
-    except OSError:
-        raise
     except Exception as error:
         got = f"one that cannot be read ({type(error).__name__})"
         refuse(file, "an event file of TensorBoard", got, "Give a log of the run.")
@@ -83,9 +83,7 @@ def _scalars(reader: ModuleType, file: Path) -> dict | None:
     return {
         "began": min(event.wall_time for events in scalars.values() for event in events),
         "scalars": scalars,
-        "texts": {
-            name: value[0].decode(errors="replace") for name, value in texts.items() if value
-        },
+        "texts": texts,
     }
 
 
@@ -129,10 +127,11 @@ def _add(run: Run, part: dict, path: Path) -> None:
     for tag, events in scalars.items():
         if tag == TAG or (tag.startswith(f"{TAG}-") and not tag.endswith((" vs samples", " ppl"))):
             name = tag.removeprefix(TAG).removeprefix("-")
-            losses = run.sets.setdefault(name, {}) if name else run.validation
             validation, test = _of_validation(run, events)
-            _put(losses, run.nan_validation, validation)
-            if not name:  # of several test sets none is the test loss
+            if name:  # of several test sets none is the test loss
+                run.sets.setdefault(name, {}).update(validation)
+            else:
+                _put(run.validation, run.nan_validation, validation)
                 _put(run.test, set(), test)
     if len({event.value for event in scalars.get("batch-size", [])}) > 1:
         run.varying_batch = True
@@ -175,26 +174,26 @@ def _of_validation(run: Run, events: list) -> tuple[dict[int, float], dict[int, 
     by_step: dict[int, list[float]] = {}
     for event in events:
         by_step.setdefault(event.step, []).append(event.value)
+    validation = {step: losses[-1] for step, losses in by_step.items()}
     last = max(by_step)
-    values, in_training = by_step[last], _in_training(run, last)
-    if in_training is None:  # of two we do not know whether the second is the test set's
-        in_training, values = int(len(values) > 1), values if len(values) > 2 else values[:1]
-    validation = {step: losses[-1] for step, losses in by_step.items()} | {last: values[-1]}
-    after = len(values) - in_training
-    if after >= 2:
-        return validation | {last: values[-2]}, {last: values[-1]}
-    if len(by_step) == after == 1 and _no_validation(run):
-        return {}, {last: values[-1]}
-    return validation, {}
+    values, test = by_step[last], {last: validation[last]}
+    if _no_validation(run):
+        return {}, test
+    first_of_two = validation | {last: values[-2:][0]}
+    in_training = _in_training(run, last)
+    if len(values) + (in_training is False) > 2:
+        return first_of_two, test
+    # where it is not known, the second of two may be the test set's
+    return (first_of_two if in_training is None else validation), {}
 
 
-def _in_training(run: Run, step: int) -> int | None:
-    """How many evaluations Megatron makes at a step while it trains; None: not known."""
+def _in_training(run: Run, step: int) -> bool | None:
+    """Whether Megatron evaluates at a step while it trains; None: not known."""
     names = ("eval_interval", "start_eval_at_iter")
     interval, start = (run.arguments.get(name, "") for name in names)
     if not (interval.isdecimal() and int(interval)):
         return None
-    return int(step % int(interval) == 0 and not (start.isdecimal() and step < int(start)))
+    return not step % int(interval) and not (start.isdecimal() and step < int(start))
 
 
 def _no_validation(run: Run) -> bool:

@@ -111,14 +111,14 @@ def evidence(args: argparse.Namespace, config: TSTConfig, superposed: int, param
         if near := paper.nearest(parameters, args.train_iters, r, s, config.target_weighting):
             found["cell"] = describe(*near)
     if run := run_of_the_paper(args, superposed, config):
-        equal = [
+        plain = (
             other.loss
             for other in paper.runs()
             if (other.model, other.steps, other.tst_steps) == (run.model, run.steps, 0)
-        ]
+        )
         found["run"] = {
             "loss": run.loss,
-            "baseline_loss": equal[0] if equal else None,
+            "baseline_loss": next(plain, None),
             "b200_hours": run.b200_hours,
         }
     return found

@@ -24,6 +24,7 @@ from typing import BinaryIO
 from megatron_tst.errors import refuse
 from megatron_tst.planning.runs import Run, interpolated
 
+_DAMAGED = EOFError, zlib.error, lzma.LZMAError, OSError  # of an archive
 LONGEST = 1 << 20  # characters of a line; a longer one is read in pieces
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
 # Where what one rank prints may begin behind what another one has printed on the same line.
@@ -172,10 +173,10 @@ class _Reader:
             self._note("lines that do not stand in the order of their dates")
             return self._loss(iteration, text, fields, 1)
         self._follow(iteration, total)
-        self._loss(iteration, text, fields, max(1, iteration - self.last))
+        self._loss(iteration, text, fields, iteration - self.last)
         if (elapsed := _number(fields.get("elapsed time per iteration (ms)"))) is not None:
             # a mean over the iterations since the last line
-            self.spent += elapsed / 1000 * max(0, iteration - self.last)
+            self.spent += elapsed / 1000 * (iteration - self.last)
             self.run.seconds[iteration] = self.spent
         self.batches.add(fields.get("global batch size", next(iter(self.batches), "")))
         self.last, self.last_text, self.date, self.run.total = iteration, match[0], date, total
@@ -206,19 +207,19 @@ class _Reader:
 
     def _validation(self, match):
         name, step, on_test, loss = match[1], int(match[2]), match[3], _number(match[4])
-        run = self.run
-        losses = run.validation if name is None else run.sets.setdefault(name, {})
-        if on_test:
-            losses = run.test
-        if on_test and name is not None:
-            return  # of several test sets none is the test loss
+        run, loss = self.run, math.nan if loss is None else loss
+        if name is not None:
+            losses = run.sets.setdefault(name, {})
+            if not on_test:  # of several test sets none is the test loss
+                losses[step] = loss
+            return
+        losses, nan = (run.test, set()) if on_test else (run.validation, run.nan_validation)
         losses.pop(step, None)
-        if not on_test:
-            run.nan_validation.discard(step)
-        if loss is not None and math.isfinite(loss):
+        nan.discard(step)
+        if math.isfinite(loss):
             losses[step] = loss
-        elif not on_test:
-            run.nan_validation.add(step)
+        else:
+            nan.add(step)
 
     def _follow(self, iteration, total):
         """Before the line of an iteration: whether the run went back, and whether it is one run."""
@@ -284,7 +285,7 @@ class _Reader:
                 f"{len(self.strange)} line{'s' * (len(self.strange) > 1)} not understood, the "
                 f"first: {_shown(self.strange[0])}"
             )
-        run.notes = [*self.notes, *about_losses(run)]
+        run.notes = self.notes
         return run
 
 
@@ -378,12 +379,12 @@ def _lines(path: Path, notes: list[str]) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         stream = _unpacked(stack.enter_context(path.open("rb")), path, stack)
         try:
-            encoding = _encoding(stream.peek(64)[:64])
+            encoding = _encoding(stream.peek()[:64])
             text = stack.enter_context(io.TextIOWrapper(stream, encoding, errors="replace"))
             while line := text.readline(LONGEST):
                 line = _of_record(line.rstrip("\n"))
                 yield _ANSI.sub("", line) if "\x1b" in line else line
-        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        except _DAMAGED as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the disk's, not the archive's
             notes.append(f"{path.name} ends too early: the archive is damaged or being written")
@@ -403,7 +404,7 @@ def _of_record(line: str) -> str:
 def _unpacked(
     raw: io.BufferedReader, path: Path, stack: contextlib.ExitStack
 ) -> io.BufferedReader | BinaryIO:
-    head = raw.peek(8)[:8]
+    head = raw.peek()[:8]
     if head.startswith(b"\x28\xb5\x2f\xfd"):
         refuse(path, "text, or text packed by gzip, bzip2 or xz", "a zstd file", "Unpack it.")
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):

@@ -67,10 +67,6 @@ class Grid:
         """The loss without superposition."""
         return self.losses[0.0, 1]
 
-    def best(self) -> tuple[float, int]:
-        """The (r, s) of the lowest loss."""
-        return min(self.losses, key=self.losses.get)
-
     def cell(self, r: float, s: int) -> Cell | None:
         """The loss at (r, s); None outside the grid. r = 0 is the baseline, whatever s is."""
         column = {0.0: self.baseline} | {
@@ -135,7 +131,7 @@ def runs() -> tuple[Run, ...]:
     )
 
 
-def by_distance(parameters: float, steps: int, weighting: str = "uniform") -> list[Grid]:
+def by_distance(parameters: float, steps: int, weighting: str) -> list[Grid]:
     """The grids of this weighting (of "uniform" where it has none), the nearest in parameters
     first, then in steps; on log scales.
     """
@@ -152,7 +148,7 @@ def by_distance(parameters: float, steps: int, weighting: str = "uniform") -> li
 
 
 def nearest(
-    parameters: float, steps: int, r: float, s: int, weighting: str = "uniform"
+    parameters: float, steps: int, r: float, s: int, weighting: str
 ) -> tuple[Grid, Cell] | None:
     """The nearest grid that has (r, s), and what it has there; None where no grid of this weighting
     does.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
+from statistics import fmean
 
 from megatron_tst.checkpoint.atomic import new_files
 from megatron_tst.errors import optional
@@ -17,45 +17,29 @@ def plot(runs: dict[str, Run], output: Path, title: str = "", sources: Iterable[
     """Two panels over iterations (equal iterations are equal FLOPs): training loss and next-token
     validation loss. `output`, `sources`: as `save` has them.
     """
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for number, (name, run) in enumerate(runs.items()):
-        colour, name = f"C{number}", _plain(name)
-        boundary = run.boundary or 0
+    figure, (left, right) = _panels(2, title)
+    for name, run in runs.items():
+        name, boundary = _plain(name), run.boundary or 0
+        (line,) = right.plot(run.validation.keys(), run.validation.values(), marker=".", label=name)
+        colour = line.get_color()
         first = {i: loss for i, loss in run.train.items() if i <= boundary}
         second = {i: loss for i, loss in run.train.items() if i > boundary}
-        if first:
-            left.plot(
-                first.keys(),
-                first.values(),
-                color=colour,
-                linestyle="--",
-                label=f"{name}: superposition (mce)",
-            )
-        if run.excess:
-            left.plot(
-                run.excess.keys(),
-                run.excess.values(),
-                color=colour,
-                linestyle=":",
-                label=f"{name}: mce minus bag entropy",
-            )
-        left.plot(second.keys(), second.values(), color=colour, label=f"{name}: next token")
-        right.plot(
-            run.validation.keys(), run.validation.values(), color=colour, marker=".", label=name
-        )
-        if boundary:
-            for axis in (left, right):
-                _mark_boundary(axis, boundary, "grey", "boundary")
-        if run.nan_from is not None:
-            for axis in (left, right):
-                _mark_boundary(axis, run.nan_from, colour, "NaN")
-    _finish_losses(right, runs.values())
+        for losses, style, what in (
+            (first, "--", "superposition (mce)"),
+            (run.excess, ":", "mce minus bag entropy"),
+            (second, "-", "next token"),
+        ):
+            if losses:
+                what = f"{name}: {what}"
+                left.plot(losses.keys(), losses.values(), style, color=colour, label=what)
+        for axis in (left, right):
+            if boundary:
+                _mark(axis, boundary, colour, "boundary")
+            if run.nan_from is not None:
+                _mark(axis, run.nan_from, colour, "NaN")
+    _show_the_end(right, runs.values())
     for axis, name in ((left, "training loss"), (right, "validation loss, next token")):
-        axis.set(xlabel="iteration (equal FLOPs)", ylabel="nats per position", title=name)
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.suptitle(_plain(title), fontsize=10)
+        _describe(axis, "iteration (equal FLOPs)", "nats per position", name)
     save(figure, output, sources)
 
 
@@ -65,77 +49,54 @@ def plot_axes(
     """Next-token validation loss against each of AXES that all runs know; a group is its mean, and
     a band from lowest to highest. `output`, `sources`: as `save` has them.
     """
-    plt = pyplot()
-    known = [
-        axis for axis in AXES if all(run.curve(axis) for runs in groups.values() for run in runs)
-    ]
-    figure, panels = plt.subplots(
-        1, len(known), figsize=(4.6 * len(known), 4.2), layout="constrained", squeeze=False
-    )
-    for panel, axis in zip(panels[0], known):
-        for number, (name, runs) in enumerate(groups.items()):
-            colour, name = f"C{number}", _plain(name)
+    all_runs = [run for runs in groups.values() for run in runs]
+    known = [axis for axis in AXES if all(run.curve(axis) for run in all_runs)]
+    figure, panels = _panels(len(known), title)
+    for panel, axis in zip(panels, known):
+        for name, runs in groups.items():
             steps = sorted(set.intersection(*(set(run.validation) for run in runs)))
+            places = zip(*(run.along(axis, steps) for run in runs))
+            where = [fmean(at) for at in places]  # seconds differ from run to run
             losses = [[run.validation[step] for run in runs] for step in steps]
-            curves = [
-                run.curve(axis, {step: run.validation[step] for step in steps})[0] for run in runs
-            ]
-            where = [sum(at) / len(at) for at in zip(*curves)]  # seconds differ from run to run
-            panel.plot(
-                where,
-                [sum(at) / len(at) for at in losses],
-                color=colour,
-                marker=".",
-                label=f"{name} (n = {len(runs)})",
-            )
-            if len(runs) > 1:
-                panel.fill_between(
-                    where,
-                    [min(at) for at in losses],
-                    [max(at) for at in losses],
-                    color=colour,
-                    alpha=0.25,
-                )
-            boundaries = [
-                run.curve(axis, {run.boundary: 0.0})[0][0] for run in runs if run.boundary
-            ]
-            if boundaries:
-                _mark_boundary(panel, sum(boundaries) / len(boundaries), colour, "boundary")
-        _finish_losses(panel, [run for runs in groups.values() for run in runs])
-        panel.set(xlabel=AXES[axis], ylabel="next-token validation loss, nats", title=axis)
-        panel.legend(fontsize=8)
-        panel.grid(alpha=0.3)
-    figure.suptitle(_plain(title), fontsize=10)
+            label = f"{_plain(name)} (n = {len(runs)})"
+            (line,) = panel.plot(where, [fmean(at) for at in losses], marker=".", label=label)
+            lowest, highest = [min(at) for at in losses], [max(at) for at in losses]
+            colour = line.get_color()
+            panel.fill_between(where, lowest, highest, color=colour, alpha=0.25)
+            bounds = [run.along(axis, [run.boundary]).pop() for run in runs if run.boundary]
+            if bounds:
+                _mark(panel, fmean(bounds), colour, "boundary")
+        _show_the_end(panel, all_runs)
+        _describe(panel, AXES[axis], "next-token validation loss, nats", axis)
     save(figure, output, sources)
 
 
-def pyplot() -> ModuleType:
-    """matplotlib.pyplot, for files.
-
-    Raises:
-        TSTError: matplotlib is not installed.
-    """
-    optional("matplotlib", "megatron-tst[demo]").use("Agg")
-    return optional("matplotlib.pyplot", "megatron-tst[demo]")
+def _panels(count, title):
+    """A figure and the panels in it, side by side."""
+    drawn_by = optional("matplotlib.figure", "megatron-tst[demo]")
+    figure = drawn_by.Figure(figsize=(5 * count, 4), layout="constrained")
+    figure.suptitle(_plain(title))
+    return figure, [figure.add_subplot(1, count, i) for i in range(1, count + 1)]
 
 
-def _mark_boundary(axis, where, colour, text):
-    axis.axvline(where, color=colour, linewidth=0.8)
-    axis.annotate(
-        text,
-        (where, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, -12),
-        textcoords="offset points",
-        color=colour,
-        fontsize=8,
-    )
+def _mark(axis, where, colour, text):
+    """A line over the whole height, with a text inside."""
+    axis.axvline(where, color=colour)
+    place = axis.get_xaxis_transform()  # x as the losses have it, y from 0 to 1
+    axis.text(where, 1, f" {text}", color=colour, transform=place, verticalalignment="top")
 
 
-def _finish_losses(axis, runs):
+def _show_the_end(axis, runs):
+    """Cut off the losses at the start, beside which those at the end would look alike."""
     finals = [run.validation[max(run.validation)] for run in runs if run.validation]
     if finals:
         axis.set_ylim(min(finals) - 0.1, min(finals) + 2.2)
+
+
+def _describe(axis, along, up, title):
+    axis.set(xlabel=along, ylabel=up, title=title)
+    axis.legend(fontsize="small")
+    axis.grid()
 
 
 def _plain(text):
@@ -143,7 +104,7 @@ def _plain(text):
     return text.replace("$", r"\$")
 
 
-def save(figure: object, output: Path, sources: Iterable[Path] = (), dpi: int = 130) -> None:
+def save(figure: object, output: Path, sources: Iterable[Path] = ()) -> None:
     """Write a picture: whole or absent. One that was drawn here is replaced, any other file is
     moved aside.
 
@@ -160,7 +121,5 @@ def save(figure: object, output: Path, sources: Iterable[Path] = (), dpi: int = 
         with open(folder / output.name, "rb") as file:
             return _DRAWN_BY.encode() in file.read(4096)
 
-    signed = {"Creator" if output.suffix == ".svg" else "Software": _DRAWN_BY}
     with new_files(output, [""], True, sources, ours) as folder:
-        figure.savefig(folder / output.name, dpi=dpi, metadata=signed)
-    pyplot().close(figure)
+        figure.savefig(folder / output.name, dpi=130, metadata={"Creator": _DRAWN_BY})

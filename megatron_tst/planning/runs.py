@@ -29,7 +29,8 @@ class Run:
 
     Args:
         validation: of the validation set; of the one that was chosen, where there are several.
-        sets: of each of several validation sets (--multiple-validation-sets), by name or number.
+        sets: of each of several validation sets (--multiple-validation-sets), by name or number;
+            NaN and infinite ones too.
         test: of the test set, which Megatron evaluates after training.
         nan: iterations whose training loss is NaN or infinite.
         nan_validation: iterations after which the validation loss is.
@@ -226,23 +227,22 @@ class Run:
                     before = self.raw_tokens.get(said, 0)
                     self.raw_tokens[step] = before + (step - said) * self.positions
 
-    def curve(
-        self, axis: str, losses: dict[int, float] | None = None
-    ) -> tuple[list[float], list[float]] | None:
-        """(where on the axis, loss) of the validation losses, or of others by iteration; None where
-        the run does not say.
-        """
-        losses = self.validation if losses is None else losses
-        steps = sorted(losses)
+    def along(self, axis: str, steps: list[int]) -> list[float] | None:
+        """Where on one of AXES iterations lie; None where the run does not say."""
         if axis == "steps":
-            where = steps
-        elif axis == "FLOPs":
-            where = self.flops and [self.flops * step for step in steps]
-        elif axis == "raw tokens":
-            where = self.raw_tokens and interpolated({0: 0, **self.raw_tokens}, steps)
-        else:
-            where = self.seconds and interpolated({0: 0.0, **self.seconds}, steps)
-        return (list(where), [losses[step] for step in steps]) if where else None
+            return list(steps)
+        if axis == "FLOPs":
+            return [self.flops * step for step in steps] if self.flops else None
+        known = self.raw_tokens if axis == "raw tokens" else self.seconds
+        return interpolated({0: 0, **known}, steps) if known else None
+
+    def curve(self, axis: str) -> tuple[list[float], list[float]] | None:
+        """(where on the axis, loss) of the validation losses; None where there are none, or the run
+        does not say.
+        """
+        steps = sorted(self.validation)
+        where = self.along(axis, steps)
+        return (where, [self.validation[step] for step in steps]) if where else None
 
 
 def interpolated(known: dict[int, float], steps: list[int]) -> list[float]:

@@ -496,11 +496,27 @@ def test_bytes_that_no_item_names(small):
 
 def test_a_description_that_the_items_contradict(small, tmp_path):
     """Of the same size, so that only the item says it."""
-    for change, got in (
-        (described("norm", dtype=torch.int32), r"torch.float32 \[6\] where .* torch.int32 \[6\]"),
-        (described("norm", size=torch.Size([5]), chunks=at(((0,), (5,)))), r"\[6\] where .* \[5\]"),
+    for number, (change, got) in enumerate(
+        (
+            (
+                described("norm", dtype=torch.int32),
+                r"torch.float32 \[6\] where .* torch.int32 \[6\]",
+            ),
+            (
+                described("norm", size=torch.Size([5]), chunks=at(((0,), (5,)))),
+                r"\[6\] where .* \[5\]",
+            ),
+            (
+                described("norm", size=torch.Size([7]), chunks=at(((0,), (7,)))),
+                r"\[6\] where .* \[7\]",
+            ),
+            (
+                described("norm", dtype=torch.int16),
+                r"torch.float32 \[6\] where .* torch.int16 \[6\]",
+            ),
+        )
     ):
-        folder = Path(shutil.copytree(small, tmp_path / got[:5].strip("\\[") / small.name))
+        folder = Path(shutil.copytree(small, tmp_path / str(number) / small.name))
         describe(folder, change)
         found = Checkpoint(folder)
         (item,) = [item for item in found.items if item.name == "norm"]
@@ -651,7 +667,17 @@ def test_torch_unpickles_nothing_else_either(monkeypatch):
     "text, message",
     [
         ('{"sharded_backend": "torch_dist", "sharded_backend_version": 3}', "got version 3 of it"),
+        ('{"sharded_backend": "torch_dist", "sharded_backend_version": 0}', "got version 0 of it"),
+        ('{"sharded_backend": "torch_dist", "sharded_backend_version": "1"}', "got version '1' of"),
+        ('{"sharded_backend": "torch_dist", "sharded_backend_version": true}', "got version True"),
+        ('{"sharded_backend": "torch_dist", "sharded_backend_version": null}', "got version None"),
+        ('{"sharded_backend": "torch_dist"}', None),
+        ('{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "more": 2}', None),
         ('{"sharded_backend": "torch_dhst"}', "got torch_dhst"),
+        ('{"sharded_backend": "torch_dhst", "sharded_backend_version": 2}', "got torch_dhst. Save"),
+        ('{"sharded_backend": "zarr", "sharded_backend_version": true}', "got zarr. Save"),
+        ('{"sharded_backend": 7}', "got 7. Save"),
+        ('{"backend": "torch_dist"}', "got KeyError: 'sharded_backend'. Save"),
         ('["torch_dist"]', "got TypeError"),
         ("{", "got JSONDecodeError"),
         ("[" * 100000, "got RecursionError"),
@@ -660,6 +686,9 @@ def test_torch_unpickles_nothing_else_either(monkeypatch):
 )
 def test_metadata_json(small, text, message):
     (small / "metadata.json").write_text(text)
+    if message is None:
+        assert Checkpoint(small).path == small
+        return
     with pytest.raises(TSTError, match=message):
         Checkpoint(small)
 

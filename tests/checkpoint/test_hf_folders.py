@@ -140,6 +140,25 @@ def test_experts_of_other_dtypes_keep_their_values(tmp_path):
     assert all(torch.equal(got[name], tensors[name].float()) for name in got)
 
 
+TE, LOCAL = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
+
+
+@pytest.mark.parametrize("dense", [None, [0]])
+@pytest.mark.parametrize("spec", ["transformer_engine", "local"])
+def test_each_layer_spec_finds_the_norm_before_the_mlp(tmp_path, spec, dense):
+    """Before experts Transformer Engine's spec has it apart; dense layers have it in linear_fc1."""
+    config = config_of("qwen3_moe", mlp_only_layers=dense)
+    folder = write_folder(tmp_path / "m", config, tensors_of(config))
+    import_(folder, tmp_path / "ck", layer_spec=spec)
+    found = {name for name in Checkpoint(tmp_path / "ck").tensors if name.endswith((TE, LOCAL))}
+    norm = TE if spec == "transformer_engine" else LOCAL
+    assert found == (
+        {f"decoder.layers.0.{LOCAL}", f"decoder.layers.1.{norm}"}
+        if dense
+        else {f"decoder.layers.{norm}"}
+    )
+
+
 def test_what_is_ignored_is_said(tmp_path):
     stale_shards(tmp_path / "m")
     with pytest.warns(UserWarning, match="ignored beside .*index.json: model-00001-of-00003.safet"):
@@ -386,6 +405,64 @@ def test_rows_without_an_id_can_be_cut(padded, tmp_path):
     )
     assert got.shape == (70, 32) and torch.equal(got, want[:70])
     loaded(gone)
+
+
+OTHER = dict(
+    rope_theta=20000,
+    rms_norm_eps=1e-5,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    intermediate_size=50,
+    max_position_embeddings=128,
+    tie_word_embeddings=False,
+    num_hidden_layers=3,
+    vocab_size=90,
+    rope_scaling={"type": "linear", "factor": 2.0},
+)
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_kept_config_of_another_model_is_refused(padded, tmp_path, key):
+    """What lies in the checkpoint's hf folder is given out only where it says the same model."""
+    _, source = padded
+    folder = tmp_path / "ck"
+    shutil.copytree(source.path.parent, folder)
+    edited(folder / source.path.name / "hf" / "config.json", lambda c: c.update({key: OTHER[key]}))
+    with pytest.raises(
+        TSTError, match=f"{key} in .*hf/config.json: expected .* another model: rem"
+    ):
+        export(Checkpoint(folder), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("names", [("dtype",), ("torch_dtype",), ("dtype", "torch_dtype"), ()])
+def test_the_dtype_in_a_kept_config(padded, tmp_path, names):
+    """transformers 5 writes one name, 4 the other, and both may be there."""
+    _, source = padded
+    folder = tmp_path / "ck"
+    shutil.copytree(source.path.parent, folder)
+    kept = folder / source.path.name / "hf" / "config.json"
+    edited(kept, lambda config: config.update(dict.fromkeys(names, "bfloat16")))
+    gone = export(Checkpoint(folder), tmp_path / "hf", dtype="float32")
+    config = json.loads((gone / "config.json").read_text())
+    found = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
+    assert found == dict.fromkeys(names or ["torch_dtype"], "float32")
+    gone = export(Checkpoint(folder), tmp_path / "again")
+    assert not names or (gone / "config.json").read_bytes() == kept.read_bytes()
+
+
+def test_an_end_that_never_comes_is_not_given_out(padded, tmp_path):
+    """Rows that --vocab-size cuts, or a file that was edited since."""
+    _, source = padded
+    folder = tmp_path / "ck"
+    shutil.copytree(source.path.parent, folder)
+    kept = folder / source.path.name / "hf" / "generation_config.json"
+    kept.write_text('{"eos_token_id": [69, 96]}')
+    with pytest.raises(TSTError, match="generation_config.json: eos_token_id: expected .*, got 96"):
+        export(Checkpoint(folder), tmp_path / "hf")
+    kept.write_text('{"eos_token_id": [69, 95]}')
+    gone = export(Checkpoint(folder), tmp_path / "hf")
+    assert (gone / kept.name).read_bytes() == kept.read_bytes()
 
 
 class Rows:

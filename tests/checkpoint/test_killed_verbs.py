@@ -20,7 +20,6 @@ from support.trained import corpus_below, known
 from megatron_tst import cli
 from megatron_tst.checkpoint import atomic, rewrite, write
 from megatron_tst.export import nemo  # noqa: F401  before the forks
-from megatron_tst.planning import plots
 
 pytestmark = pytest.mark.filterwarnings("ignore:megatron_tst. .* held what this tool did not")
 FOLDERS = "boundary", "export-hf", "export-nemo", "import-hf"
@@ -42,10 +41,11 @@ def sources(fork_server, tmp_path_factory):
     for i in range(20):
         words = " ".join(WORD[j % 26 :] for j in range(i, 300))
         (here / "text" / f"{i}.txt").write_text(words)
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import tokenizers  # noqa: F401  before the forks
     import yaml  # noqa: F401
 
-    plots.pyplot()
     found = {verb: ("ck", [str(here / "ck")]) for verb in FOLDERS}
     found["import-hf"] = "hf", [str(here / "hf")]
     found["corpus"] = "text", ["--vocab-size", "300", "--input", str(here / "text"), "--output"]

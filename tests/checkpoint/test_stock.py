@@ -210,9 +210,15 @@ def test_every_recovery_sample_is_the_one_that_tst_would_read(
         datasets(corpus, blend, total, length, tmp_path / "stock"),
         PhasedDataset(long, schedule, config),
     )
-    assert len(again) >= total
-    for one in again.datasets if blend else [again]:  # every sample once
-        assert np.array_equal(np.sort(one.shuffle_index), np.arange(len(one.shuffle_index)))
+    assert len(again) == len(stock) >= total
+    for one in again.datasets if blend else [again]:  # every whole sample of the row, once
+        row = one.dataset.sequence_lengths[one.document_index].sum()
+        assert np.array_equal(np.sort(one.shuffle_index), np.arange((row - 1) // length))
+        assert len(one.sample_index) == len(one.shuffle_index) + 1
+    if blend:
+        for name in ("dataset_index", "dataset_sample_index"):
+            new, old = getattr(again, name), getattr(stock, name)
+            assert new.dtype == old.dtype and len(new) == len(old)
     for i in range(superposed):  # the first of the text of a sample of bags
         assert torch.equal(
             torch.as_tensor(again[i]["tokens"]), ours[i]["tokens"].flatten()[:length]
@@ -225,8 +231,13 @@ def test_every_recovery_sample_is_the_one_that_tst_would_read(
         ), i
 
 
-def test_other_datasets_are_refused(tmp_path):
-    with pytest.raises(
-        TSTError, match="--tst-stock-index: expected a GPTDataset or a blend of them, got list"
-    ):
-        stock_index.write([], [], Schedule.of(4, 1, 8, 32, 4))
+def test_other_datasets_are_refused(megatron, corpus, tmp_path):
+    """Two of one kind, a blend and no blend, a GPTDataset and none."""
+    one, blend = (datasets(corpus, many, 8, 32, tmp_path) for many in (False, True))
+    for long, stock in (([], []), ([], one), ([], blend), (one, []), (one, blend), (blend, one)):
+        kind = type(long).__name__
+        with pytest.raises(
+            TSTError,
+            match=f"--tst-stock-index: expected a GPTDataset or a blend of them, got {kind}",
+        ):
+            stock_index.write(long, stock, Schedule.of(4, 1, 8, 32, 4))

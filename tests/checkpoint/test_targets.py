@@ -224,6 +224,7 @@ def photographs(folder):
     [
         "foreign",
         "a file more",
+        "a hidden file more",
         "a folder more",
         "another size",
         "another size, before the mark",
@@ -242,6 +243,8 @@ def test_what_this_tool_did_not_write_is_moved_aside(tmp_path, system, change, r
         write(target, "old")
         if change == "a file more":
             (target / "below" / "notes").write_text("dear")
+        elif change == "a hidden file more":
+            (target / ".a").write_text("dear")
         elif change == "a folder more":
             (target / "iter_2").mkdir()
         elif change.startswith("another size"):
@@ -369,6 +372,91 @@ def test_a_kept_folder(tmp_path, system):
     assert names(tmp_path) == ["demo", "demo.old-1"]
 
 
+def test_links_in_what_is_replaced(tmp_path, system):
+    """This tool writes none: not to what it wrote, not to a folder like its own, not in a circle.
+    What they lead to stays.
+    """
+    target, kept = tmp_path / "out", tmp_path / "kept"
+    for number, (name, to) in enumerate(
+        [("weights", "weights"), ("below", "below"), ("below/config", "../.."), ("weights", "none")]
+    ):
+        write(target, "old")
+        shutil.copytree(target, kept)
+        write(target, "old", force=True)  # so that what the link leads to is older than MARK
+        shutil.rmtree(target / name) if name == "below" else (target / name).unlink()
+        (target / name).symlink_to(Path(to) if to.startswith(".") else kept / to)
+        write(target, force=True)
+        assert names(tmp_path) == ["kept", "out", "out.old-1"], number
+        assert (tmp_path / "out.old-1" / name).is_symlink()
+        assert content(target) == whole() and content(kept) == whole("old")
+        for path in (kept, target, tmp_path / "out.old-1"):
+            shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "[]",
+        "{}",
+        "7",
+        '{"files": {}}',
+        '{"folders": ["below"]}',
+        '{"files": ["weights"], "folders": ["below"]}',
+        '{"files": {"weights": 3, "below/config": 3}, "folders": "below"}',
+        "{",
+        b"\xff{}",
+        "a pipe",
+        "a link",
+        "a folder",
+    ],
+)
+def test_marks_that_say_nothing(tmp_path, mark):
+    """The folder is taken for somebody else's. One with a sound mark is not, whoever wrote that."""
+    target = tmp_path / "out"
+    write(target, "old")
+    good = (target / MARK).read_bytes()
+    (target / MARK).unlink()
+    if mark == "a pipe":
+        os.mkfifo(target / MARK)
+    elif mark == "a folder":
+        (target / MARK).mkdir()
+    elif mark == "a link":
+        (target / "mark").write_bytes(good)
+        (target / MARK).symlink_to("mark")
+    else:
+        (target / MARK).write_bytes(mark if isinstance(mark, bytes) else mark.encode())
+    write(target, force=True)
+    assert names(tmp_path) == ["out", "out.old-1"]
+    assert (tmp_path / "out.old-1" / "weights").read_text() == "old"
+    write(tmp_path / "sound", "old")
+    (tmp_path / "sound" / MARK).write_bytes(good)
+    write(tmp_path / "sound", force=True)
+    assert names(tmp_path) == ["out", "out.old-1", "sound"]
+
+
+def test_a_file_of_the_same_tick_as_the_mark(tmp_path):
+    """The system's clock is coarse: a file that was written just before has the mark's time. Here
+    it is the mark by another name, which has as many bytes as it says of that one.
+    """
+    target, size = tmp_path / "out", 100
+    for _ in range(3):
+        with new_folder(target, 0, force=True) as part:
+            (part / "weights").write_text("x" * size)
+        size = (target / MARK).stat().st_size
+    (target / "weights").unlink()
+    os.link(target / MARK, target / "weights")
+    write(target, force=True)
+    assert names(tmp_path) == ["out"] and content(target) == whole()
+
+
+def test_files_of_nobody_are_moved_aside(tmp_path, system):
+    """A caller that cannot say which are its own: none is deleted."""
+    (tmp_path / "text.bin").write_text("1")
+    with new_files(tmp_path / "text", [".bin"], force=True) as part:
+        (part / "text.bin").write_text("2")
+    assert content(tmp_path) == {"text.bin": b"2", "text.bin.old-1": b"1"}
+
+
 # --- what comes meanwhile
 
 
@@ -416,6 +504,20 @@ def test_a_target_that_goes_meanwhile(tmp_path, system):
         (part / "weights").write_text("new")
         shutil.rmtree(target)
     assert names(tmp_path) == ["out"] and content(target) == {"weights": b"new"}
+
+
+def test_a_target_that_goes_between_two_renames(tmp_path, monkeypatch, system):
+    """There when the new one was to get its name, gone when the two were to be exchanged."""
+    target, exchange = tmp_path / "out", atomic.exchange
+    write(target, "old")
+
+    def late(one, other, spare):
+        shutil.rmtree(other, ignore_errors=True)
+        exchange(one, other, spare)
+
+    monkeypatch.setattr(atomic, "exchange", late)
+    write(target, force=True)
+    assert names(tmp_path) == ["out"] and content(target) == whole()
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -521,6 +623,45 @@ def test_a_replaced_target_is_there_at_every_step(tmp_path):
     lines = seen.read_text().split()
     assert code == 0 and len(lines) == steps
     assert lines == sorted(lines, reverse=True) and set(lines) == {"old", "new"}
+
+
+def test_a_replaced_file_is_there_at_every_step(tmp_path):
+    """A single one, which changes places with the new one."""
+    (tmp_path / "a.png").write_text("tool old")
+    seen = tmp_path / "seen"
+
+    def look():
+        with open(seen, "a") as file:
+            file.write((tmp_path / "a.png").read_text() + "\n")
+
+    new = {"force": True, "endings": [""]}
+    code, steps = stopped(lambda: write_files(tmp_path / "a.png", **new), each=look)
+    lines = seen.read_text().splitlines()
+    assert code == 0 and len(lines) == steps
+    assert lines == sorted(lines, reverse=True) and set(lines) == {"tool old", "tool new"}
+
+
+def test_files_that_are_written_are_on_the_disk(tmp_path, monkeypatch):
+    """All bytes, when fsync is called; and nothing stays open."""
+    sizes, fsync = [], os.fsync
+
+    def spy(handle):
+        fsync(handle)
+        sizes.append(os.fstat(handle).st_size)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    before = sorted(os.listdir("/proc/self/fd"))
+    atomic.write_text(tmp_path / "text", "\xe4b\n")
+    atomic.write_json(tmp_path / "json", {"a": 1})
+    atomic.flushed(tmp_path / "bytes", lambda file: file.write(b"12"))
+    assert sizes == [4, 13, 2]
+    atomic.flush_folder(tmp_path)
+    assert len(sizes) == 4 and sorted(os.listdir("/proc/self/fd")) == before
+    assert content(tmp_path) == {
+        "text": b"\xc3\xa4b\n",
+        "json": b'{\n  "a": 1\n}\n',
+        "bytes": b"12",
+    }
 
 
 # --- killed
@@ -757,23 +898,6 @@ def test_what_the_system_refuses_names_both(tmp_path):
         renames._renameat2(one, other, 1)
 
 
-def test_a_file_where_there_are_no_hard_links(tmp_path, monkeypatch):
-    """As on FAT and some network file systems, which have no renameat2 either."""
-
-    def link(*arguments, **more):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(renames, "_renameat2", lambda *arguments: False)
-    monkeypatch.setattr(os, "link", link)
-    (tmp_path / "one").write_text("1")
-    renames.rename_new(tmp_path / "one", tmp_path / "other")
-    assert content(tmp_path) == {"other": b"1"}
-    (tmp_path / "one").write_text("2")
-    with pytest.raises(FileExistsError):
-        renames.rename_new(tmp_path / "one", tmp_path / "other")
-    assert content(tmp_path) == {"one": b"2", "other": b"1"}
-
-
 def test_foreign_things_among_leftovers_are_moved_aside(tmp_path):
     """Killed after the exchange: what lies there then was the target."""
     target = tmp_path / "out"
@@ -813,7 +937,196 @@ def test_two_at_once(tmp_path, system):
         shutil.rmtree(tmp_path / "here")
 
 
+@pytest.mark.parametrize("kind", ["folder", "link to a folder", "file"])
+def test_leftovers_that_are_no_folders_of_their_own(tmp_path, kind):
+    """What a link leads to is not what is left over."""
+    (tmp_path / "made").mkdir()
+    target, left = tmp_path / "made" / "out", leave(tmp_path / "made" / "out", "whole", process=1)
+    write(tmp_path / "kept", "dear")
+    shutil.rmtree(left)
+    if kind == "folder":
+        shutil.copytree(tmp_path / "kept", left)
+        (left / "weights").write_text("dear!")
+    elif kind == "file":
+        left.write_text("dear")
+    else:
+        left.symlink_to(tmp_path / "kept")
+    write(target)
+    assert names(tmp_path / "made") == ["out", "out.old-1"]
+    assert content(tmp_path / "kept") == whole("dear")
+    assert (tmp_path / "made" / "out.old-1").is_symlink() == (kind == "link to a folder")
+
+
+def test_what_was_away_while_another_took_the_place(tmp_path):
+    """Killed without a target, where the system cannot exchange two: a new one has come since."""
+    target = tmp_path / "out"
+    write(target)
+    leave(target, "old", "dear", process=2**22 + 1)
+    with pytest.raises(TSTError, match="an existing one"):
+        write(target)
+    assert content(tmp_path / "out.old-1") == {"weights": b"dear"}
+    assert content(target) == whole() and names(tmp_path) == ["out", "out.old-1"]
+
+
+def test_files_of_which_nothing_says_what_they_are(tmp_path):
+    """Left by a try that was killed, but without a mark."""
+    leave(tmp_path / "text", "whole", "dear", process=2**22 + 1)
+    write_files(tmp_path / "text")
+    assert names(tmp_path) == ["text.bin", "text.idx", "text.old-1"]
+    assert content(tmp_path / "text.old-1") == {"weights": b"dear"}
+
+
+@pytest.mark.parametrize("before", ["ours", "foreign"])
+def test_a_kept_folder_stopped_while_the_old_one_goes(tmp_path, monkeypatch, before):
+    """By a signal it goes on; killed, what is left counts as what was on its way."""
+    target = tmp_path / "demo"
+    write(target, "old") if before == "ours" else photographs(target)
+    old, dispose, calls = content(target), atomic._dispose, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        dispose(*arguments)
+
+    aside = ["demo.old-1"] if before == "foreign" else []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(atomic, "_dispose", once)
+        with kept_folder(target):
+            pass
+    assert len(calls) == 2 and names(tmp_path) == aside
+
+    def stop_there():
+        if not target.exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def try_it():
+        with kept_folder(target):
+            pass
+
+    write(target, "old") if before == "ours" else photographs(target)
+    assert stopped(try_it, each=stop_there)[0] == -signal.SIGKILL
+    assert [name[:12] for name in names(tmp_path)] == [".demo.whole-", *aside]
+    try_it()
+    aside += ["demo.old-2"] if before == "foreign" else []
+    assert names(tmp_path) == ["demo", *aside] and names(target) == [MARK]
+    assert all(content(tmp_path / name) == old for name in aside)
+
+
+def test_a_kept_folder_whose_old_one_cannot_go(tmp_path, monkeypatch):
+    target = tmp_path / "demo"
+    write(target, "old")
+
+    def rename(one, other):
+        raise PermissionError(13, "Permission denied", str(one))
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(TSTError) as refused, kept_folder(target):
+        raise AssertionError
+    assert str(refused.value) == (
+        f"{target}: expected a place that can be written to, got Permission denied. Choose another "
+        "one or mend its permissions."
+    )
+    assert names(tmp_path) == ["demo"] and content(target) == whole("old")
+
+
+def test_folders_above_the_target(tmp_path):
+    """Those that were made for it go with it, those that were there stay, though empty."""
+    (tmp_path / "there").mkdir()
+    for target in ("there/out", "there/a/b/out", "a/b/out"):
+        with pytest.raises(KeyError), new_folder(tmp_path / target, 0):
+            raise KeyError
+        assert [*content(tmp_path)] == ["there"]
+    write(tmp_path / "a" / "b" / "out")
+    write_files(tmp_path / "c" / "d" / "text")
+    assert names(tmp_path / "a" / "b") == ["out"] and len(names(tmp_path / "c" / "d")) == 2
+
+
+def test_signals_while_it_cleans_up():
+    """They are ignored, and mean afterwards what they meant before."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+    heard, was = [], {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, lambda number, frame: heard.append(number))
+        with pytest.raises(KeyError), atomic._undisturbed():
+            for number in numbers:
+                signal.raise_signal(number)
+            raise KeyError
+        assert heard == [signal.SIGUSR1]
+        for number in numbers:
+            signal.raise_signal(number)
+        assert heard == [signal.SIGUSR1, *numbers]
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_whose_handler_is_not_python_s(monkeypatch):
+    """Python could not put it back."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: pytest.fail("a handler was set"))
+    with atomic._undisturbed():
+        pass
+
+
 # --- places that take nothing
+
+
+PERMISSIONS = "Choose another one or mend its permissions."
+ROOM = "Make room or choose another disk."
+
+
+@pytest.mark.parametrize(
+    "filename, code, do",
+    [
+        ("here/out", 13, PERMISSIONS),
+        ("here/out/weights", 13, PERMISSIONS),
+        ("here/.out.part-1/weights", 13, PERMISSIONS),
+        ("here/.out.whole-1", 13, PERMISSIONS),
+        ("here", 13, PERMISSIONS),
+        ("", 13, PERMISSIONS),
+        ("here/out", 28, ROOM),
+        ("here/.out.part-1/weights", 122, ROOM),
+        ("here/.out.whole-1", 27, ROOM),
+        (None, 5, PERMISSIONS),
+        (None, 28, ROOM),
+        (7, 28, ROOM),  # a file's number
+        ("here/source", 13, None),
+        ("other/out", 28, None),
+        ("here/ou", 5, None),
+    ],
+)
+def test_what_the_system_refuses_in_words(tmp_path, monkeypatch, filename, code, do):
+    """About the target where it is that, something in it or above it, or nothing is named; else
+    about what was read.
+    """
+    monkeypatch.chdir(tmp_path)
+    target, more = Path("here/out"), (Path("here/.out.part-1"), Path("here/.out.whole-1"))
+    got = os.strerror(code)
+    for name in (filename, Path(filename) if isinstance(filename, str) else None):
+        with pytest.raises(TSTError) as refused, atomic._in_words(target, *more):
+            raise OSError(code, got, name)
+        if do or name is None:
+            do = do or PERMISSIONS
+            expected = f"{target}: expected a place that can be written to, got {got}. {do}"
+        else:
+            expected = (
+                f"{tmp_path / name}: expected a file or folder that can be read, got {got}. Mend "
+                "its permissions or copy it again."
+            )
+        assert str(refused.value) == expected
+
+
+def test_what_has_no_number_in_words(tmp_path):
+    with pytest.raises(TSTError, match="out: expected .*, got something of its own. Choose"):
+        with atomic._in_words(tmp_path / "out"):
+            raise OSError("something of its own")
+
+
+def test_a_screen_that_is_gone_is_no_file(tmp_path):
+    with pytest.raises(BrokenPipeError), atomic._in_words(tmp_path / "out"):
+        raise BrokenPipeError(32, "Broken pipe")
 
 
 def as_nobody(call_it):
@@ -860,7 +1173,8 @@ def test_permissions(tmp_path, capfd, case, wanted):
     assert as_nobody(lambda: tool(calls[case])) == 2
     here.chmod(0o755)
     error = capfd.readouterr().err
-    assert error.count("\n") == 1 and ("source" in error) == (case == "source"), error
+    assert error.count("\n") == 1, error
+    assert (f"{here / 'source'}: " in error) == (case == "source"), error
     assert "permi" in error, error
     left = {"out", "out.bin", "out.idx"} & set(names(here)) if case == "sticky" else set()
     assert set(names(here)) == {"source", *left}
@@ -880,29 +1194,12 @@ def test_a_disk_that_fills_up(tmp_path, capfd, wanted):
     assert not names(tmp_path)
 
 
-def test_a_disk_without_room(tmp_path, monkeypatch):
-    """1 % more than was asked for, and 16 MiB, is looked for where the target is to be."""
-    asked, needed = [], 1_010_000_000 + (16 << 20)
-    frees = [500_000_000, needed - 1, needed]
-
-    def usage(folder):
-        free = frees[len(asked)]
-        asked.append(folder)
-        return shutil._ntuple_diskusage(2 * needed, 2 * needed - free, free)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    for said in (
-        "expected 1.03 GB of free space, got 0.50 GB.",
-        "expected 1,026,777.22 KB of free space, got 1,026,777.21 KB.",
-    ):
-        with pytest.raises(TSTError) as refused:
-            with new_folder(tmp_path / "new" / "out", 1_000_000_000):
-                pass
-        do = "Make room or choose another disk."
-        assert str(refused.value) == f"{tmp_path}: {said} {do}"
-    with new_folder(tmp_path / "new" / "out", 1_000_000_000):
-        pass
-    assert asked == [tmp_path] * 3 and names(tmp_path / "new") == ["out"]
+def test_a_disk_without_room(tmp_path):
+    """Seen before anything is written."""
+    with pytest.raises(TSTError, match=f"^{tmp_path}: expected 1,164,450.72 TB of free space"):
+        with new_folder(tmp_path / "new" / "out", 1 << 60):
+            raise AssertionError
+    assert not names(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["_finish", "rename_new", "flush_folder"])

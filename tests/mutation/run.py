@@ -142,9 +142,12 @@ def prepare(tree: Path) -> None:
     cpu.enable_if_asked()
     compat.hide_broken_transformer_engine()
     import hypothesis
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import megatron.core.models.gpt
     import megatron.core.models.hybrid.hybrid_model
     import megatron.training.training  # noqa: F401
+    import torch.utils.tensorboard
 
     # nobody asks for the smallest example of a mutant
     phases = [p for p in hypothesis.Phase if p.name in ("explicit", "generate")]
@@ -238,6 +241,7 @@ def run_tests(
     seconds: float = 900,
     cache: bool = False,
     plugins: tuple[object, ...] = (),
+    anew: bool = False,
 ) -> int:
     """Run tests in a fork until one fails.
 
@@ -247,6 +251,7 @@ def run_tests(
         seconds: after which the fork is killed.
         cache: whether Python may keep what it compiles.
         plugins: pytest's.
+        anew: in another Python, since this one has imported the module already; without plugins.
 
     Returns:
         pytest's exit code: 0 where all passed. -9 where the fork was killed.
@@ -262,7 +267,10 @@ def run_tests(
                 os.dup2(output.fileno(), 2)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY,) * 2)
-            code = int(pytest.main([*FLAGS, "-m", "not slow", *tests], plugins=plugins))
+            arguments = [*FLAGS, "-m", "not slow", *tests]
+            if anew:
+                os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+            code = int(pytest.main(arguments, plugins=plugins))
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
@@ -533,13 +541,15 @@ def bugs(tree: Path, work: Path, wanted: list[str]) -> bool:
             sys.exit(f"mutation: {bug['file']}: expected once {bug['was']!r} (bugs.toml, {name}).")
         compiled = bug["file"].startswith("csrc/")
         built = {lib: lib.read_bytes() for lib in tree.glob("megatron_tst/_C*.so") if compiled}
-        if run_tests(bug["tests"], log, cache=True):
+        module = bug["file"].removesuffix(".py").replace("/", ".")
+        anew = module in sys.modules
+        if run_tests(bug["tests"], log, cache=True, anew=anew):
             sys.exit(f"mutation: {name}: the tests fail without the fault, see {log}")
         path.write_text(source.replace(bug["was"], bug["is"]))
         try:
             if compiled:
                 build(tree)
-            code = run_tests(bug["tests"], log)
+            code = run_tests(bug["tests"], log, anew=anew)
         finally:
             path.write_text(source)
             if not compiled:  # what is compiled must be newer than its object file

@@ -337,6 +337,8 @@ def ours_refuses(recipe, tokens, sp, sizes):
         tensor_model_parallel_size=1 + sp,
         sequence_parallel=sp,
         first_last_layers_bf16=True,
+        group_query_attention=False,
+        num_experts=None,
         **sizes,
     )
     with warnings.catch_warnings(action="ignore"):

@@ -53,6 +53,59 @@ def test_arguments_of_training_alone_are_no_other_architecture(changes):
     assert architecture(**changes).config == architecture().config
 
 
+@pytest.mark.parametrize(
+    "frequency, layers",
+    [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), ([0, 1, 1, 0, 1], [1, 2, 4])],
+)
+def test_layers_with_experts(frequency, layers):
+    """Megatron's --moe-layer-freq; those without are mlp_only_layers."""
+    found = architecture(num_layers=5, moe_layer_freq=frequency)
+    assert sorted(found.expert_layers) == layers
+    assert found.config["mlp_only_layers"] == [i for i in range(5) if i not in layers]
+    assert found.config["decoder_sparse_step"] == 1
+
+
+@pytest.mark.parametrize("before, normed", [(False, True), (True, False)])
+def test_whether_the_chosen_experts_weights_are_normed(before, normed):
+    """A softmax over the chosen ones sums to one, and one over all experts does not."""
+    assert architecture(moe_router_pre_softmax=before).config["norm_topk_prob"] is normed
+
+
+@pytest.mark.parametrize("width, want", [(24, 24), (None, 48)])
+def test_the_width_of_an_expert(width, want):
+    assert architecture(moe_ffn_hidden_size=width).config["moe_intermediate_size"] == want
+
+
+def test_the_two_names_of_the_norms_epsilon():
+    """Megatron 0.18 stores what 0.19 calls layernorm_epsilon as norm_epsilon too."""
+    assert architecture(norm_epsilon=3e-4, layernorm_epsilon=1e-5).config["rms_norm_eps"] == 3e-4
+    assert architecture(norm_epsilon=None, layernorm_epsilon=2e-5).config["rms_norm_eps"] == 2e-5
+
+
+@pytest.mark.parametrize("grouped, groups", [(True, 2), (False, 4)])
+def test_groups_count_with_grouped_queries_alone(grouped, groups):
+    found = architecture(group_query_attention=grouped, num_query_groups=2)
+    assert found.groups == found.config["num_key_value_heads"] == groups
+
+
+def test_heads_without_a_width_of_their_own():
+    assert architecture(kv_channels=None).head_dim == 32 // 4
+    assert architecture(kv_channels=6).config["head_dim"] == 6
+
+
+def test_the_factor_of_scaled_positions_is_megatrons():
+    """--rope-scaling-factor never reaches the model, which is built with 8."""
+    with pytest.warns(UserWarning, match="--rope-scaling-factor 4 in the checkpoint"):
+        found = architecture("llama", use_rope_scaling=True, rope_scaling_factor=4.0)
+    assert found.config["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
 def test_a_list_of_coefficients_gives_the_first():
     types = dict(moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"])
     config = architecture(moe_aux_loss_coeff=[1e-2, 1e-3], **types).config
@@ -104,6 +157,18 @@ def test_a_llama_that_transformers_does_not_build():
 def test_two_ways_of_scaling_positions_are_refused():
     with pytest.raises(TSTError, match="--use-rope-scaling: expected no --rotary-seq-len-interp"):
         architecture("llama", use_rope_scaling=True, rotary_seq_len_interpolation_factor=4)
+
+
+@pytest.mark.parametrize("spec", ["local", "transformer_engine"])
+def test_dense_layers_among_experts_in_run_config(spec):
+    args = run(num_layers=3, moe_layer_freq=[0, 1, 1], add_qkv_bias=False)
+    found = provider(args, architecture_of(args, 96, "bfloat16"), spec)
+    assert found["moe_layer_freq"] == [0, 1, 1]
+    assert found["transformer_layer_spec"] == {
+        "_target_": "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec",
+        "_partial_": True,
+        "use_transformer_engine": spec == "transformer_engine",
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_moe"])

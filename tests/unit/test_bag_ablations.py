@@ -131,6 +131,14 @@ def test_labels_outside_the_vocabulary_are_refused(loss, label):
         multi_hot_cross_entropy(torch.zeros(2, 4), torch.full((2, 1), label), loss=loss)
 
 
+def test_there_is_no_second_derivative(loss):
+    leaf = torch.randn(4, 9).requires_grad_()
+    value = multi_hot_cross_entropy(leaf, torch.zeros(4, 1, dtype=torch.int64), loss=loss)
+    (grad,) = torch.autograd.grad(value.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
 def test_the_extension_is_refused(loss):
     with pytest.raises(
         ValueError, match=f"expected kernel 'auto' or 'torch' with loss '{loss}', got 'extension'"

@@ -109,6 +109,7 @@ def test_blends_that_are_none(words, message):
         ('{"train": [1e999, "a"], "valid": null, "test": null}', "finite"),
         ("[" * 100000, "nested too deeply"),
         (b"\xff\xfe{", "UTF-8"),
+        ("", r'an empty file\. Write {"train": \[\.\.\.\], "valid": '),
     ],
 )
 def test_files_of_splits_that_are_none(tmp_path, content, message):
@@ -124,6 +125,9 @@ def test_files_of_splits_that_are_none(tmp_path, content, message):
 def test_files_that_are_not_there(tmp_path, flag, place):
     (tmp_path / "folder").mkdir()
     with pytest.raises(TSTError, match=f"{place}: expected a .* file, got (a folder|no such file)"):
+        read_blends(arguments(**{flag: str(tmp_path / place)}))
+    got = {"missing": "no such file", "folder": "a folder"}[place]
+    with pytest.raises(TSTError, match=f"file, got {got}"):
         read_blends(arguments(**{flag: str(tmp_path / place)}))
 
 
@@ -176,3 +180,62 @@ def test_data_without_any_for_training():
     with pytest.raises(TSTError, match="--split with data of each split: expected none, got 99"):
         training_blend(args, *read_blends(args))
     assert training_blend(arguments(), None, None) is None
+
+
+def test_a_run_without_data_flags_has_none():
+    assert read_blends(argparse.Namespace()) == (None, None)
+    assert read_blends(argparse.Namespace(mock_data=True)) == (None, None)
+    with pytest.raises(TSTError, match="expected --mock-data alone, got --mock-data and --data-p"):
+        read_blends(arguments(mock_data=True, data_path=[]))
+    with pytest.raises(TSTError, match="got --data-args-path and --per-split-data-args-path"):
+        read_blends(arguments(data_args_path="a", per_split_data_args_path="b"))
+
+
+@pytest.mark.parametrize("flag", ["data_args_path", "per_split_data_args_path"])
+def test_a_list_in_object_storage_is_megatrons_to_read(monkeypatch, flag):
+    from megatron.training import utils
+
+    args = arguments(**{flag: "msc://bucket/list"})
+    monkeypatch.setattr(utils, "get_blend_and_blend_per_split", lambda given: given)
+    assert read_blends(args) is args
+
+
+@pytest.mark.parametrize("letters", [200, 201])
+def test_a_long_list_is_shown_by_its_first_200_letters(letters):
+    words = ["1", "a", "0", "b" * (letters - len("1 a 0 "))]
+    cut = "" if letters == 200 else "..."
+    with pytest.raises(TSTError) as caught:
+        read_blend(words, "--data-path")
+    assert str(caught.value) == (
+        f"--data-path: expected weights above 0, got {' '.join(words)[:200]}{cut}. "
+        "Leave out what is not to be read."
+    )
+
+
+def test_spaces_around_a_prefix_do_not_count():
+    """As Megatron's get_blend_from_list."""
+    assert read_blend([" a", "b "], "") == (["a", "b"], None)
+    assert read_blend(["1", " a", "2", "b "], "") == (["a", "b"], [1.0, 2.0])
+
+
+def test_a_file_that_cannot_be_read():
+    with pytest.raises(TSTError) as caught:  # a file whose first byte nobody may read
+        read_blends(arguments(data_args_path="/proc/self/mem"))
+    assert str(caught.value) == (
+        "--data-args-path /proc/self/mem: expected a readable file, got Input/output error. "
+        "Give prefixes, or a weight above 0 and a prefix in turn."
+    )
+
+
+def test_a_share_without_a_default():
+    """Megatron has one of --data-path alone."""
+    blend = ["a"], None
+    for args in (arguments(), argparse.Namespace()):
+        with pytest.raises(TSTError) as caught:
+            training_blend(args, blend, None)
+        assert str(caught.value) == (
+            "--split: expected up to three numbers, the first above 0, got none. "
+            "Give the shares of training, validation and test, as 99,1,0."
+        )
+    per_split = [blend, None, None]
+    assert training_blend(argparse.Namespace(), None, per_split) == (blend, (0.0, 1.0))

@@ -38,6 +38,14 @@ def arguments(**changes):
 
 
 FINE = TSTConfig(bag_size=6, step_ratio=0.3)
+LAYOUT = dict(
+    micro_batch_size=2,
+    global_batch_size=16,
+    world_size=16,
+    tensor_model_parallel_size=2,
+    pipeline_model_parallel_size=2,
+    context_parallel_size=2,
+)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +218,31 @@ def test_ablations_are_in_torch_alone(loss):
             check_arguments(TSTConfig(6, 0.3, loss=loss, **changes), arguments())
 
 
+def test_sequences_of_nothing():
+    with pytest.raises(
+        TSTError, match="--seq-length: expected at least 1 position, got 0. Correct it."
+    ):
+        check_arguments(FINE, arguments(seq_length=0))
+    check_arguments(FINE, arguments(seq_length=1))
+    none, nothing = arguments(**LAYOUT, seq_length=None), arguments(**LAYOUT, seq_length=0)
+    refusals.check_sizes(FINE, none)  # before Megatron asks for one
+    refusals.check_sizes(TSTConfig(6), nothing)
+    with pytest.raises(TSTError, match="--seq-length: expected at least 1 position, got 0"):
+        refusals.check_sizes(FINE, nothing)
+
+
+def test_runs_of_no_iteration_and_of_few():
+    with pytest.raises(
+        TSTError, match="--train-iters or --train-samples: expected at least 1, got 0. Correct it."
+    ):
+        check_arguments(TSTConfig(6, iters=3), arguments(train_iters=0))
+    check_arguments(TSTConfig(6, iters=1), arguments(train_iters=3))
+    one_sample = arguments(train_iters=2, global_batch_size=1)
+    assert warned(TSTConfig(6, iters=1), **vars(one_sample)) == [
+        "megatron_tst: step ratio 0.500: the paper found 0.2 to 0.4 robust"
+    ]
+
+
 def test_layouts_that_divide_are_let_through():
     for changes in (
         dict(seq_length=136, context_parallel_size=4),
@@ -309,6 +342,21 @@ def test_a_schedule_must_leave_room_and_have_no_empty_phase():
         match="--tst-step-ratio: expected at least half an iteration of 1000, got 0.3,0.0001",
     ):
         check_arguments(TSTConfig(bag_size=(8, 4), step_ratio=(0.3, 0.0001)), arguments())
+
+
+@pytest.mark.parametrize(
+    "ratios, iterations",
+    [
+        ((0.29,), [29]),  # 28.999999999999996 in floating point
+        ((0.58, 0.07), [58, 7]),  # 57.99999999999999, 7.000000000000001
+        ((0.296, 0.294), [30, 29]),
+        ((0.006,), [1]),
+    ],
+)
+def test_a_ratio_is_rounded_to_whole_iterations(ratios, iterations):
+    sizes = (8, 4)[: len(ratios)]
+    plan = TSTConfig(sizes, step_ratio=ratios).schedule(arguments(train_iters=100))
+    assert plan.samples == (*[8 * n for n in iterations], 8 * (100 - sum(iterations)))
 
 
 def test_a_boundary_that_megatron_would_pass_by():
@@ -609,16 +657,6 @@ def test_the_gpu_is_asked_for_where_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert refusals.this_gpu() == ((9, 0), "13.0")
-
-
-LAYOUT = dict(
-    micro_batch_size=2,
-    global_batch_size=16,
-    world_size=16,
-    tensor_model_parallel_size=2,
-    pipeline_model_parallel_size=2,
-    context_parallel_size=2,
-)
 
 
 @pytest.mark.parametrize(

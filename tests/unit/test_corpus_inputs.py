@@ -1,16 +1,21 @@
 """What `megatron-tst corpus` reads: each file once. What it does not read is counted and said."""
 
+import builtins
+import inspect
+import itertools
 import json
 import os
 import random
 import re
 import socket
+import warnings
 
 import numpy as np
 import pytest
 
 from megatron_tst import cli
 from megatron_tst.data import corpus
+from megatron_tst.errors import TSTError
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 
@@ -162,9 +167,14 @@ def test_folders_behind_links_are_read(here, made, tmp_path):
     assert ": 4 documents" in made(here)[1]
 
 
-def test_a_named_file_is_read_whatever_its_ending(here, made):
+def test_a_named_file_is_read_whatever_its_ending(here, made, recwarn):
     (here / "page.html").write_text(TEXT)
     assert ": 4 documents" in made(here, here / "page.html")[1]
+    assert not [w for w in recwarn if "one document" in str(w.message)]
+
+
+def test_a_file_that_is_named_before_its_folder(here, made):
+    assert ": 3 documents" in made(here / "good0.txt", here)[1]
 
 
 def test_it_does_not_read_another_corpus(here, made):
@@ -308,9 +318,10 @@ def test_what_make_has_written_is_known_again(here, tmp_path):
     assert not corpus._as_made(prefix)
     os.utime(names[".bin"], ns=(written, written))
     assert corpus._as_made(prefix)
-    os.truncate(names[".bin"], summary["files"][".bin"] - 1)
-    os.utime(names[".bin"], ns=(written, written))
-    assert not corpus._as_made(prefix)
+    for more in (-1, 1):
+        os.truncate(names[".bin"], summary["files"][".bin"] + more)
+        os.utime(names[".bin"], ns=(written, written))
+        assert not corpus._as_made(prefix)
     os.unlink(names[".bin"])
     assert corpus._as_made(prefix)
     for content in ("", "{}", "[1]", '{"files": [1]}', '{"files": {}}', "[" * 100_000):
@@ -318,3 +329,107 @@ def test_what_make_has_written_is_known_again(here, tmp_path):
         assert not corpus._as_made(prefix)
     os.unlink(names[".json"])
     assert not corpus._as_made(prefix)
+
+
+def test_what_is_replaced_is_deleted_where_nobody_has_changed_it(here, tmp_path):
+    (tmp_path / "to").mkdir()
+    prefix, names = tmp_path / "to/out", {f"out{ending}" for ending in corpus.FILES}
+    corpus.make(prefix, [here], vocab_size=300)
+    corpus.make(prefix, [here], vocab_size=301, force=True)
+    assert set(os.listdir(tmp_path / "to")) == names and corpus.vocab_size(prefix) == 301
+    (tmp_path / "to/out.tokenizer.json").write_text("mine")
+    with pytest.warns(UserWarning, match="old-1"):
+        corpus.make(prefix, [here], vocab_size=300, force=True)
+    kept = set(os.listdir(tmp_path / "to")) - names
+    assert kept == {f"{name}.old-1" for name in names} and corpus.vocab_size(prefix) == 300
+    assert (tmp_path / "to/out.tokenizer.json.old-1").read_text() == "mine"
+
+
+def test_the_library_and_the_command_have_the_same_defaults():
+    from megatron_tst.cli.corpus import parser
+
+    options = vars(parser("corpus").parse_args(["--output", "x"]))
+    of_make = {
+        name: parameter.default
+        for name, parameter in inspect.signature(corpus.make).parameters.items()
+        if parameter.kind == inspect.Parameter.KEYWORD_ONLY and name != "progress"
+    }
+    assert of_make == {name: options[name] for name in of_make} and len(of_make) == 3
+
+
+def test_each_folder_is_looked_at_once(here):
+    """Two links that lead back would double the work at each of forty levels."""
+    for name in ("one", "other"):
+        (here / name).symlink_to(here)
+    (here / "below").mkdir()
+    (here / "below/up").symlink_to(here)
+    (here / "below/a.txt").write_text("a")
+    (here / "again").symlink_to(here / "below")
+    found = list(itertools.islice(corpus._below(here, corpus.LeftOut()), 100))
+    assert sorted(path.name for path in found) == ["a.txt", "good0.txt", "good1.txt", "good2.txt"]
+
+
+def test_the_tokenizers_file_is_as_its_library_saves_it(here, made, tmp_path):
+    from tokenizers import Tokenizer
+
+    assert made(here)[0] == 0
+    Tokenizer.from_file(str(tmp_path / "out.tokenizer.json")).save(str(tmp_path / "saved"))
+    assert (tmp_path / "out.tokenizer.json").read_text() == (tmp_path / "saved").read_text()
+
+
+def test_training_the_tokenizer_draws_no_bars_of_its_own(here, tmp_path):
+    """Its library draws on a terminal alone."""
+    terminal, side = os.openpty()
+    kept = os.dup(2)
+    try:
+        os.dup2(side, 2)
+        corpus.make(tmp_path / "out", [here], vocab_size=300)
+        os.write(2, b"end")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    assert os.read(terminal, 10_000) == b"end"
+    os.close(side)
+    os.close(terminal)
+
+
+def test_names_that_are_no_text(here, made):
+    """The first by name is named."""
+    for name in (b"\xff.csv", b"\xfe.csv"):
+        (here / os.fsdecode(name)).write_text("x")
+    code, out, _ = made(here)
+    assert code == 0 and out.endswith(
+        rf"; left out: 2 of other endings (the first: {here}/\udcfe.csv)"
+    )
+
+
+def test_how_many_ids_a_small_text_gives(tmp_path):
+    """256 bytes, the merges "aa" and "aaaa", and the end of a document."""
+    (tmp_path / "a.txt").write_text("aaaa")
+    with pytest.raises(TSTError) as caught:
+        corpus.make(tmp_path / "out", [tmp_path / "a.txt"], vocab_size=300)
+    assert str(caught.value) == (
+        "--vocab-size: expected as many ids as the text gives, got a text that is too small for "
+        "300: it gives 259. Ask for fewer or add text."
+    )
+
+
+def test_what_megatron_warns_of_without_a_gpu_is_not_said(here, tmp_path, monkeypatch):
+    """Its import warns, where it is the first in a process."""
+    importing, found = builtins.__import__, []
+
+    def warning(name, *rest):
+        if name == "megatron.core.datasets.indexed_dataset":
+            found.append(list(hidden))
+            warnings.warn("Apex is not installed", stacklevel=2)
+        return importing(name, *rest)
+
+    hidden = []
+    monkeypatch.setattr(
+        corpus.compat, "hide_broken_transformer_engine", lambda: hidden.append("hidden")
+    )
+    monkeypatch.setattr(builtins, "__import__", warning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corpus.make(tmp_path / "out", [here], vocab_size=300)
+    assert found and all(found)  # with a broken Transformer Engine the import would fail

@@ -35,6 +35,8 @@ def copied(corpus, tmp_path):
 def test_a_good_dataset_passes(copied):
     check_data_files([copied], 512)
     check_data_files([copied, "msc://bucket/elsewhere"], None)
+    with pytest.raises(TSTError, match="got no file missing.idx"):
+        check_data_files(["msc://bucket/elsewhere", "missing"], None)
 
 
 def test_missing(tmp_path):
@@ -106,21 +108,30 @@ def changed(prefix, part, at, value):
             r"expected sequence 4 at byte \d+, where the one before it ends, got at",
         ),
         ("lengths", 3, -10, "expected lengths of 0 and more, got -10 of sequence 3"),
-        ("pointers", 0, 2, "expected sequence 0 at byte 0, got at 2"),
+        ("pointers", 0, 2, r"expected sequence 0 at byte 0, got at 2\."),
+        ("pointers", 0, -2, r"expected sequence 0 at byte 0, got at -2\."),
         (
             "pointers",
             3,
             2,
             r"expected sequence 3 at byte \d+, where the one before it ends, got at 2",
         ),
-        ("documents", 0, 1, "expected documents from sequence 0 to 72, got .1, 72."),
+        ("lengths", 0, -10, "expected lengths of 0 and more, got -10 of sequence 0"),
+        ("lengths", 70, -10, "expected lengths of 0 and more, got -10 of sequence 70"),
+        ("pointers", 1, 2, r"expected sequence 1 at byte \d+, where .* got at 2"),
+        ("pointers", 70, 2, r"expected sequence 70 at byte \d+, where .* got at 2"),
+        ("documents", 0, 1, "expected documents from sequence 0, got from 1"),
+        ("documents", 0, -1, "expected documents from sequence 0, got from -1"),
+        ("documents", 1, -1, "expected document 1 at sequence 0 or behind it, got at -1"),
+        ("documents", 4, 3, None),  # document 3 has no sequence
+        ("documents", 71, 99, "expected document 72 at sequence 99 or behind it, got at 72"),
         ("pointers", 4, 2, r"expected sequence 4 at byte \d+, where .* got at 2"),
         ("documents", 4, 2, "expected document 4 at sequence 3 or behind it, got at 2"),
         ("documents", 5, 3, "expected document 5 at sequence 4 or behind it, got at 3"),
         ("documents", 72, 71, "an index|cannot be read .AssertionError."),
     ],
 )
-@pytest.mark.parametrize("block", [files._BLOCK, 4])
+@pytest.mark.parametrize("block", [files._BLOCK, 4, 71])
 def test_an_index_that_does_not_fit_together(copied, monkeypatch, part, at, value, message, block):
     monkeypatch.setattr(files, "_BLOCK", block)
     changed(copied, part, at, value)
@@ -188,6 +199,70 @@ def test_one_id_outside_the_vocabulary(copied, monkeypatch, whole, where):
     check_data_files([copied], 512)
 
 
+def test_the_first_of_several_faults_is_named(copied):
+    for part, value, message in (
+        ("lengths", -10, "got -10 of sequence 3"),
+        ("documents", 2, "expected document 3 at sequence 9 or behind it, got at 2"),
+    ):
+        with open(copied + ".idx", "rb") as file:
+            before = file.read()
+        if part == "documents":
+            changed(copied, part, 2, 9)
+        changed(copied, part, 3, value)
+        changed(copied, part, 7, value)
+        with pytest.raises(TSTError, match=message):
+            check_data_files([copied], 512)
+        with open(copied + ".idx", "wb") as file:
+            file.write(before)
+    with open(copied + ".bin", "r+b") as file:
+        for place in (0, os.path.getsize(copied + ".bin") - 2):
+            file.seek(place)
+            file.write(struct.pack("<H", 40000))
+    with pytest.raises(TSTError, match="got 40000 in document 0"):
+        check_data_files([copied], 512)
+
+
+def test_sequences_without_tokens_and_modes_of_sequences(tmp_path):
+    """Both are written by Megatron's own builder."""
+    for multimodal in (False, True):
+        prefix = str(tmp_path / f"text{multimodal}")
+        builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32, multimodal=multimodal)
+        for tokens in ([1, 2], [], [3]):
+            modes = [1] if multimodal else None
+            builder.add_document(np.array(tokens, dtype=np.int32), [len(tokens)], modes)
+        builder.finalize(prefix + ".idx")
+        check_data_files([prefix], 4)
+
+
+def test_a_file_of_as_much_as_is_read_whole(copied, monkeypatch):
+    """One byte more is looked at in samples, here at its first and last token alone."""
+    size = os.path.getsize(copied + ".bin")
+    monkeypatch.setattr(files, "_WHOLE", size)
+    monkeypatch.setattr(files, "_SAMPLE", 2)
+    monkeypatch.setattr(files, "_SAMPLES", 2)
+    with open(copied + ".bin", "r+b") as file:
+        file.seek(2)
+        file.write(struct.pack("<H", 40000))
+    with pytest.raises(TSTError, match="got 40000 in document 0"):
+        check_data_files([copied], 512)
+    monkeypatch.setattr(files, "_WHOLE", size - 1)
+    check_data_files([copied], 512)
+
+
+def test_the_first_of_a_node_reads_the_index_and_the_others_its_sizes(copied, monkeypatch):
+    changed(copied, "pointers", 3, 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    check_data_files([copied], 512)
+    for rank in ("0", None):
+        monkeypatch.delenv("LOCAL_RANK") if rank is None else monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(TSTError, match="expected sequence 3 at byte"):
+            check_data_files([copied], 512)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    os.truncate(copied + ".bin", 1000)
+    with pytest.raises(TSTError, match="bytes as its index says, got 1000"):
+        check_data_files([copied], 512)
+
+
 def test_how_much_is_read():
     """As check_data_files' docstring says."""
     assert files._WHOLE == 256 * 2**20
@@ -197,10 +272,10 @@ def test_how_much_is_read():
 def test_negative_ids(tmp_path):
     prefix = str(tmp_path / "text")
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
-    builder.add_document(np.array([4, -7, 3], dtype=np.int32), [2, 1])
+    builder.add_document(np.array([0, -1, 3], dtype=np.int32), [2, 1])
     builder.finalize(prefix + ".idx")
     check_data_files([prefix], None)
-    with pytest.raises(TSTError, match="got -7 in document 0"):
+    with pytest.raises(TSTError, match="got -1 in document 0"):
         check_data_files([prefix], 512)
 
 
@@ -216,7 +291,7 @@ def test_the_vocabulary_of_documents_far_behind(tmp_path, monkeypatch, looked_at
     prefix, count = str(tmp_path / "many"), 600
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
     for i in range(count):
-        builder.add_document(np.array([1, 2, 700 if i == count - 1 else 3]), [3])
+        builder.add_document(np.array([0, 2, 700 if i == count - 1 else 3]), [3])
     builder.finalize(prefix + ".idx")
     monkeypatch.setattr(files, "_BLOCK", 64)
     if looked_at == "samples of it":
@@ -243,7 +318,10 @@ def test_a_tokenizer_that_is_not_there(tmp_path):
 def test_output_folders(tmp_path):
     check_output_folder("--save", str(tmp_path / "new" / "folder"))
     assert (tmp_path / "new" / "folder").is_dir() and not os.listdir(tmp_path / "new" / "folder")
-    check_output_folder("--save", None)
+    check_output_folder("--save", str(tmp_path / "new" / "folder"))  # again
+    for elsewhere in (None, "", "s3://bucket/folder"):
+        check_output_folder("--save", elsewhere)
+    assert not os.path.exists("s3:")
     (tmp_path / "file").write_text("")
     with pytest.raises(
         TSTError,
@@ -265,11 +343,50 @@ def test_load_folders(tmp_path):
     check_load_folder(None, 3)
     check_load_folder("s3://a/iter_0000004", None)
     check_load_folder(str(tmp_path / "new"), None)
+    check_load_folder(str(tmp_path / "new"), 3)
     for end in ("", "/", "/."):
         with pytest.raises(TSTError, match=f"--load: expected the folder that .* Give {tmp_path},"):
             check_load_folder(f"{tmp_path}/iter_0000004{end}", None)
     with pytest.raises(TSTError, match="--ckpt-step: expected one of 4, 12 in .*, got 5"):
         check_load_folder(str(tmp_path), 5)
+
+
+@pytest.mark.parametrize("name", ["iter_0000004", "iter_123456789", "release"])
+def test_an_iterations_own_folder(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    check_load_folder(str(folder), None)  # somebody's name for what has no checkpoint's files
+    (folder / "metadata.json").write_text("{}")
+    for other in ("iter_000004", "released", "iter_0000004.old"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "metadata.json").write_text("{}")
+        check_load_folder(str(tmp_path / other), None)
+    with pytest.raises(TSTError) as caught:
+        check_load_folder(str(folder), None)
+    assert str(caught.value) == (
+        f"--load: expected the folder that --save named, got {folder}, a checkpoint in it. "
+        f"Give {tmp_path}, and --ckpt-step for another iteration than the last."
+    )
+
+
+def test_a_step_that_is_not_there(tmp_path):
+    """The last nine of those that are; folders of other names are none."""
+    for name in ("iter_0000003.old", "iter_", "other"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(TSTError) as caught:
+        check_load_folder(str(tmp_path), 5)
+    assert str(caught.value) == (
+        f"--ckpt-step: expected an iteration in {tmp_path}, got 5. Correct it."
+    )
+    for step in (1_000_000, *range(20, 120, 10)):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+        check_load_folder(str(tmp_path), step)
+    with pytest.raises(TSTError) as caught:
+        check_load_folder(str(tmp_path), 5)
+    assert str(caught.value) == (
+        "--ckpt-step: expected one of 40, 50, 60, 70, 80, 90, 100, 110, 1000000 in "
+        f"{tmp_path}, got 5. Correct it."
+    )
 
 
 def test_prepare_corpus_round_trip(corpus):
@@ -295,8 +412,9 @@ def test_installed_packages_are_left_out_unless_they_are_asked_for(tmp_path):
     (tmp_path / "site-packages").mkdir()
     for name in ("a.py", "site-packages/b.py", "c.bin"):
         (tmp_path / name).write_text("x")
-    assert [path.name for path in corpora.find_files([tmp_path])] == ["a.py"]
-    assert [path.name for path in corpora.find_files([tmp_path / "site-packages"])] == ["b.py"]
+    for root, name in (tmp_path, "a.py"), (tmp_path / "site-packages", "b.py"):
+        found = corpora.find_files([root], tmp_path / "out", corpora.LeftOut())
+        assert [path.name for path in found] == [name]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +447,9 @@ def test_prepare_corpus_refuses(corpus, tmp_path, capsys, arguments, message):
 
 def test_provider_is_asked_for_long_training_samples_and_stock_validation():
     """Sizes and sequence length of both calls; what they return is tested in the training loop."""
-    args = types.SimpleNamespace(seq_length=32, create_attention_mask_in_dataloader=True)
+    args = types.SimpleNamespace(
+        seq_length=32, create_attention_mask_in_dataloader=True, consumed_train_samples=0
+    )
     schedule = Schedule.of(4, 6, 40, 32, 4)
     asked = []
 
@@ -349,6 +469,10 @@ def test_provider_is_asked_for_long_training_samples_and_stock_validation():
         ([1, 17, None], 32, True, 1),
     ]
     assert (args.seq_length, args.create_attention_mask_in_dataloader) == (32, True)
+    wrapped([33, 0, 0])  # fewer are asked for near the end of a run
+    assert [sizes for sizes, *_ in asked[2:]] == [[schedule.long_samples, 0, 0], [1, 0, 0]]
+    with pytest.raises(AssertionError):
+        wrapped([41, 0, 0])
 
 
 class Longs(list):
@@ -385,6 +509,7 @@ def test_the_stock_index_is_written_by_the_first_rank(monkeypatch, rank):
         data_cache_path="cache",
         rank=rank,
         padded_vocab_size=99,
+        consumed_train_samples=0,
     )
     schedule, written = Schedule.of(4, 6, 40, 32, 4), []
     monkeypatch.setattr(dataset.stock_index, "write", lambda *given: written.append(given))
@@ -427,7 +552,10 @@ OTHER = np.array([0, 2, 1])
 )
 def test_a_longer_run_reads_its_data_in_the_order_of_the_first(before, later):
     args = types.SimpleNamespace(
-        seq_length=32, create_attention_mask_in_dataloader=False, padded_vocab_size=None
+        seq_length=32,
+        create_attention_mask_in_dataloader=False,
+        padded_vocab_size=None,
+        consumed_train_samples=0,
     )
     schedule, config = Schedule.of(4, 6, 40, 32, 4), TSTConfig(bag_size=4, iters=6)
 

@@ -314,9 +314,9 @@ RUN_ELSEWHERE = {
         "tests/training/test_recipes.py::test_prepare_data"
     ),
     "python $E/run.py": "tests/training/test_experiments.py::test_rows_say_what_was_run",
-    "python $E/plot.py": "tests/unit/test_training_curves.py::test_the_experiments_figure",
+    "python $E/plot.py": "tests/unit/test_questions.py::test_the_experiments_figure",
     "megatron-tst plot --output curves.png baseline=$BASE": (
-        "tests/unit/test_training_curves.py::test_plots_of_groups"
+        "tests/unit/test_plots.py::test_the_verb_draws_what_the_logs_say"
     ),
 }
 

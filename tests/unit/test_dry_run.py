@@ -3,11 +3,13 @@
 import logging
 import os
 import re
+import runpy
 import sys
+import warnings
 
 import pytest
 import torch
-from support.plans import BESIDE, SMALL
+from support.plans import BESIDE, EXPERTS, SMALL
 
 from megatron_tst.checks import dry_run
 
@@ -35,7 +37,7 @@ def test_what_is_accepted(capsys):
     code, text, errors = said(capsys, *BAGS, "--tensor-model-parallel-size", "2")
     assert code == 0 and not errors
     engine = dry_run._installed() or "2.14.0 assumed"
-    assert text.splitlines() == [
+    assert text.split("\n")[:-1] == [
         "dry run: accepted",
         "  model       38.1 M parameters, vocabulary 50176",
         "  machine     8 h100 as TP 2 x PP 1 x CP 1 x DP 4, EP 1; bf16",
@@ -86,6 +88,20 @@ def test_a_stock_run_in_fp8(capsys):
             [*BAGS, *"--seq-length 1022 --context-parallel-size 2".split()],
             "megatron_tst: --seq-length with --context-parallel-size 2: expected a multiple of 4",
         ),
+        (
+            [*BAGS, "--micro-batch-size", "0"],
+            "megatron_tst: --micro-batch-size: expected at least 1, got 0. Correct it.",
+        ),
+        # what Megatron finds in its configurations, after validate_args
+        (
+            ["--fp8-output-proj"],
+            r"transformer_config.py:\d+: fp8_output_proj must be used together",
+        ),
+        (["--main-grads-dtype", "bf16"], r"optimizer_config.py:\d+: main_grads_dtype can only be"),
+        (
+            ["--ddp-num-buckets", "0"],
+            r"distributed_data_parallel_config.py:\d+: num_buckets must be greater than 0",
+        ),
     ],
 )
 def test_what_is_refused(capsys, more, message):
@@ -114,3 +130,117 @@ def test_the_flags_are_handed_on_as_they_are(monkeypatch):
     flags = ["--split", "", "--lr", "-1", "*", "x"]
     assert dry_run.main(["--gpu", "b200", "--world-size", "3", "--", *flags]) == 2
     assert seen == [(flags, 3, "b200")]
+
+
+@pytest.mark.parametrize(
+    "kind", [AssertionError, ValueError, RuntimeError, NotImplementedError, TypeError]
+)
+def test_an_error_of_megatrons_is_said_with_its_place(monkeypatch, kind):
+    from megatron.training import arguments
+
+    def check():
+        raise kind("heads do not divide")
+
+    def validate_args(args):
+        check()
+
+    monkeypatch.setattr(arguments, "validate_args", validate_args)
+    line = check.__code__.co_firstlineno + 1
+    with pytest.raises(dry_run.Refused) as refused:
+        dry_run.validate(RUN, 8, "h100")
+    assert str(refused.value) == f"test_dry_run.py:{line}: heads do not divide"
+
+
+def test_experts_count_all_of_them(capsys):
+    """By hand: attention 4 * 512^2 a layer, 8 experts of 3 * 512 * 256 and a router of 512 * 8 in
+    each of 4 layers, 2 norms a layer and the last one, one tied table of 50048 rows.
+    """
+    layer = 4 * 512**2 + 8 * 3 * 512 * 256 + 512 * 8 + 2 * 512
+    count = 4 * layer + 512 + 50048 * 512
+    assert count == 42_422_784
+    flags = RUN[len(SMALL) :]
+    assert dry_run.main(["--world-size", "1", "--gpu", "h100", "--", *EXPERTS, *flags]) == 0
+    assert "  model       42.4 M parameters, vocabulary 50048\n" in capsys.readouterr().out
+
+
+def test_the_process_that_is_assumed(monkeypatch):
+    """The first of the run, with the one connection that Megatron asks of tensor parallelism on a
+    GPU older than B200, whatever this process has.
+    """
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    flags = [*RUN, *"--tensor-model-parallel-size 2 --sequence-parallel".split()]
+    args = dry_run.validate(flags, 8, "h100")
+    assert (args.rank, args.world_size, args.data_parallel_size) == (0, 8, 4)
+    assert os.environ["RANK"] == "3" and os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_which_transformer_engine_is_there(monkeypatch):
+    from megatron.core import utils
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(utils, "get_te_version", lambda: "2.9.0")
+    for there, version in ((True, "2.9.0"), (False, None)):
+        monkeypatch.setattr(transformer_engine, "HAVE_TE", there)
+        assert dry_run._installed() == version
+
+
+def test_what_is_not_installed_is_no_matter_here(monkeypatch, capsys):
+    """torch and Megatron log and warn of it: neither is shown, errors are."""
+
+    def validate(*given):
+        log = logging.getLogger("torch")
+        assert not log.isEnabledFor(logging.WARNING) and log.isEnabledFor(logging.ERROR)
+        warnings.warn("no apex", stacklevel=1)
+        raise dry_run.Refused("seen")
+
+    monkeypatch.setattr(dry_run, "validate", validate)
+    with warnings.catch_warnings(action="error"):
+        assert dry_run.main(["--world-size", "1", "--gpu", "h100"]) == 2
+    assert capsys.readouterr().err == "dry run: REFUSED: seen\n"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "dry_run: error: the following arguments are required: --world-size, --gpu"),
+        (["--world-size", "8"], "dry_run: error: the following arguments are required: --gpu"),
+        (
+            ["--gpu", "h100", "--world-size", "two"],
+            "dry_run: error: argument --world-size: invalid int value: 'two'",
+        ),
+        (
+            ["--gpu", "a100", "--world-size", "8"],
+            "dry_run: error: argument --gpu: invalid choice: 'a100'",
+        ),
+    ],
+)
+def test_its_own_flags(capsys, flags, message):
+    with pytest.raises(SystemExit) as ended:
+        dry_run.main(flags)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        dry_run.main(["--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: dry_run ") and dry_run.__doc__.strip() in text
+    for flag, words in (
+        ("--world-size WORLD_SIZE", "processes, one for each GPU"),
+        (r"--gpu {h100,h200,b200}", "kind"),
+        ("flags", "after --: the flags to validate"),
+    ):
+        assert re.search(rf"^  {re.escape(flag)}\s+{words}$", text, re.M), text
+
+
+def test_python_m(monkeypatch, capsys):
+    argv = ["dry_run.py", "--world-size", "8", "--gpu", "h100", "--", *RUN, "--no-such-flag"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(dry_run.__file__, run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --no-such-flag\n")

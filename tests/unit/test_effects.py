@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import types
 
 import pytest
 
+from megatron_tst.checks import refusals
 from megatron_tst.checks.effects import NEEDS, check_effects
 from megatron_tst.checks.refusals import check_arguments
 from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
@@ -52,7 +54,7 @@ def test_without_bags(name, bag_size):
     with pytest.raises(
         TSTError,
         match=f"--tst-{name.replace('_', '-')}: expected --tst-bag-size of 2 or more beside it, "
-        "got 1. The run would be stock Megatron",
+        "got 1. The run would be stock Megatron: add it, or drop the --tst- flags.$",
     ):
         check_arguments(TSTConfig(**settings, **{name: GIVEN[name]}), megatron())
 
@@ -85,6 +87,21 @@ def test_without_bags(name, bag_size):
         (dict(max_epochs=9), dict(mock_data=True), "--tst-max-epochs: expected a corpus"),
         (dict(iters=0), {}, "--tst-iters: expected more than 0, got 0"),
         (dict(step_ratio=0.0), {}, "--tst-step-ratio: expected more than 0, got 0.0"),
+        (
+            dict(iters=0),
+            {},
+            r"got 0\. No iteration would be superposed: raise it, or drop the --tst- flags\.$",
+        ),
+        (
+            dict(switch_slope=0.1),
+            {},
+            r"got fixed\. It would have no effect: drop one of the two\.$",
+        ),
+        (
+            dict(fused_linear_loss=True, kernel_in_recovery=True),
+            {},
+            "which computes recovery's loss too, got both. It would have no effect",
+        ),
     ],
 )
 def test_combinations_without_effect(settings, changes, message):
@@ -98,6 +115,9 @@ def test_combinations_without_effect(settings, changes, message):
     [
         (dict(switch="auto", switch_slope=0.1, switch_window=0.05), {}),
         (dict(superpose="output", loss="mce-alt", target_weighting="exponential"), {}),
+        (dict(superpose="both", loss="mce-alt", target_weighting="exponential"), {}),
+        (dict(superpose="output", kernel="torch"), {}),
+        (dict(superpose="both", kernel="torch"), {}),
         (dict(superpose="input", kernel="torch", fused_linear_loss=True), {}),
         (dict(override=True), dict(load="x")),
         (dict(stock_index="x", max_epochs=9), {}),
@@ -170,6 +190,22 @@ def test_others_are_left_to_argparse(line):
 def test_bags_that_no_text_fills(config, message):
     with pytest.raises(TSTError, match=message):
         check_arguments(config, megatron(train_iters=10**6))
+
+
+def test_the_most_tokens_that_megatron_counts():
+    """Exactly int64's largest number; one more is refused."""
+    for more in (0, 1):
+        count = 2**63 - 1 + more
+        schedule = types.SimpleNamespace(long_samples=count, long_sample_length=1, seq_length=1)
+        if not more:
+            refusals._check_bag_sizes(TSTConfig(6, iters=3), schedule)
+            continue
+        with pytest.raises(TSTError) as caught:
+            refusals._check_bag_sizes(TSTConfig(6, iters=3), schedule)
+    assert str(caught.value) == (
+        "--tst-bag-size: expected a run of at most 9,223,372,036,854,775,807 raw tokens, which "
+        "Megatron can count, got 6. Lower it: the paper found 4 to 8 robust."
+    )
 
 
 def test_the_largest_bags_that_single_tokens_predict():

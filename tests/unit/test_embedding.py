@@ -2,11 +2,13 @@
 over gloo.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.close import close
 
-from megatron_tst.ops import reference
+from megatron_tst.ops import embedding, reference
 
 pytestmark = pytest.mark.numeric
 
@@ -134,6 +136,62 @@ def test_gradient_goes_into_main_grad(patched, megatron, tied):
         reference.superposed_embedding(table, tokens), table, upstream.double()
     )
     close(added, exact, 1e-6, terms=terms)  # no rounding to bf16 on the way; largest seen 8e-8
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+def test_the_parts_of_two_ranks(monkeypatch, scatter):
+    """Without the collectives, which get the embedding's own group: the parts add up to the mean,
+    and each rank has the gradient of its rows.
+    """
+
+    def kept(tensor, group):
+        assert group is group_of_rank
+        return tensor
+
+    for name in (
+        "reduce_from_tensor_model_parallel_region",
+        "reduce_scatter_to_sequence_parallel_region",
+        "gather_from_sequence_parallel_region",
+    ):
+        monkeypatch.setattr(embedding.mappings, name, kept)
+    torch.manual_seed(0)
+    table = torch.randn(10, 4, dtype=torch.float64)
+    tokens = torch.tensor([[[0, 4, 5], [9, 9, 4], [3, 6, 0]], [[5, 5, 5], [1, 2, 3], [8, 0, 5]]])
+    upstream = torch.randn(2, 3, 4, dtype=torch.float64)
+    want = reference.superposed_embedding(table.requires_grad_(), tokens)
+    (want_grad,) = torch.autograd.grad((want * upstream).sum(), table)
+    if scatter:
+        want, upstream = want.transpose(0, 1), upstream.transpose(0, 1)
+    total = 0
+    for rank in (0, 1):
+        group_of_rank = SimpleNamespace(size=lambda: 2)
+        weight = table.detach().float().chunk(2)[rank].clone().requires_grad_()
+        module = SimpleNamespace(
+            weight=weight,
+            vocab_start_index=5 * rank,
+            tp_group=group_of_rank,
+            reduce_scatter_embeddings=scatter,
+        )
+        part = embedding.superposed_embedding(module, tokens)
+        (grad,) = torch.autograd.grad((part * upstream.float()).sum(), weight)
+        close(grad, want_grad.chunk(2)[rank], 1e-6)
+        total = total + part.detach()
+    assert total.shape == want.shape
+    close(total, want, 1e-6)
+
+
+def test_ids_outside_the_table_are_an_error(patched, megatron):
+    """One rank holds the whole table: no id may be taken for another rank's."""
+    with pytest.raises(IndexError):
+        build(megatron)(torch.full((1, 2, 3), 64))
+
+
+def test_there_is_no_second_derivative(patched, megatron):
+    module = build(megatron)
+    out = module(torch.randint(0, 64, (3, 5, 2))).square().sum()
+    (grad,) = torch.autograd.grad(out, module.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 def rank_compares_with_the_whole(scatter):

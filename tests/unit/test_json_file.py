@@ -104,6 +104,8 @@ def test_a_value_comes_as_what_was_asked_for():
     assert type(entry({"k": 1}, "k", (int, float), "f")) is int
     assert entry({"k": None}, "k", (int, type(None)), "f") is None
     assert entry({"k": True}, "k", bool, "f") is True
+    for value in (1, 9):  # both bounds are inside
+        assert entry({"k": value}, "k", int, "f", least=1, most=9) == value
 
 
 def test_a_long_value_is_shown_cut():

@@ -146,20 +146,96 @@ def test_many_small_gradients_of_the_weight_add_up(monkeypatch, buffer):
     close(weight_gradient(rows), rows * first, 2**-8)  # largest seen 0: one rounding of either
 
 
-@pytest.mark.parametrize("layer", [torch.nn.Linear(4, 4), "bias"])
-def test_refuses_other_output_layers(layer):
+@pytest.mark.parametrize("what", ["another", "bias", "gathers"])
+def test_refuses_other_output_layers(what):
     from megatron_tst.ops.linear_loss import deferred_logits
 
-    if layer == "bias":
-        layer = gpt().output_layer
+    layer = torch.nn.Linear(4, 4, bias=False) if what == "another" else gpt().output_layer
+    if what == "bias":
         layer.bias = torch.nn.Parameter(torch.zeros(V))
-    with (
-        pytest.raises(
-            ValueError, match="expected an output layer that is a ColumnParallelLinear without bias"
-        ),
-        deferred_logits(layer),
-    ):
+    if what == "gathers":
+        layer.gather_output = True
+    with pytest.raises(ValueError) as refused, deferred_logits(layer):
         pass
+    assert str(refused.value) == (
+        "--tst-fused-linear-loss: expected an output layer that is a ColumnParallelLinear without "
+        f"bias that does not gather, got {type(layer).__name__}. Drop the flag."
+    )
+
+
+def test_gathered_logits_are_not_deferred():
+    from megatron_tst.ops.linear_loss import deferred_logits
+
+    layer = gpt().output_layer
+    with (
+        deferred_logits(layer),
+        pytest.raises(AssertionError, match="gathered for inference alone"),
+    ):
+        layer(torch.zeros(2, 1, 32), runtime_gather_output=True)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_collectives_are_of_the_layers_group(monkeypatch, sequence_parallel):
+    """Which need not be Megatron's. A group of one gathers no statistics: its are the whole."""
+    from types import SimpleNamespace
+
+    from megatron_tst.ops import linear_loss
+
+    def kept(tensor, group):
+        asked.append(group)
+        return tensor
+
+    mappings, asked = linear_loss.mappings, []
+    gather, copy = "gather_from_sequence_parallel_region", "copy_to_tensor_model_parallel_region"
+    monkeypatch.setattr(mappings, gather if sequence_parallel else copy, kept)
+    layer, group = gpt().output_layer, SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    layer.tp_group, layer.sequence_parallel = group, sequence_parallel
+    hidden, labels = torch.randn(L, 2, 32).requires_grad_(), torch.randint(0, V, (L, 2, S))
+    deferred = linear_loss.DeferredLogits(layer, hidden, layer.weight)
+    loss = linear_loss.loss_of_deferred(
+        deferred=deferred, labels=labels, weights=torch.ones(S), loss="mce", kernel="torch"
+    )
+    assert asked == [group]
+    want = multi_hot_cross_entropy(hidden @ layer.weight.t(), labels)
+    close(loss, want, 1e-6)
+    (grad,) = torch.autograd.grad(loss.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("loss", ["mce", "mce-alt"])
+def test_the_second_of_two_ranks(monkeypatch, loss):
+    """It holds the columns from V on, of twice as many. What the first has is put in by hand."""
+    from types import SimpleNamespace
+
+    from megatron_tst.ops import linear_loss, torch_kernel
+
+    layer, labels = gpt().output_layer, torch.randint(0, 2 * V, (L, 2, S))
+    hidden, first, weights = torch.randn(L, 2, 32), torch.randn(V, 32), torch.ones(S)
+    given = labels.view(-1, S), weights, 0, 2 * V, loss == "mce-alt"
+    of_first = torch_kernel.statistics((hidden @ first.t()).view(-1, V), *given)
+
+    def gathered(mine, group):
+        assert group is layer.tp_group
+        return torch.stack([of_first, mine])
+
+    monkeypatch.setattr(linear_loss, "of_all_ranks", gathered)
+    copy = "copy_to_tensor_model_parallel_region"
+    monkeypatch.setattr(linear_loss.mappings, copy, lambda tensor, group: tensor)
+    layer.tp_group = SimpleNamespace(size=lambda: 2, rank=lambda: 1)
+    deferred = linear_loss.DeferredLogits(layer, hidden, layer.weight)
+    got = linear_loss.loss_of_deferred(deferred, labels, weights, loss=loss, kernel="torch")
+    whole = hidden @ torch.cat([first, layer.weight.detach()]).t()
+    close(got, multi_hot_cross_entropy(whole, labels, loss=loss), 1e-6)
+
+
+def test_rows_at_once(monkeypatch):
+    """Logits of five columns in bf16, 49 bytes a chunk: four rows."""
+    from megatron_tst.ops import chunks, linear_loss
+
+    monkeypatch.setitem(chunks.LINEAR_LOSS, "cpu", 49)
+    hidden, weight = torch.zeros(9, 3).bfloat16(), torch.zeros(5, 3).bfloat16()
+    assert list(linear_loss._chunks(hidden, weight)) == [slice(0, 4), slice(4, 8), slice(8, 12)]
 
 
 def rank_compares_with_the_separate_layer(sequence_parallel):

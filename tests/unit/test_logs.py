@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tst.cli import plot
 from megatron_tst.errors import TSTError
-from megatron_tst.planning import curves
+from megatron_tst.planning import curves, plots
 
 ARGUMENTS = {
     "global_batch_size": 4,
@@ -93,6 +93,13 @@ def read(tmp_path):
     return of
 
 
+@pytest.fixture
+def no_picture(monkeypatch):
+    """What is drawn: test_plots.py."""
+    for name in ("plot", "plot_axes"):
+        monkeypatch.setattr(plots, name, lambda *_: None)
+
+
 def same(run, other):
     fields = ("train", "validation", "raw_tokens", "seconds", "arguments", "parameters", "total")
     assert {f: getattr(run, f) for f in fields} == {f: getattr(other, f) for f in fields}
@@ -107,6 +114,17 @@ def test_a_whole_log(read):
 
 
 # ---- the test set, several validation sets
+
+
+@pytest.mark.parametrize("where", ["", " on validation set"])
+def test_the_last_evaluation_of_an_iteration_counts(read, where):
+    again = [valid(5, "NAN", where), valid(5, 5.5, where), valid(10, "NAN", where)]
+    run = read([*WHOLE, *again])
+    assert run.validation == {5: 5.5} and run.nan_validation == {10} and run.nan_from == 10
+    run = read([*WHOLE, *again, valid(11, 4.0)])
+    assert run.notes == ["NaN at 1 evaluation that is left out, the first 10"]
+    run = read([*WHOLE, valid(10, 4.0, " on test set"), valid(10, "NAN", " on test set")])
+    assert run.test == {} and run.nan_from is None and run.notes == []
 
 
 def test_the_test_set_is_no_validation_set(read):
@@ -127,13 +145,25 @@ def test_several_validation_sets_are_apart(tmp_path, names):
     assert curves.read(tmp_path / "log", names[0]).validation == {10: 3.0}
     run = curves.read(tmp_path / "log", names[1])
     assert run.validation == {10: 2.0} and not run.test
-    with pytest.raises(TSTError, match=f"--validation-set: expected one of {names[0]}, {names[1]}"):
+    expected = f"--validation-set: expected one of {names[0]}, {names[1]}, which .*, got none."
+    with pytest.raises(TSTError, match=expected):
         curves.read(tmp_path / "log")
     (tmp_path / "first").write_text("\n".join([*HEAD, *steps(1, 10), valid(10, 3.0, name="-x")]))
     assert curves.read(tmp_path / "first").validation == {10: 3.0}  # the only one
     (tmp_path / "one").write_text("\n".join(WHOLE))
     with pytest.raises(TSTError, match="expected a run with several sets"):
         curves.read(tmp_path / "one", names[0])
+
+
+def test_nan_of_one_validation_set_says_nothing_of_another(tmp_path):
+    lines = [*HEAD, *steps(1, 10)]
+    for i, one, two in ((5, 3.0, 2.0), (10, "NAN", 1.0)):
+        lines += [valid(i, one, name="-a"), valid(i, two, name="-b")]
+    (tmp_path / "log").write_text("\n".join(lines))
+    one, two = (curves.read(tmp_path / "log", name) for name in "ab")
+    assert one.nan_from == 10 and one.notes == ["NaN from iteration 10 on"]
+    assert one.validation == {5: 3.0} and one.final_validation is None
+    assert two.final_validation == 1.0 and two.nan_from is None and two.notes == []
 
 
 # ---- NaN
@@ -186,7 +216,7 @@ def test_a_loss_of_zero_is_one_where_nothing_was_skipped(read):
     assert read([*HEAD, *steps(1, 3), step(4, 0.0)]).train[4] == 0.0
 
 
-def test_no_speed_up_is_said_of_nan(tmp_path, capsys):
+def test_no_speed_up_is_said_of_nan(tmp_path, capsys, no_picture):
     bad = [*HEAD, *steps(1, 5), valid(5, 5.6), *steps(6, 7), step(8), valid(10, "NAN")]
     for name, lines in (("good", WHOLE), ("bad", bad)):
         (tmp_path / name).write_text("\n".join(lines))
@@ -457,6 +487,8 @@ EXPERT = 3 * 16 * 8
         ({"moe_layer_freq": [0, 1, 1, 1]}, 3),
         ({"moe_layer_freq": "[0,0,0,1]"}, 1),
         ({"moe_layer_freq": [0, 1, 1, 1], "mtp_num_layers": 1}, 4),
+        ({"moe_layer_freq": [1, 1, 1, 0], "mtp_num_layers": 1}, 3),
+        ({"moe_ffn_hidden_size": None, "ffn_hidden_size": 8}, 4),
     ],
 )
 def test_experts_rest_in_the_layers_that_have_them(read, changes, layers):
@@ -471,6 +503,10 @@ def test_experts_rest_in_the_layers_that_have_them(read, changes, layers):
         {"moe_layer_freq": [0, 1]},
         {"num_experts": "4 or so"},
         {"hybrid_layer_pattern": "M-ME"},
+        {"hybrid_override_pattern": "XE"},
+        {"moe_router_topk": "many"},
+        {"moe_ffn_hidden_size": None, "ffn_hidden_size": None},
+        {"rampup_batch_size": "2 2 100"},
         {"hidden_size": None},
         {"vocab_size": None},
         {"seq_length": "[8, 16]"},
@@ -508,6 +544,32 @@ def test_rows_of_the_embedding_are_those_that_megatron_says(read):
         ({"tensor_model_parallel_size": 2}, {(1, 0, 0): 6}, None),
         ({"pipeline_model_parallel_size": 2}, {(0, 0, 1): 9}, None),
         ({"pipeline_model_parallel_size": 2}, {(0, 0, 0): 6, (0, 0, 1): 4}, 10),
+        ({}, {(1, 0, 0): 6}, None),
+        (
+            {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+            {(0, 0, 0): 6, (1, 0, 1): 4},
+            None,
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 2,
+                "untie_embeddings_and_output_weights": False,
+                "vocab_size": None,
+            },
+            {(0, 0, 0): 6000, (0, 0, 1): 4000},
+            None,
+        ),
+        ({"expert_model_parallel_size": 2, "hidden_size": None}, {(0, 0, 0): 9000}, 9000),
+        (
+            {
+                "num_experts": 4,
+                "tensor_model_parallel_size": 2,
+                "expert_tensor_parallel_size": 1,
+                "moe_ffn_hidden_size": 8,
+            },
+            {(0, 0, 0): 9000, (1, 0, 0): 9000},  # each holds all experts
+            18000 - 4 * 4 * EXPERT,
+        ),
         (
             {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
             {(0, 0, 0): 6000, (0, 0, 1): 4000},
@@ -523,7 +585,7 @@ def test_rows_of_the_embedding_are_those_that_megatron_says(read):
 def test_parameters_are_those_of_the_whole_model(read, changes, ranks, whole):
     lines = [line for rank, count in ranks.items() for line in parameters(count, rank)]
     run = read([*arguments(**changes), *lines, *steps(1, 2)])
-    assert run.parameters == whole
+    assert run.parameters == whole and type(run.parameters) is type(whole)
     assert ("the number of parameters is not known" in str(run.notes)) == (whole is None)
 
 
@@ -565,7 +627,31 @@ def writer(tmp_path):
             {10: 5.0},
             {10: 4.0},
         ),
+        (
+            [(5, 5.5), (10, 5.0), (10, 4.5), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 5},
+            {5: 5.5, 10: 4.5},
+            {10: 4.0},
+        ),
+        (
+            [(10, 5.0), (10, 4.5), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 10},
+            {10: 4.5},
+            {10: 4.0},
+        ),
+        ([(10, 5.0), (10, 4.0)], {"eval_interval": 5}, {10: 4.0}, {}),
+        (
+            [(10, 5.0), (10, 4.0)],
+            {"eval_interval": 5, "start_eval_at_iter": 10},
+            {10: 4.0},
+            {},
+        ),
+        ([(10, 5.0), (10, 4.0)], {"eval_interval": 0}, {10: 5.0}, {}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,0,10"}, {}, {10: 4.0}),
+        ([(10, 4.0)], {"eval_interval": 5, "split": "90, 0.0 ,10"}, {}, {10: 4.0}),
+        ([(10, 4.0)], {"split": "90,0,10"}, {}, {10: 4.0}),
+        ([(10, 4.0)], {"split": "100,0"}, {10: 4.0}, {}),
+        ([(10, 4.0)], {"split": "0,90,10"}, {10: 4.0}, {}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,10,0"}, {10: 4.0}, {}),
         ([(5, 5.5), (10, 5.25), (10, 5.0), (10, 4.0)], {}, {5: 5.5, 10: 5.0}, {10: 4.0}),
         ([(5, 5.5), (10, 5.0), (10, 4.0)], {}, {5: 5.5, 10: 5.0}, {}),
@@ -586,6 +672,145 @@ def test_tensorboard_files_of_restarts(writer):
         "iterations 11 to 13 were done again from iteration 10",
         "iterations 11 to 12 were done again from iteration 10",
     ]
+
+
+@pytest.mark.parametrize("name", ["", "-a"])
+def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path, name):
+    """Losses that were NaN, boundaries, excess and several sets of what was abandoned, at the step
+    that was done again and beside it.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    def start(number, scalars):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for tag, values in scalars.items():
+                for i, value in values.items():
+                    out.add_scalar(tag, value, i, walltime=1000 * number + i)
+        return curves.read(tmp_path, name[1:] or None)
+
+    nan, valid = float("nan"), f"lm loss validation{name}"
+    lost = {
+        "lm loss": {**dict.fromkeys(range(1, 4), 5.0), 4: nan, **dict.fromkeys(range(5, 9), nan)},
+        "mce minus bag entropy": {3: 4.0, 6: 4.0},
+        "tst bag size": {1: 2, 6: 2, 7: 1},
+        "tst raw tokens": {4: 8, 7: 14},
+        valid: {2: nan, 4: 6.0, 6: nan, 8: 7.0},
+        f"{valid} vs samples": {2: 9.0},
+        f"{valid} ppl": {2: 9.0},
+    }
+    run = start(1, lost)
+    assert (run.boundary, run.nan, run.nan_validation) == (6, {4, 5, 6, 7, 8}, {2, 6})
+    assert run.validation == {4: 6.0, 8: 7.0} and run.raw_tokens == {4: 8, 7: 14}
+    assert run.test == {} and list(run.sets) == ["a"] * bool(name)
+    run = start(2, {"lm loss": {6: 4.0, 7: 3.0}})
+    assert run.train == {1: 5.0, 2: 5.0, 3: 5.0, 6: 4.0, 7: 3.0} and run.nan == {4, 5}
+    assert run.boundary is None and run.excess == {3: 4.0} and run.raw_tokens == {4: 8}
+    assert run.validation == {4: 6.0} and run.nan_validation == {2} and run.last == 7
+    assert run.notes == [
+        "iterations 6 to 8 were done again from iteration 5: what came first is left out",
+        "NaN at 2 iterations that are left out, the first 4",
+        "NaN at 1 evaluation that is left out, the first 2",
+    ]
+
+
+@pytest.mark.parametrize("began, boundary", [(5, None), (6, None), (7, 6), (8, 6)])
+def test_tensorboard_a_boundary_is_abandoned_with_its_step(tmp_path, began, boundary):
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, first, bags in ((1, 1, {6: 2, 8: 1}), (2, began, {})):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for i in range(first, 9):
+                out.add_scalar("lm loss", 5.0, i, walltime=1000 * number + i)
+            for i, size in bags.items():
+                out.add_scalar("tst bag size", size, i, walltime=1000 * number + i)
+    run = curves.read(tmp_path)
+    which = "iteration 8 was" if began == 8 else f"iterations {began} to 8 were"
+    assert run.boundary == boundary and run.notes == [
+        f"{which} done again from iteration {began - 1}: what came first is left out"
+    ]
+
+
+@pytest.mark.parametrize("interval, known", [("", True), ("8", True), ("7", False)])
+def test_tensorboard_of_a_run_that_writes_seldom(tmp_path, interval, known):
+    """Every 8th iteration, so that the first is no late beginning. Its own seconds are not known,
+    and a start without losses changes nothing.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, tag, steps in ((1, "lm loss", (8, 16, 24)), (2, "learning-rate", (30,))):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            out.add_text("tensorboard_log_interval", interval, 0)
+            for i in steps:
+                out.add_scalar(tag, 5.0, i, walltime=1000 * number + i)
+    run = curves.read(tmp_path)
+    assert run.seconds == ({16: 8.0, 24: 16.0} if known else {})
+    assert run.last == run.total == 24 and not run.validation
+    assert run.notes == ["it begins at iteration 8: the seconds before are not known"] * (not known)
+
+
+def test_tensorboard_seconds_over_a_gap(tmp_path):
+    """Two seconds a step, then five, and three steps of which nothing is said in between."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for number, each, steps in ((1, 2, (1, 2, 3)), (2, 5, (6, 8)), (3, 9, (10,))):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for i in steps:
+                out.add_scalar("lm loss", 5.0, i, walltime=1000 * number + each * i)
+    # the last start has one step: as long as the mean before, 29 seconds from step 1 to 8
+    seconds = curves.read(tmp_path).seconds
+    assert seconds == pytest.approx({2: 2, 3: 4, 6: 19, 8: 29, 10: 29 + 2 * 29 / 7})
+
+
+def test_tensorboard_evaluations_again(tmp_path):
+    """A later start that only evaluates: its losses count, be they NaN or no more."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    nan, tag = float("nan"), "lm loss validation"
+    for number, losses in ((1, {5: nan, 10: 4.0, 15: 4.5}), (2, {5: 3.0, 10: nan})):
+        with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
+            for i, loss in losses.items():
+                out.add_scalar(tag, loss, i, walltime=1000 * number + i)
+    run = curves.read(tmp_path)
+    assert run.validation == {5: 3.0, 15: 4.5} and run.nan_validation == {10}
+    assert run.total is None and run.seconds == {}
+    assert run.notes == ["NaN at 1 evaluation that is left out, the first 10"]
+
+
+def test_tensorboard_keeps_every_step_of_a_long_run(tmp_path):
+    """More than the 10000 that TensorBoard shows."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with (tmp_path / "events.out.tfevents.1").open("wb") as file:
+        out = RecordWriter(file)
+        for i in range(1, 10003):
+            loss = Summary(value=[Summary.Value(tag="lm loss", simple_value=i)])
+            out.write(Event(step=i, wall_time=i, summary=loss).SerializeToString())
+    assert curves.read(tmp_path).train == {i: i for i in range(1, 10003)}
+
+
+def test_tensorboard_file_that_is_cut_off(writer, caplog):
+    """What came before counts, and TensorBoard's own complaint is not shown."""
+    (file,) = writer(1, 1, 10).iterdir()
+    file.write_bytes(file.read_bytes()[:-20])
+    assert sorted(curves.read(file).train) == list(range(1, 10))
+    assert not caplog.records
+
+
+def test_tensorboard_folders_of_runs_are_named(tmp_path):
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.out.tfevents.1").touch()
+    three = ", ".join(str(tmp_path / name) for name in "abc")
+    with pytest.raises(TSTError) as error:
+        curves.read(tmp_path)
+    assert f"got none there, but in {three}. Give the folder of one run." in str(error.value)
+
+
+def test_tensorboard_one_step_says_no_seconds(writer):
+    run = curves.read(writer(1, 1, 1))
+    assert run.seconds == {} and run.raw_tokens == {1: 32} and run.notes == []
 
 
 def test_tensorboard_counts_no_time_between_two_starts(writer):
@@ -645,7 +870,7 @@ def test_tensorboard_nan_sets_and_what_is_missing(writer, tmp_path):
     assert run.nan_from == 8 and run.validation == {10: 5.0} and run.final_validation is None
     assert run.raw_tokens == {} and run.flops is None and run.positions is None
     assert curves.read(path).validation == {10: 5.0}  # the only one
-    with pytest.raises(TSTError, match="expected one of a, which"):
+    with pytest.raises(TSTError, match="expected one of a, which .*, got b. Name one."):
         curves.read(path, "b")
     with pytest.raises(TSTError, match="got none there, but in .*tb. Give the folder of one run"):
         curves.read(tmp_path)
@@ -670,6 +895,18 @@ def test_an_event_file_that_is_damaged_or_cut_off(writer):
     file.write_bytes(whole[:-3])
     cut = curves.read(path)
     assert cut.last == 99 and "damaged or cut off" in str(cut.notes)
+
+
+def test_an_event_file_that_tensorboard_fails_on(tmp_path):
+    """A record is whole, and what it holds is no event."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file = tmp_path / "events.out.tfevents.1"
+    with file.open("wb") as out:
+        RecordWriter(out).write(b"no event")
+    expected = r"tfevents.1: expected an event file of TensorBoard, got one that cannot be read"
+    with pytest.raises(TSTError, match=rf"{expected} \(DecodeError\)\. Give a log of the run\."):
+        curves.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no events", b"\0" * 100])
@@ -708,12 +945,7 @@ def test_the_verb_refuses(tmp_path, capsys, runs, message):
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_a_name_with_dollars_is_no_formula(tmp_path):
-    (tmp_path / "log").write_text("\n".join(WHOLE))
-    assert plot.main(["--output", str(tmp_path / "x.png"), f"$\\frac$={tmp_path / 'log'}"]) == 0
-
-
-def test_runs_that_are_no_pairs_are_said(tmp_path, capsys):
+def test_runs_that_are_no_pairs_are_said(tmp_path, capsys, no_picture):
     for name in "abc":
         (tmp_path / name).write_text("\n".join(WHOLE))
     a, b, c = (tmp_path / name for name in "abc")

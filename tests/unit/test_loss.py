@@ -3,6 +3,7 @@ one rank and over gloo.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -437,6 +438,52 @@ def test_fitted_weights_are_the_papers():
     ).tolist() == pytest.approx([0.293, 0.247, 0.233, 0.227], abs=6e-4)
 
 
+@pytest.mark.parametrize(
+    "weighting, g",
+    [
+        ("uniform", [1, 1, 1]),
+        ("power-law", [1, 1 / 2, 1 / 3]),
+        ("exponential", [1, math.exp(-1), math.exp(-2)]),
+        ("first-token", [1, 0, 0]),
+        ("fitted-power-law", [4.98, 3.63 + 1.35 / 2**1.25, 3.63 + 1.35 / 3**1.25]),
+    ],
+)
+def test_weights_of_places(weighting, g):
+    got = target_weights(weighting, 3)
+    assert got.dtype == torch.float32 and got.tolist() == pytest.approx(g, rel=1e-7)
+    assert target_weights(weighting, 3) is got  # a copy to a GPU would wait for it
+    if weighting == "fitted-power-law":  # made in fp64, rounded once
+        want = reference.target_weights(weighting, 1000)
+        assert torch.equal(target_weights(weighting, 1000), want.float())
+
+
+def test_a_group_of_one_gathers_nothing():
+    logits, labels = draw((6, 5), 50, 3)
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # no collective could work with it
+    for loss in (*LOSSES, *ABLATIONS):
+        got, want = (
+            loss_module.multi_hot_cross_entropy(
+                logits=logits, labels=labels, weights=torch.ones(3), loss=loss, tp_group=group
+            )
+            for group in (alone, None)
+        )
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_other_column(loss):
+    """A stride of two within the row."""
+    wide, labels = draw((4,), 60, 2, ignored=0, few=30)
+
+    def run(columns):
+        return grad_of(
+            lambda z: multi_hot_cross_entropy(columns(z), labels, loss=loss), wide, torch.ones(4)
+        )
+
+    got, want = run(lambda z: z[:, ::2]), run(lambda z: z[:, ::2].contiguous())
+    assert all(map(torch.equal, got, want))
+
+
 def test_strided_rows_and_leading_dimensions():
     wide = torch.randn(6, 3, 77)
     labels = torch.randint(0, 50, (6, 3, 2))
@@ -475,6 +522,10 @@ def test_rows_of_one_number(loss):
             dict(labels=torch.zeros(3, 2, dtype=torch.int64)),
             r"got labels \(3, 2\) and logits \(4, 10\)",
         ),
+        (
+            dict(labels=torch.zeros(5, 2, dtype=torch.int64)),
+            r"got labels \(5, 2\) and logits \(4, 10\)",
+        ),
         (dict(labels=torch.zeros(4, 0, dtype=torch.int64)), "S >= 1"),
         (
             dict(labels=torch.zeros(4, 2, dtype=torch.int32)),
@@ -494,11 +545,24 @@ def test_rows_of_one_number(loss):
             dict(labels=torch.zeros(4, 2, dtype=torch.int64, device="meta")),
             "labels on the device of the logits, cpu, got meta",
         ),
-        (dict(weights=torch.ones(3)), r"expected weights \[2\]"),
+        (dict(weights=torch.ones(3)), r"expected weights \[2\], one for .*, got \(3,\)"),
+        (dict(weights=torch.ones(1)), r"expected weights \[2\], one for .*, got \(1,\)"),
+        (
+            dict(
+                logits=torch.zeros(4, 5, 10),
+                labels=torch.zeros(4, 5, 2, dtype=torch.int64),
+                weights=torch.ones(3),
+            ),
+            r"expected weights \[2\]",
+        ),
         (dict(weights=torch.tensor([1.0, -1.0])), "weights >= 0"),
         (dict(weights=torch.zeros(2)), "one of them positive"),
         (dict(loss="mse"), "one of .*mce.*got 'mse'"),
         (dict(kernel="fast"), "got 'fast'"),
+        (
+            dict(loss="bce", kernel="extension"),
+            "expected kernel 'auto' or 'torch' with loss 'bce', got 'extension'. It is an ablation",
+        ),
     ],
 )
 def test_refusals(change, message):
@@ -606,6 +670,20 @@ def test_gradients_go_over_rows_that_lie_apart(loss):
     assert torch.equal(logits.detach(), leaf.grad[:, 7:]) and not leaf.grad[:, :7].any()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_in_place_is_the_gradient(loss, dtype):
+    """Bit for bit: every logit is read before its gradient is written over it."""
+    logits, labels = draw((4,), 50, 3, ignored=0)
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.to(dtype).requires_grad_()
+        options = dict(loss=loss, inplace_backward=inplace)
+        multi_hot_cross_entropy(leaf * 1, labels, **options).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads) and (grads[0] < 0).any(-1).all()
+
+
 def test_one_position_without_leading_dimensions():
     logits, labels = draw((1,), 50, 3, ignored=0)
     assert torch.equal(
@@ -619,6 +697,7 @@ def test_one_position_without_leading_dimensions():
         (torch.tensor(1.0), torch.zeros(1, dtype=torch.int64), "expected logits"),
         (torch.zeros(2, 3, 0), torch.zeros(2, 3, 1, dtype=torch.int64), "expected logits"),
         (torch.zeros(2, 3, 5), torch.zeros(2, 3, 0, dtype=torch.int64), "expected labels"),
+        (torch.zeros(5), torch.tensor(3), "expected labels"),
     ],
 )
 def test_sizes_of_nothing_are_refused(logits, labels, message):

@@ -159,3 +159,15 @@ def test_what_autograd_gets_in_the_place_of_a_gradient(tied):
     assert not given.requires_grad and (not tied or not given.any())
     main_grad.left_to_autograd(weight)
     assert weight.grad_added_to_main_grad is False
+
+
+def test_zeros_are_written_for_tied_weights_alone():
+    """Elsewhere nobody reads them, and the table is large."""
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN
+    try:
+        assert main_grad.added(weight).isnan().all()
+        weight.zero_out_wgrad = True
+        assert not main_grad.added(weight).any()
+    finally:
+        torch.use_deterministic_algorithms(False)

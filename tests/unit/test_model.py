@@ -55,6 +55,22 @@ def test_bag_of_one_is_stock_bit_for_bit(patched, build, dtype):
             close(grads[name], want_grads[name], 2**-6)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+def test_an_ignored_label_of_a_bag_of_one_has_no_loss(patched, kernel):
+    from megatron_tst import TSTConfig
+
+    patched.apply(TSTConfig(kernel=kernel))
+    model, one = gpt(), batch(raw_tokens(1), 1)
+    other = one | dict(labels=one["labels"].clone())
+    other["labels"][0, 2], other["labels"][1, 5:] = -100, -100
+    ignored = other["labels"].squeeze(-1) == -100
+    losses, grads = loss_and_grads(model, other)
+    whole, want = loss_and_grads(model, one, (~ignored).float())
+    assert not losses[ignored].any() and torch.equal(losses[~ignored], whole[~ignored])
+    for name in want:
+        close(grads[name], want[name], 1e-6)
+
+
 def test_ordinary_batches_run_stock_code(patched):
     model = gpt()
     raw = raw_tokens(1)

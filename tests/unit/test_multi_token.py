@@ -2,6 +2,8 @@
 guesses are looked up in the bag.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.close import close
@@ -101,6 +103,11 @@ def test_tokens_and_labels_alone_are_rolled_as_bags(
 
 def test_a_stage_without_tokens_has_none_to_roll():
     assert not rolls_bags(None, -1)
+
+
+def test_single_tokens_are_no_bags():
+    tokens = torch.zeros(B, L, dtype=torch.int64)
+    assert not rolls_bags(tokens, -1) and rolls_bags(tokens.unsqueeze(-1), -1)
 
 
 @pytest.mark.parametrize("bag_size", [None, S])
@@ -225,17 +232,36 @@ counts_guesses = pytest.mark.skipif(
 
 @counts_guesses
 def test_a_guess_is_right_if_it_is_in_the_bag():
+    torch.manual_seed(0)
     logits = torch.zeros(L, B, V)
-    guess = torch.randint(0, V, (L, B))
+    guess = torch.randint(0, V - 1, (L, B))
     logits.scatter_(-1, guess.unsqueeze(-1), 1.0)
     labels = torch.full((B, L, S), -100)
     labels[0, 1, 2] = guess[1, 0]
     labels[0, 2] = guess[2, 0]  # three times the same token: one right guess
     labels[1, 3, 0] = guess[3, 1]
-    labels[1, 4] = (guess[4, 1] + 1) % V
+    labels[1, 4] = guess[4, 1] + 1
     mask = torch.ones(B, L)
     mask[1, 3] = 0  # right, but does not count
     assert accepted_in_bags(logits, labels, mask, True, None) == (2.0, B * L - 1)
+    alone = SimpleNamespace(size=lambda: 1)  # a group of one is not asked
+    assert accepted_in_bags(logits, labels, mask, False, alone) == (2.0, B * L - 1)
+
+
+@counts_guesses
+def test_the_ranks_of_a_split_vocabulary_are_asked(monkeypatch):
+    from megatron.core.transformer import multi_token_prediction as mtp
+
+    def argmax(logits, group, size):
+        asked.append((group, size))
+        return logits.argmax(-1)
+
+    asked, group = [], SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(mtp, "_vocab_parallel_argmax", argmax)
+    rest = torch.zeros(B, L, S, dtype=torch.int64), torch.ones(B, L)
+    for whole in (False, True):
+        assert accepted_in_bags(torch.zeros(L, B, V), *rest, whole, group) == (B * L, B * L)
+    assert asked == [(group, 2)]
 
 
 def rank_counts_guesses():

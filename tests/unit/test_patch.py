@@ -244,6 +244,54 @@ def test_remove_does_not_drop_somebody_elses_patch(monkeypatch):
     LanguageModule.compute_language_model_loss = ours
 
 
+def test_what_is_kept_stays_for_the_next_run():
+    patch.apply()
+    ours = stock_functions()
+    after = patch.remove(keep=[seams.EMBEDDING])
+    assert after.seams == (str(seams.EMBEDDING),) and after.config is None
+    assert [seam for seam in SEAMS if stock_functions()[seam] is ours[seam]] == [seams.EMBEDDING]
+    # somebody's patch over one that stays is nobody's loss
+    owner = seams.EMBEDDING.owner()
+    owner.forward = lambda *given: None
+    assert patch.remove(keep=[seams.EMBEDDING]) == after
+    owner.forward = ours[seams.EMBEDDING]
+
+
+@pytest.mark.parametrize("bags", [True, False])
+def test_the_loss_gets_the_models_group(monkeypatch, bags):
+    """Over the model's own tensor-parallel ranks, whatever Megatron's global ones are."""
+    from megatron_tst.ops import loss as module
+
+    seen = []
+
+    def recorded(logits, labels, weights, **named):
+        seen.append((tuple(labels.shape), named))
+        return torch.arange(8.0).view(4, 2) + 0 * logits.sum()
+
+    monkeypatch.setattr(module, "multi_hot_cross_entropy", recorded)
+    config = TSTConfig(3, iters=1, loss="mce-alt", kernel="torch", kernel_in_recovery=True)
+    patch.apply(config)
+    model = gpt()
+    model.tp_group = "the model's own"
+    labels, logits = (
+        torch.zeros((2, 4, 3) if bags else (2, 4), dtype=torch.int64),
+        torch.ones(4, 2, 9),
+    )
+    got = model.compute_language_model_loss(labels, logits)
+    assert got.tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]] and got.is_contiguous()
+    assert seen == [
+        (
+            (4, 2, 3 if bags else 1),
+            dict(
+                tp_group="the model's own",
+                loss="mce-alt" if bags else "mce",  # recovery has the ordinary loss
+                inplace_backward=True,
+                kernel="torch",
+            ),
+        )
+    ]
+
+
 @pytest.fixture
 def script():
     """A user's module, which has imported Megatron's function by name."""

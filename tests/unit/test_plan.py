@@ -3,6 +3,7 @@ benchmarks; what speaks against a run.
 """
 
 import csv
+import dataclasses
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
 from megatron_tst import model_size
 from megatron_tst.cli import plan_screen
+from megatron_tst.errors import TSTError
 from megatron_tst.ops import chunks
 from megatron_tst.planning import arithmetic, evidence, paper, recipes
 from megatron_tst.planning import flags as plan_flags
@@ -508,351 +510,722 @@ def test_tsts_own_warnings_are_shown(capsys):
     assert "Warnings at start-up" in screen_of(capsys, "--preset", "moe-10b-a1b")[1]
 
 
-# ---- whole answers
+@pytest.mark.parametrize(
+    "flags, model, speed_up",
+    [
+        # 3B: 36,000 plain steps have the loss of 20,000 with TST; 10B-A1B: 125,000 that of 49,983
+        ("--preset 3b --tst-iters 3900", "3b", 1.8),  # r = 0.195
+        ("--preset 3b --tst-iters 3899", None, None),
+        ("--preset 3b --tst-iters 8100", "3b", 1.8),  # r = 0.405
+        ("--preset 3b --tst-iters 8101", None, None),
+        ("--preset 3b --tst-bag-size 4", "3b", 1.8),
+        ("--preset 3b --tst-bag-size 3", None, None),
+        ("--preset 3b --tst-bag-size 16", "3b", 1.8),
+        ("--preset 3b --tst-bag-size 17", None, None),
+        ("--preset 270m", "3b", 1.8),  # no baseline of its own comes close
+        ("--preset moe-10b-a1b --tst-bag-size 8", "moe-10b-a1b", 125000 / 49983),
+        # nearest on a log scale: 5.48B lie between
+        ("--preset 3b --num-layers 60", "3b", 1.8),  # 5.21B
+        ("--preset 3b --num-layers 66", "moe-10b-a1b", 125000 / 49983),  # 5.68B
+        ("--preset 3b --tst-superpose input", None, None),
+        ("--preset 3b --tst-target-weighting power-law", None, None),
+        ("--preset 3b --tst-bag-size 6,4 --tst-iters 3000,3000", None, None),
+    ],
+)
+def test_the_speed_up_that_a_plan_is_compared_with(flags, model, speed_up):
+    found = planned(*flags.split())
+    equal = found["equal_loss"]
+    if model is None:
+        assert equal is None
+        return
+    assert not equal["measured"] and equal["speed_up"] == pytest.approx(speed_up)
+    steps = round(found["run"]["steps"] * speed_up)
+    assert (equal["baseline_steps"], equal["paper_run"]["model"]) == (steps, model)
+    hours = found["cost"]["gpu_hours"] / found["run"]["steps"] * steps
+    assert equal["baseline_gpu_hours"] == pytest.approx(hours)
+
+
+def test_the_hours_of_the_baseline_of_equal_loss():
+    """Table 1: 443 B200-hours for 36,000 steps; on other GPUs the plan's own for so many."""
+    measured = planned("--preset", "3b")["equal_loss"]
+    assert (measured["measured"], measured["baseline_gpu_hours"]) == (True, 443.0)
+    assert isinstance(measured["baseline_gpu_hours"], float)
+    other = planned("--preset", "3b", "--mfu", "0.4")
+    assert other["equal_loss"]["measured"]
+    assert other["equal_loss"]["baseline_gpu_hours"] == pytest.approx(
+        other["cost"]["gpu_hours"] * 1.8
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--tst-superpose input",
+        "--tst-superpose output",
+        "--tst-loss mce-alt",
+        "--tst-switch auto",
+        "--tst-bag-size 6,4 --tst-iters 3000,3000",
+    ],
+)
+def test_the_paper_has_figures_of_its_own_method_alone(flags):
+    found = planned("--preset", "600m", *flags.split())
+    assert found["paper"] == {"cell": None, "run": None} and found["equal_loss"] is None
+
+
+def test_the_nearest_model_counts_all_experts():
+    """0.9B parameters of which 60M are active: the 600M model's table, not the 270M model's."""
+    argv = [*EXPERTS, "--num-experts", "128", "--moe-ffn-hidden-size", "1024", "--sweep"]
+    found = planned(*argv)
+    every, active = found["model"]["parameters"], found["model"]["active_parameters"]
+    assert active < (270e6 * 600e6) ** 0.5 < every
+    assert found["sweep"]["model"] == found["paper"]["cell"]["model"] == "600m"
+
+
+FAR = (
+    "r = {:.2f}: too little is left to recover. The paper's gain shrinks (600M, s = 6: -0.075 "
+    "nats at r = 0.3, -0.046 at 0.7, +0.036 at 0.9); cells worse than their baseline: 0 of 51 at "
+    "r = 0.7, 9 of 51 at r = 0.8, 46 of 51 at r = 0.9."
+)
+WIDE = (
+    "s = {}: no grid of the paper with uniform weights has its lowest loss beyond 8, and larger "
+    "bags cost text. Its 10B-A1B run used 16, and no other."
+)
+UNTRIED = "s = {}: the paper tried 2 to 16. Nobody has published a larger bag."
+
+
+@pytest.mark.parametrize(
+    "flags, sentences",
+    [
+        ("--tst-iters 13900", [FAR.format(0.695)]),
+        ("--tst-iters 13899", []),
+        ("--tst-iters 18000", [FAR.format(0.9)]),
+        ("--tst-bag-size 8", []),
+        ("--tst-bag-size 9", [WIDE.format(9)]),
+        ("--tst-bag-size 16", [WIDE.format(16)]),
+        ("--tst-bag-size 17", [UNTRIED.format(17)]),
+        (
+            "--tst-bag-size 18,9,6 --tst-iters 20,20,20",
+            [UNTRIED.format(18), WIDE.format(9)],
+        ),
+        ("--train-iters 19999", ["19,999 steps: the paper's shortest runs have 20,000."]),
+        ("--train-iters 20001", []),
+        (
+            "--tst-superpose output",
+            [
+                "Output alone: needs no more text; the paper shows one curve and no figure, better "
+                "than the baseline and worse than superposing both sides."
+            ],
+        ),
+        (
+            "--tokens 1B",
+            [
+                "Data-bound: TST gains by reading more text for the same compute, and there is less"
+                " than it reads. At equal text the paper's baseline was better: 3B, 105B tokens, "
+                "plain 2.640 (50,000 steps, 622 B200-hours), TST 2.676 (20,000 steps, 247). "
+                "Repeated text under TST: nobody has measured it."
+            ],
+        ),
+    ],
+)
+def test_all_that_speaks_against(flags, sentences):
+    assert planned("--preset", "600m", *flags.split())["against"] == sentences
+
+
+# ---- the paper's runs and grids
+
+
+def test_runs_and_grids_by_hand():
+    by = {(run.model, run.steps, run.tst_steps): run for run in paper.runs()}
+    run = by["3b", 20000, 6000]
+    assert (run.r, run.tokens) == (0.3, 2**21 * (6 * 6000 + 14000)) and len(by) == 12
+    ratio, baseline = paper.speed_up(run)
+    assert (ratio, baseline) == (1.8, by["3b", 36000, 0])
+    assert paper.speed_up(by["270m", 20000, 6000]) is None  # 3.142: 0.050 from the nearest
+    assert [(g.model, g.steps, g.weighting, g.table) for g in paper.grids()] == [
+        ("270m", 20000, "uniform", 4),
+        ("270m", 100000, "uniform", 5),
+        ("600m", 20000, "uniform", 6),
+        ("600m", 20000, "power-law", 7),
+    ]
+    assert [grid.baseline for grid in paper.grids()] == [3.2124, 3.0921, 3.0186, 3.0186]
+
+
+def test_a_run_as_near_as_a_baseline_may_be(monkeypatch):
+    """0.02 nats, to either side."""
+    plain = paper.Run("x", 0, 100, 1, 8, 1, 2.0)
+    for loss, near in ((2.015625, True), (1.984375, True), (2.03125, False), (1.96875, False)):
+        run = paper.Run("x", 20, 50, 4, 8, 1, loss)
+        monkeypatch.setattr(paper, "runs", lambda run=run: (plain, run))
+        assert paper.speed_up(run) == ((2.0, plain) if near else None)
+
+
+def test_a_cell_between_others():
+    grid = paper.Grid("x", 1, "uniform", 0, {(0.0, 1): 4.0, (0.5, 2): 2.0, (0.75, 2): 3.0})
+    measured = paper.Cell(2.0, -2.0, None)
+    for r, cell in (
+        (0.5, measured),
+        (0.4996, measured),
+        (0.5004, measured),
+        (0.25, paper.Cell(3.0, -1.0, (0.0, 0.5))),
+        (0.5625, paper.Cell(2.25, -1.75, (0.5, 0.75))),
+        (0.7504, paper.Cell(3.0, -1.0, None)),
+        (0.7506, None),
+        (-0.001, None),
+    ):
+        assert grid.cell(r, 2) == cell, r
+    assert grid.cell(0.4994, 2).between == (0.0, 0.5)
+    assert grid.cell(0.5006, 2).between == (0.5, 0.75)
+    assert grid.cell(0.5, 3) is None
+
+
+@pytest.mark.parametrize(
+    "parameters, steps, weighting, tables",
+    [
+        (270e6, 20000, "uniform", [4, 5, 6]),
+        (270e6, 100000, "uniform", [5, 4, 6]),
+        (270e6, 44000, "uniform", [4, 5, 6]),  # on a log scale 44,721 lie between
+        (270e6, 45000, "uniform", [5, 4, 6]),
+        (402e6, 20000, "uniform", [4, 5, 6]),  # 402.5M lie between
+        (403e6, 20000, "uniform", [6, 4, 5]),
+        (270e6, 20000, "power-law", [7]),
+        (270e6, 20000, "another", [4, 5, 6]),
+    ],
+)
+def test_grids_by_their_distance(parameters, steps, weighting, tables):
+    assert [g.table for g in paper.by_distance(parameters, steps, weighting)] == tables
+
+
+# ---- recipes
+
+
+def _values(words):
+    """{flag: its value, or "" of a switch} of Megatron's flags."""
+    text = " ".join(words)
+    return {
+        f"--{part.partition(' ')[0]}": part.partition(" ")[2]
+        for part in re.split(r"(?:^| )--", text)
+        if part
+    }
+
+
+# the paper's table 1 and set-up: steps, superposed, s, positions a step, lr; ours: micro-batch on
+# h100 and b200
+PAPER = {
+    "270m": (20000, 6000, 6, 2**21, "2e-3", 4, 8),
+    "600m": (20000, 6000, 6, 2**21, "1e-3", 4, 8),
+    "3b": (20000, 6000, 6, 2**21, "2e-4", 1, 4),
+    "moe-10b-a1b": (49983, 12483, 16, 2**23, "3e-4", 1, 2),
+}
+
+
+@pytest.mark.parametrize("gpu", ["h100", "h200", "b200", None])
+@pytest.mark.parametrize("name", PAPER)
+def test_a_recipe_by_hand(name, gpu):
+    steps, superposed, s, positions, lr, hopper, blackwell = PAPER[name]
+    groups = recipes.groups(name, {"GPU": gpu} if gpu else None)
+    assert list(groups) == ["model", "training", "tst", "parallel", "precision"]
+    assert groups["tst"] == ["--tst-bag-size", str(s), "--tst-iters", str(superposed)]
+    found = _values(groups["training"])
+    expected = {
+        "--train-iters": str(steps),
+        "--global-batch-size": str(positions // 4096),
+        "--micro-batch-size": str(blackwell if gpu == "b200" else hopper),
+        "--lr": lr,
+        "--lr-decay-iters": str(steps),
+        "--lr-wsd-decay-iters": str(steps // 10),
+    }
+    assert {flag: found[flag] for flag in expected} == expected
+    assert _values(groups["model"])["--seq-length"] == "4096"
+    assert _values(groups["model"])["--max-position-embeddings"] == "4096"
+    experts = name == "moe-10b-a1b"
+    parallel = {
+        "--tensor-model-parallel-size": "1",
+        "--pipeline-model-parallel-size": "1",
+        "--context-parallel-size": "1",
+        "--expert-model-parallel-size": "8" if experts else "1",
+        "--make-vocab-size-divisible-by": "128",
+        "--use-distributed-optimizer": "",
+        "--overlap-grad-reduce": "",
+        "--overlap-param-gather": "",
+    }
+    if experts:
+        parallel["--expert-tensor-parallel-size"] = "1"
+    assert _values(groups["parallel"]) == parallel
+    low = "--fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather"
+    low += " --reuse-grad-buf-for-mxfp8-param-ag"
+    assert groups["precision"] == ["--bf16", *(low.split() if gpu == "b200" else [])]
+
+
+@pytest.mark.parametrize(
+    "name, given, flags",
+    [
+        ("3b", "STEPS=100", "--train-iters 100 --lr-wsd-decay-iters 10 --tst-iters 30"),
+        ("3b", "STEPS=0007", "--train-iters 7 --lr-wsd-decay-iters 0 --tst-iters 2"),
+        ("3b", "STEPS=999999999999999", "--train-iters 999999999999999"),
+        ("moe-10b-a1b", "STEPS=20000", "--train-iters 20000 --tst-iters 12483"),
+        ("3b", "TST_STEPS=7", "--tst-iters 7 --tst-bag-size 6"),
+        ("3b", "TST_STEPS=0", "--tst-iters 0"),
+        ("3b", "BAG_SIZE=8,4 TST_STEPS=70,30", "--tst-bag-size 8,4 --tst-iters 70,30"),
+        ("3b", "BATCH_TOKENS=4096", "--global-batch-size 1 --seq-length 4096"),
+        ("3b", "SEQ=8192", "--seq-length 8192 --max-position-embeddings 8192"),
+        ("3b", "SEQ=8192", "--global-batch-size 256"),
+        ("3b", "LR=1.5e-3", "--lr 1.5e-3"),
+        ("3b", "LR=2E+0", "--lr 2E+0"),
+        ("3b", "LR=.5", "--lr .5"),
+        ("3b", "MICRO_BATCH=3", "--micro-batch-size 3"),
+        ("3b", "TP=2", "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 64"),
+        ("3b", "TP=2", "--sequence-parallel  --context-parallel-size 1"),
+        ("3b", "PP=4 CP=2", "--pipeline-model-parallel-size 4 --context-parallel-size 2"),
+        ("3b", "EP=4", "--expert-model-parallel-size 1"),  # no experts to share
+        ("moe-10b-a1b", "EP=4", "--expert-model-parallel-size 4 --expert-tensor-parallel-size 1"),
+        ("moe-10b-a1b", "EP=2", "--expert-tensor-parallel-size 1"),
+        ("3b", "PRECISION=fp8", "--fp8-format hybrid --fp8-recipe tensorwise"),
+        ("3b", "PRECISION=fp8-blockwise", "--fp8-format e4m3 --fp8-recipe blockwise"),
+        ("3b", "PRECISION=bf16 GPU=b200", "--micro-batch-size 4"),
+    ],
+)
+def test_a_variable_of_a_recipe(name, given, flags):
+    groups = recipes.groups(name, dict(word.split("=") for word in given.split()))
+    found = _values(word for group in groups.values() for word in group)
+    assert _values(flags.split()).items() <= found.items()
+    assert ("--sequence-parallel" in found) == ("TP=2" in given)
+    assert ("--fp8-format" in found) == ("PRECISION=fp8" in given)
+
+
+def test_experts_on_one_rank_share_no_tensors():
+    found = _values(recipes.groups("moe-10b-a1b", {"EP": "1"})["parallel"])
+    assert found["--expert-model-parallel-size"] == "1"
+    assert "--expert-tensor-parallel-size" not in found
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        (
+            "SPEED=1",
+            "the recipe's variables: expected GPU, STEPS, TST_STEPS, BAG_SIZE, BATCH_TOKENS, LR, "
+            "SEQ, MICRO_BATCH, PRECISION, TP, PP, CP, EP, got SPEED. Leave it out.",
+        ),
+        ("STEPS=1e4", "STEPS: expected a whole number above 0, got '1e4'. Correct it."),
+        ("STEPS=00", "STEPS: expected a whole number above 0, got '00'. Correct it."),
+        (
+            "STEPS=1000000000000000",
+            "STEPS: expected a whole number above 0, got '1000000000000000'. Correct it.",
+        ),
+        (
+            "TST_STEPS=1,x",
+            "TST_STEPS: expected a whole number, or several as 8,4, got '1,x'. Correct it.",
+        ),
+        (
+            "BAG_SIZE=1000000000000000",
+            "BAG_SIZE: expected a whole number, or several as 8,4, got '1000000000000000'. Correct "
+            "it.",
+        ),
+        (
+            "GPU=a100",
+            "GPU: expected h100 or h200 or b200, got a100. MICRO_BATCH and PRECISION suit it to "
+            "another.",
+        ),
+        (
+            "BATCH_TOKENS=5000",
+            "BATCH_TOKENS: expected a multiple of SEQ=4096, got 5000. Change one of them.",
+        ),
+        (
+            "PRECISION=int8",
+            "PRECISION: expected bf16, fp8, fp8-blockwise or mxfp8, got int8. Choose one of them.",
+        ),
+        (
+            "PRECISION=mxfp8",
+            "PRECISION=mxfp8: expected GPU=b200, got GPU=h100. Hopper has no MXFP8: use "
+            "PRECISION=fp8.",
+        ),
+        ("LR=0", "LR: expected a number above 0, as 2e-4, got '0'. Correct it."),
+        ("LR=1.2.3", "LR: expected a number above 0, as 2e-4, got '1.2.3'. Correct it."),
+        ("LR=1e999", "LR: expected a number above 0, as 2e-4, got '1e999'. Correct it."),
+    ],
+)
+def test_what_is_said_of_a_variable(given, sentence):
+    name, _, value = given.partition("=")
+    with pytest.raises(TSTError) as caught:
+        recipes.groups("3b", {name: value})
+    assert str(caught.value) == sentence
+
+
+def test_a_recipe_as_arrays_of_a_shell():
+    groups = recipes.groups("3b", {"STEPS": "50"})
+    lines = recipes.shell("3b", {"STEPS": "50"}).split("\n")
+    names = ("MODEL", "TRAINING", "TST", "PARALLEL", "PRECISION")
+    assert lines == [
+        *(f"{name}_FLAGS=({' '.join(groups[name.lower()])})" for name in names),
+        "VOCABULARY=128256",
+    ]
+
+
+@pytest.mark.parametrize("value", [recipes.Fit(1, "bf16"), recipes.RECIPES["3b"]])
+def test_a_recipe_is_not_changed(value):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        value.precision = value.steps = 1
+
+
+# ---- whole answers: every figure, by hand
+
+
+def _moe():
+    """The paper's largest run, with half of the text that it read: table 1, and its shape."""
+    layer = 2 * 2048 * 128 * (16 + 4) + 2 * 2048 + 2 * 128 + 64 * 2048 + 64 * 3 * 2048 * 1024
+    parameters, idle = 24 * layer + 2048 + 2 * 128256 * 2048, 24 * 60 * 3 * 2048 * 1024
+    products = 24 * (2 * 2048 * 128 * (16 + 4) + 16 * 128 * 4096 + 4 * 3 * 2048 * 1024)
+    flops, batch, hours = 6.0 * (products + 128256 * 2048) * 2**23, 2**23, 4768 / 49983
+    raw, logits, r = batch * (16 * 12483 + 37500), 2 * 2 * 4096 * 128256, 12483 / 49983
+    loss = 3.1455 + (r - 0.2) / 0.1 * (3.1484 - 3.1455)  # table 4, s = 16, r = 0.2 and 0.3
+    return {
+        "model.parameters": parameters,
+        "model.active_parameters": parameters - idle,
+        "model.vocabulary": 128256,
+        "model.preset": "moe-10b-a1b",
+        "run.steps": 49983,
+        "run.superposed_steps": 12483,
+        "run.step_ratio": r,
+        "run.bag_size.0": 16,
+        "run.positions_a_step": batch,
+        "run.gpus": 64,
+        "run.gpu": "b200",
+        "phases.0.name": "superposition",
+        "phases.0.bag_size": 16,
+        "phases.0.steps": 12483,
+        "phases.0.raw_tokens": 16 * batch * 12483,
+        "phases.0.raw_tokens_a_step": 16 * batch,
+        "phases.1.name": "recovery",
+        "phases.1.bag_size": 1,
+        "phases.1.steps": 37500,
+        "phases.1.raw_tokens": batch * 37500,
+        "phases.1.raw_tokens_a_step": batch,
+        "text.raw_tokens": raw,
+        "text.baseline_tokens": batch * 49983,
+        "text.ratio": raw / (batch * 49983),
+        "text.needed": raw,
+        "text.available": 10**12,
+        "text.suffices": False,
+        "text.missing": raw - 10**12,
+        "text.times": raw / 10**12,
+        "text.baseline_suffices": True,
+        # 10^12 tokens are 119,209 positions' batches: 12483 s + 37500, 49983 + 15 x, and 16 of the
+        # 6272 steps that are superposed of 25115, 6273 of 25116
+        "text.fits.bag_size": (119209 - 37500) // 12483,
+        "text.fits.superposed_steps": (119209 - 49983) // 15,
+        "text.fits.steps": 25115,
+        "cost.flops_of_step": flops,
+        "cost.flops": flops * 49983,
+        "cost.tflops_a_gpu": flops / (hours * 3600) / 1e12,
+        "cost.mfu": flops / (hours * 3600) / 2250e12,
+        "cost.source": "paper: 4,768 B200-hours for 49,983 steps",
+        "cost.gpu_hours_of_step": hours,
+        "cost.gpu_hours": 4768.0,
+        "cost.days": 4768 / 64 / 24,
+        "cost.step_seconds": hours * 3600 / 64,
+        "cost.of_the_paper": True,
+        "equal_loss.measured": True,
+        "equal_loss.speed_up": 125000 / 49983,
+        "equal_loss.baseline_steps": 125000,
+        "equal_loss.baseline_tokens": 125000 * batch,
+        "equal_loss.baseline_gpu_hours": 12311.0,
+        "equal_loss.paper_run.model": "moe-10b-a1b",
+        "equal_loss.paper_run.s": 16,
+        "equal_loss.paper_run.r": r,
+        "equal_loss.paper_run.loss": 2.236,
+        "equal_loss.paper_run.baseline_loss": 2.252,
+        "loss_memory.logits": logits,
+        "loss_memory.superposition.extension": logits,
+        "loss_memory.superposition.torch": logits + (512 << 20),
+        "loss_memory.superposition.fused": 512 << 20,
+        "loss_memory.superposition.paper_loop": 37 * logits,
+        "loss_memory.recovery.megatron": 4 * logits,
+        "loss_memory.recovery.kernel_in_recovery": logits,
+        "loss_memory.recovery.fused": 512 << 20,
+        "loader.tokens_a_second": 16 * batch / (hours * 3600 / 64),
+        "loader.mb_a_second": 4 * 16 * batch / (hours * 3600 / 64) / 1e6,
+        "loader.baseline_tokens_a_second": batch / (hours * 3600 / 64),
+        "loader.times_baseline": 16.0,
+        "loader.readers": 64,
+        "loader.tokens_a_second_of_a_reader": 16 * batch / (hours * 3600),
+        "loader.bytes_a_token": 4,
+        "loader.measured": None,
+        "paper.cell.model": "270m",
+        "paper.cell.steps": 20000,
+        "paper.cell.weighting": "uniform",
+        "paper.cell.table": 4,
+        "paper.cell.loss": loss,
+        "paper.cell.difference": loss - 3.2124,
+        "paper.cell.interpolated_between_r.0": 0.2,
+        "paper.cell.interpolated_between_r.1": 0.3,
+        "paper.run.loss": 2.236,
+        "paper.run.baseline_loss": None,
+        "paper.run.b200_hours": 4768,
+    }
+
+
+def _experts():
+    """Bags of 20, TP x PP x CP = 1 x 2 x 2, a given MFU, a token of four bytes."""
+    layer, batch = 4 * 512**2 + 2 * 512 + 8 * 512 + 8 * 3 * 512 * 256, 64 * 1024
+    parameters, vocabulary = 4 * layer + 512 + 2 * 512 * 70016, 547 * 128
+    products = 4 * (4 * 512**2 + 512 * 1024 + 2 * 3 * 512 * 256) + 512 * vocabulary
+    flops, raw, logits = 6.0 * products * batch, batch * (20 * 700 + 300), 2 * 1024 * 70016
+    seconds = flops / (16 * 0.4 * 989.4e12)
+    return {
+        "model.parameters": parameters,
+        "model.active_parameters": parameters - 4 * 6 * 3 * 512 * 256,
+        "model.vocabulary": vocabulary,
+        "model.preset": None,
+        "run.steps": 1000,
+        "run.superposed_steps": 700,
+        "run.step_ratio": 0.7,
+        "run.bag_size.0": 20,
+        "run.positions_a_step": batch,
+        "run.gpus": 16,
+        "run.gpu": "h100",
+        "phases.0.name": "superposition",
+        "phases.0.bag_size": 20,
+        "phases.0.steps": 700,
+        "phases.0.raw_tokens": 20 * batch * 700,
+        "phases.0.raw_tokens_a_step": 20 * batch,
+        "phases.1.name": "recovery",
+        "phases.1.bag_size": 1,
+        "phases.1.steps": 300,
+        "phases.1.raw_tokens": batch * 300,
+        "phases.1.raw_tokens_a_step": batch,
+        "text.raw_tokens": raw,
+        "text.baseline_tokens": batch * 1000,
+        "text.ratio": 14.3,
+        "text.needed": raw,  # 300 x 64 samples of recovery are cut from 960 long samples
+        "text.available": 10**8,
+        "text.suffices": False,
+        "text.missing": raw - 10**8,
+        "text.times": raw / 10**8,
+        "text.baseline_suffices": True,
+        # 10^8 tokens are 4882 long samples. Bags of 2 need 54,400 of a tenth of the length. 27
+        # steps: 27 x 64 + 3114, 28: 4903. Of 106 steps 74 are superposed: 74 x 64 + 103, of 107
+        # 75: 4903
+        "text.fits.bag_size": None,
+        "text.fits.superposed_steps": 27,
+        "text.fits.steps": 106,
+        "cost.flops_of_step": flops,
+        "cost.flops": flops * 1000,
+        "cost.tflops_a_gpu": 0.4 * 989.4,
+        "cost.mfu": 0.4,
+        "cost.source": "--mfu 0.4, given",
+        "cost.gpu_hours_of_step": seconds * 16 / 3600,
+        "cost.gpu_hours": seconds * 1000 * 16 / 3600,
+        "cost.days": seconds * 1000 / 86400,
+        "cost.step_seconds": seconds,
+        "cost.of_the_paper": False,
+        "equal_loss": None,
+        "loss_memory.logits": logits,
+        "loss_memory.superposition.extension": logits,
+        "loss_memory.superposition.torch": logits + (512 << 20),
+        "loss_memory.superposition.fused": logits,
+        "loss_memory.superposition.paper_loop": 45 * logits,
+        "loss_memory.recovery.megatron": 4 * logits,
+        "loss_memory.recovery.kernel_in_recovery": logits,
+        "loss_memory.recovery.fused": logits,
+        "loader.tokens_a_second": 20 * batch / seconds,
+        "loader.mb_a_second": 4 * 20 * batch / seconds / 1e6,
+        "loader.baseline_tokens_a_second": batch / seconds,
+        "loader.times_baseline": 20.0,
+        "loader.readers": 4,
+        "loader.tokens_a_second_of_a_reader": 5 * batch / seconds,
+        "loader.bytes_a_token": 4,
+        "loader.measured": None,
+        "paper.cell": None,
+        "paper.run": None,
+    }
+
+
+def _output():
+    """The 600M model on H200, the output alone in bags of 4: no more text than plain training."""
+    batch, logits = 2**21, 2 * 4 * 4096 * 128256
+    parameters = 32 * (4 * 960**2 + 2 * 960 + 3 * 960 * 2560) + 960 + 2 * 128256 * 960
+    products = 32 * (4 * 960**2 + 960 * 4096 + 3 * 960 * 2560) + 128256 * 960
+    flops, hours = 6.0 * products * batch, 61 * 2250 / 989.4  # table 1: 61 B200-hours
+    seconds = hours / 20000 / 16 * 3600
+    return {
+        "model.parameters": parameters,
+        "model.active_parameters": parameters,
+        "model.vocabulary": 128256,
+        "model.preset": "600m",
+        "run.steps": 20000,
+        "run.superposed_steps": 5000,
+        "run.step_ratio": 0.25,
+        "run.bag_size.0": 4,
+        "run.positions_a_step": batch,
+        "run.gpus": 16,
+        "run.gpu": "h200",
+        "phases.0.name": "superposition",
+        "phases.0.bag_size": 4,
+        "phases.0.steps": 5000,
+        "phases.0.raw_tokens": batch * 5000,
+        "phases.0.raw_tokens_a_step": batch,
+        "phases.1.name": "recovery",
+        "phases.1.bag_size": 1,
+        "phases.1.steps": 15000,
+        "phases.1.raw_tokens": batch * 15000,
+        "phases.1.raw_tokens_a_step": batch,
+        "text.raw_tokens": batch * 20000,
+        "text.baseline_tokens": batch * 20000,
+        "text.ratio": 1.0,
+        "text.needed": batch * 20000,
+        "text.available": 10**12,
+        "text.suffices": True,
+        "text.missing": 0,
+        "text.times": batch * 20000 / 10**12,
+        "text.baseline_suffices": True,
+        "cost.flops_of_step": flops,
+        "cost.flops": flops * 20000,
+        "cost.tflops_a_gpu": flops * 20000 / (hours * 3600) / 1e12,
+        "cost.mfu": flops * 20000 / (61 * 3600) / 2250e12,
+        "cost.source": "assumed: the MFU that the paper's B200-hours come to",
+        "cost.gpu_hours_of_step": hours / 20000,
+        "cost.gpu_hours": hours,
+        "cost.days": hours / 16 / 24,
+        "cost.step_seconds": seconds,
+        "cost.of_the_paper": False,
+        "equal_loss": None,
+        "loss_memory.logits": logits,
+        "loss_memory.superposition.extension": logits,
+        "loss_memory.superposition.torch": logits + (512 << 20),
+        "loss_memory.superposition.fused": 512 << 20,
+        "loss_memory.superposition.paper_loop": 13 * logits,
+        "loss_memory.recovery.megatron": 4 * logits,
+        "loss_memory.recovery.kernel_in_recovery": logits,
+        "loss_memory.recovery.fused": 512 << 20,
+        "loader.tokens_a_second": batch / seconds,
+        "loader.mb_a_second": 4 * batch / seconds / 1e6,
+        "loader.baseline_tokens_a_second": batch / seconds,
+        "loader.times_baseline": 1.0,
+        "loader.readers": 16,
+        "loader.tokens_a_second_of_a_reader": batch / seconds / 16,
+        "loader.bytes_a_token": 4,
+        "loader.measured": None,
+        "paper.cell": None,
+        "paper.run": None,
+    }
 
 
 WHOLE = {
-    "a run of the paper's": (
-        [*["--preset", "moe-10b-a1b", "--tokens", "1T"]],
-        {
-            "model": {
-                "parameters": 10443923456,
-                "active_parameters": 1384226816,
-                "vocabulary": 128256,
-                "preset": "moe-10b-a1b",
-            },
-            "run": {
-                "steps": 49983,
-                "superposed_steps": 12483,
-                "step_ratio": 0.249744913270512,
-                "bag_size": [16],
-                "positions_a_step": 8388608,
-                "gpus": 64,
-                "gpu": "b200",
-            },
-            "phases": [
-                {
-                    "name": "superposition",
-                    "bag_size": 16,
-                    "steps": 12483,
-                    "raw_tokens": 1675439898624,
-                    "raw_tokens_a_step": 134217728,
-                },
-                {
-                    "name": "recovery",
-                    "bag_size": 1,
-                    "steps": 37500,
-                    "raw_tokens": 314572800000,
-                    "raw_tokens_a_step": 8388608,
-                },
-            ],
-            "text": {
-                "raw_tokens": 1990012698624,
-                "baseline_tokens": 419287793664,
-                "ratio": 4.74617369905768,
-                "needed": 1990012698624,
-                "available": 1000000000000,
-                "suffices": False,
-                "missing": 990012698624,
-                "times": 1.990012698624,
-                "baseline_suffices": True,
-                "fits": {"bag_size": 6, "superposed_steps": 4615, "steps": 25115},
-                "readings": [],
-            },
-            "cost": {
-                "flops_of_step": 6.641929841069261e16,
-                "flops": 3.3198357924616486e21,
-                "tflops_a_gpu": 193.409523703256,
-                "mfu": 0.08595978831255822,
-                "source": "paper: 4,768 B200-hours for 49,983 steps",
-                "gpu_hours_of_step": 0.09539243342736531,
-                "gpu_hours": 4768.0,
-                "days": 3.1041666666666665,
-                "step_seconds": 5.365824380289299,
-                "of_the_paper": True,
-            },
-            "equal_loss": {
-                "measured": True,
-                "speed_up": 2.5008502890982935,
-                "baseline_steps": 125000,
-                "baseline_tokens": 1048576000000,
-                "baseline_gpu_hours": 12311.0,
-                "paper_run": {
-                    "model": "moe-10b-a1b",
-                    "s": 16,
-                    "r": 0.249744913270512,
-                    "loss": 2.236,
-                    "baseline_loss": 2.252,
-                },
-            },
-            "loss_memory": {
-                "logits": 2101346304,
-                "superposition": {
-                    "extension": 2101346304,
-                    "torch": 2638217216,
-                    "fused": 536870912,
-                    "paper_loop": 77749813248,
-                },
-                "recovery": {
-                    "megatron": 8405385216,
-                    "kernel_in_recovery": 2101346304,
-                    "fused": 536870912,
-                },
-            },
-            "loader": {
-                "tokens_a_second": 25013440.337897092,
-                "mb_a_second": 100.05376135158836,
-                "baseline_tokens_a_second": 1563340.0211185683,
-                "times_baseline": 16.0,
-                "readers": 64,
-                "tokens_a_second_of_a_reader": 390835.00527964206,
-                "bytes_a_token": 4,
-                "measured": None,
-            },
-            "paper": {
-                "cell": {
-                    "model": "270m",
-                    "steps": 20000,
-                    "weighting": "uniform",
-                    "table": 4,
-                    "loss": 3.146942602484845,
-                    "difference": -0.06545739751515534,
-                    "interpolated_between_r": (0.2, 0.3),
-                },
-                "run": {"loss": 2.236, "baseline_loss": None, "b200_hours": 4768},
-            },
-            "not_used": [],
-        },
-    ),
+    "a run of the paper's": ("--preset moe-10b-a1b --tokens 1T".split(), _moe),
     "experts, little text": (
         [
-            *EXPERTS,
-            *[
-                "--untie-embeddings-and-output-weights",
-                "--gpus",
-                "16",
-                "--gpu",
-                "h100",
-                "--mfu",
-                "0.4",
-                "--tokens",
-                "100M",
-                "--tst-iters",
-                "700",
-                "--tst-bag-size",
-                "20",
-                "--pipeline-model-parallel-size",
-                "2",
-                "--context-parallel-size",
-                "2",
-                "--micro-batch-size",
-                "2",
-                "--vocab-size",
-                "70000",
-            ],
+            *[*EXPERTS, "--untie-embeddings-and-output-weights", "--vocab-size", "70000"],
+            *"--gpus 16 --gpu h100 --mfu 0.4 --tokens 100M --micro-batch-size 2".split(),
+            *"--pipeline-model-parallel-size 2 --context-parallel-size 2".split(),
+            *"--tst-iters 700 --tst-bag-size 20".split(),
         ],
-        {
-            "model": {
-                "parameters": 88494592,
-                "active_parameters": 79057408,
-                "vocabulary": 70016,
-                "preset": None,
-            },
-            "run": {
-                "steps": 1000,
-                "superposed_steps": 700,
-                "step_ratio": 0.7,
-                "bag_size": [20],
-                "positions_a_step": 65536,
-                "gpus": 16,
-                "gpu": "h100",
-            },
-            "phases": [
-                {
-                    "name": "superposition",
-                    "bag_size": 20,
-                    "steps": 700,
-                    "raw_tokens": 917504000,
-                    "raw_tokens_a_step": 1310720,
-                },
-                {
-                    "name": "recovery",
-                    "bag_size": 1,
-                    "steps": 300,
-                    "raw_tokens": 19660800,
-                    "raw_tokens_a_step": 65536,
-                },
-            ],
-            "text": {
-                "raw_tokens": 937164800,
-                "baseline_tokens": 65536000,
-                "ratio": 14.3,
-                "needed": 937164800,
-                "available": 100000000,
-                "suffices": False,
-                "missing": 837164800,
-                "times": 9.371648,
-                "baseline_suffices": True,
-                "fits": {"bag_size": None, "superposed_steps": 27, "steps": 106},
-                "readings": [],
-            },
-            "cost": {
-                "flops_of_step": 17806934409216.0,
-                "flops": 1.7806934409216e16,
-                "tflops_a_gpu": 395.76,
-                "mfu": 0.4,
-                "source": "--mfu 0.4, given",
-                "gpu_hours_of_step": 1.2498409817128226e-05,
-                "gpu_hours": 0.012498409817128225,
-                "days": 3.254794223210475e-05,
-                "step_seconds": 0.0028121422088538506,
-                "of_the_paper": False,
-            },
-            "equal_loss": None,
-            "loss_memory": {
-                "logits": 143392768,
-                "superposition": {
-                    "extension": 143392768,
-                    "torch": 680263680,
-                    "fused": 143392768,
-                    "paper_loop": 6452674560,
-                },
-                "recovery": {
-                    "megatron": 573571072,
-                    "kernel_in_recovery": 143392768,
-                    "fused": 143392768,
-                },
-            },
-            "loader": {
-                "tokens_a_second": 466093071.6353112,
-                "mb_a_second": 1864.3722865412446,
-                "baseline_tokens_a_second": 23304653.58176556,
-                "times_baseline": 20.0,
-                "readers": 4,
-                "tokens_a_second_of_a_reader": 116523267.9088278,
-                "bytes_a_token": 4,
-                "measured": None,
-            },
-            "paper": {"cell": None, "run": None},
-            "not_used": [],
-        },
+        _experts,
     ),
     "output alone": (
-        [
-            *[
-                "--preset",
-                "600m",
-                "--tst-superpose",
-                "output",
-                "--tst-bag-size",
-                "4",
-                "--tst-step-ratio",
-                "0.25",
-                "--gpu",
-                "h200",
-                "--gpus",
-                "16",
-                "--tokens",
-                "1T",
-            ]
-        ],
-        {
-            "model": {
-                "parameters": 600208320,
-                "active_parameters": 600208320,
-                "vocabulary": 128256,
-                "preset": "600m",
-            },
-            "run": {
-                "steps": 20000,
-                "superposed_steps": 5000,
-                "step_ratio": 0.25,
-                "bag_size": [4],
-                "positions_a_step": 2097152,
-                "gpus": 16,
-                "gpu": "h200",
-            },
-            "phases": [
-                {
-                    "name": "superposition",
-                    "bag_size": 4,
-                    "steps": 5000,
-                    "raw_tokens": 10485760000,
-                    "raw_tokens_a_step": 2097152,
-                },
-                {
-                    "name": "recovery",
-                    "bag_size": 1,
-                    "steps": 15000,
-                    "raw_tokens": 31457280000,
-                    "raw_tokens_a_step": 2097152,
-                },
-            ],
-            "text": {
-                "raw_tokens": 41943040000,
-                "baseline_tokens": 41943040000,
-                "ratio": 1.0,
-                "needed": 41943040000,
-                "available": 1000000000000,
-                "suffices": True,
-                "missing": 0,
-                "times": 0.04194304,
-                "baseline_suffices": True,
-                "readings": [],
-            },
-            "cost": {
-                "flops_of_step": 7585599439503360.0,
-                "flops": 1.517119887900672e20,
-                "tflops_a_gpu": 303.79243414064456,
-                "mfu": 0.3070471337584845,
-                "source": "assumed: the MFU that the paper's B200-hours come to",
-                "gpu_hours_of_step": 0.006936021831412978,
-                "gpu_hours": 138.72043662825956,
-                "days": 0.3612511370527593,
-                "step_seconds": 1.56060491206792,
-                "of_the_paper": False,
-            },
-            "equal_loss": None,
-            "loss_memory": {
-                "logits": 4202692608,
-                "superposition": {
-                    "extension": 4202692608,
-                    "torch": 4739563520,
-                    "fused": 536870912,
-                    "paper_loop": 54635003904,
-                },
-                "recovery": {
-                    "megatron": 16810770432,
-                    "kernel_in_recovery": 4202692608,
-                    "fused": 536870912,
-                },
-            },
-            "loader": {
-                "tokens_a_second": 1343807.1249058894,
-                "mb_a_second": 5.3752284996235575,
-                "baseline_tokens_a_second": 1343807.1249058894,
-                "times_baseline": 1.0,
-                "readers": 16,
-                "tokens_a_second_of_a_reader": 83987.94530661809,
-                "bytes_a_token": 4,
-                "measured": None,
-            },
-            "paper": {"cell": None, "run": None},
-            "not_used": [],
-        },
+        "--preset 600m --tst-superpose output --tst-bag-size 4 --tst-step-ratio 0.25 --gpu h200 "
+        "--gpus 16 --tokens 1T".split(),
+        _output,
     ),
 }
 
 
+def _leaves(value, name=""):
+    """{"a.b.0": value} of dicts and sequences in each other."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {name: value}
+    parts = (_leaves(part, f"{name}.{key}".lstrip(".")) for key, part in value.items())
+    return {key: leaf for part in parts for key, leaf in part.items()}
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_plan(name):
-    """Every figure, written out: those that follow from each other are held against each other
-    above.
-    """
+    """Every figure, worked out from the shape, the paper's table 1 and the data sheets' peaks."""
     argv, expected = WHOLE[name]
-    found = planned(*argv)
-    apart = {"flags", "checks", "against", "warnings"}
-    assert {key: value for key, value in found.items() if key not in apart} == expected
+    plan, expected = planned(*argv), expected()
+    for apart in ("flags", "checks", "against", "warnings"):
+        plan.pop(apart)
+    assert plan.pop("not_used") == plan["text"]["readings"] == []
+    found = _leaves(plan)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert type(found[key]) is type(value), key
+        about = pytest.approx(value, rel=1e-12) if isinstance(value, float) else value
+        assert found[key] == about, key
+
+
+@pytest.mark.parametrize(
+    "tokens, bag_size, superposed_steps, steps",
+    [
+        # 65,536 positions a step, 1000 steps, 300 of them with bags of 6
+        (65536 * (2 * 300 + 700), 2, 59, 519),
+        (65536 * (2 * 300 + 700) - 1, None, 59, 519),
+        (65536 * (6 * 1 + 999), None, 1, 401),
+        (65536 * (6 * 1 + 999) - 1, None, None, 401),
+        # 2 steps, one superposed: 64 long samples of 6 x 1024, and 11 that recovery's 64 are cut of
+        ((64 + 11) * 6 * 1024, None, None, 2),
+        # one step alone would have nothing to superpose
+        ((64 + 11) * 6 * 1024 - 1, None, None, None),
+        (65536, None, None, None),
+    ],
+)
+def test_what_fits_to_the_token(tokens, bag_size, superposed_steps, steps):
+    fits = {"bag_size": bag_size, "superposed_steps": superposed_steps, "steps": steps}
+    assert planned(*SMALL, "--tokens", str(tokens))["text"]["fits"] == fits
+
+
+def test_text_for_plain_training_to_the_token():
+    for tokens in (65536 * 1000 - 1, 65536 * 1000):
+        text = planned(*SMALL, "--tokens", str(tokens))["text"]
+        assert text["baseline_suffices"] == (tokens == 65536 * 1000)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--tst-bag-size 4,2 --tst-step-ratio 0.2,0.1", "--tst-superpose output"]
+)
+def test_what_would_fit_is_said_of_one_bag_size_in_wide_samples_alone(flags):
+    text = planned(*SMALL, "--tokens", "1M", *flags.split())["text"]
+    assert not text["suffices"] and "fits" not in text
+
+
+@pytest.mark.parametrize(
+    "hidden, flags, width",
+    [
+        (512, ["--swiglu"], 1344),  # 4 x 512 x 2 / 3 = 1365.3 = 21.3 x 64
+        (768, ["--swiglu"], 2048),  # 32 x 64
+        (760, ["--swiglu"], 1984),  # 31.7 x 64
+        (24, ["--swiglu"], 64),
+        (512, [], 2048),
+        (512, ["--ffn-hidden-size", "8"], 8),
+    ],
+)
+def test_the_width_that_megatron_derives(hidden, flags, width):
+    sizes = [word for word in SMALL if word != "--swiglu"]
+    args, _ = plan_flags.read([*sizes, "--hidden-size", str(hidden), *flags])
+    assert args.ffn_hidden_size == width and args.kv_channels == hidden // 8
+    assert args.moe_ffn_hidden_size == width and args.expert_tensor_parallel_size == 1
+
+
+def test_where_the_cost_is_from():
+    assumed = planned(*SMALL)["cost"]
+    assert assumed["mfu"] == pytest.approx(0.35) and assumed["tflops_a_gpu"] == 0.35 * 989.4
+    assert assumed["source"] == (
+        "assumed: MFU 0.35. Give --mfu, or --tflops as Megatron's --log-throughput prints it"
+    )
+    given = planned("--preset", "3b", "--tflops", "450.5")["cost"]
+    assert given["source"] == "--tflops 450.5, given" and not given["of_the_paper"]
+    assert given["mfu"] == pytest.approx(450.5 / 2250)
+    # half of the positions a step: half of the paper's hours, 247 for 20,000 steps
+    half = planned("--preset", "3b", "--global-batch-size", "256")["cost"]
+    assert half["gpu_hours"] == pytest.approx(247 / 2) and half["of_the_paper"]
+
+
+def test_a_cell_of_the_sweep_fits_to_the_token():
+    """Bags of 2 for 500 of 1000 steps, of 65,536 positions each."""
+    for tokens, fits in ((65536 * 1500, True), (65536 * 1500 - 1, False)):
+        cells = planned(*SMALL, "--tokens", str(tokens), "--sweep")["sweep"]["cells"]
+        assert [cell["fits"] for cell in cells if (cell["s"], cell["r"]) == (2, 0.5)] == [fits]
 
 
 def test_the_whole_sweep():

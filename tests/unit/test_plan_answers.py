@@ -2,12 +2,12 @@
 prints, a dataset of the user's, keys.
 """
 
-import dataclasses
 import json
 import math
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from support.paths import environment
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst.checks import dry_run, layout
+from megatron_tst import compat
+from megatron_tst.checks import dry_run
 from megatron_tst.cli import plan_screen
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
@@ -349,6 +350,254 @@ def test_never_a_traceback(flags):
         json.dumps(found)
 
 
+# ---- the flags
+
+
+@pytest.mark.parametrize(
+    "flags, names",
+    [
+        # Megatron's defaults, and this package's
+        ("", dict(gpu="h100", gpus=8, micro_batch_size=1, moe_router_topk=2, tokens=None)),
+        (
+            "",
+            dict(tst_bag_size=6, tst_step_ratio=0.3, tst_iters=None, max_position_embeddings=1024),
+        ),
+        ("", dict(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)),
+        ("", dict(context_parallel_size=1, expert_model_parallel_size=1, lr_decay_iters=None)),
+        ("", dict(make_vocab_size_divisible_by=128, fp8=None, fp4=None, fp8_recipe="delayed")),
+        ("", dict(swiglu=True, group_query_attention=False, sequence_parallel=False)),
+        ("", dict(qk_layernorm=False, untie_embeddings_and_output_weights=False, split=None)),
+        ("", dict(train_samples=None, lr_wsd_decay_iters=None, padded_vocab_size=50048)),
+        # as they are given
+        ("--num-experts 8 --moe-router-topk 3", dict(num_experts=8, moe_router_topk=3)),
+        ("--num-experts 8 --moe-router-topk 8", dict(num_experts=8, moe_router_topk=8)),
+        ("--num-experts 2", dict(num_experts=2, moe_router_topk=2)),
+        ("--max-position-embeddings 1025", dict(max_position_embeddings=1025)),
+        ("--max-position-embeddings 1024", dict(max_position_embeddings=1024)),
+        ("--hidden-size 100 --kv-channels 16", dict(hidden_size=100, kv_channels=16)),
+        ("--tst-iters 7", dict(tst_iters=7, tst_step_ratio=None, tst_bag_size=6)),
+        ("--tst-bag-size 4 --tst-step-ratio 0.5", dict(tst_bag_size=4, tst_step_ratio=0.5)),
+        ("--tokens 1.9", dict(tokens=1)),
+        ("--tokens 1e18", dict(tokens=10**18)),
+        ("--mfu 1", dict(mfu=1.0)),
+        ("--mfu 1e-6", dict(mfu=1e-6)),
+        ("--tflops 7915.2", dict(tflops=8 * 989.4)),  # four bits: up to eight times bf16's peak
+        ("--gpu b200 --tflops 0.00225", dict(tflops=2250 / 10**6)),
+        ("--tflops 0.00099", dict(tflops=0.00099)),
+        ("--recompute-granularity full", dict(recompute_granularity="full")),
+        ("--gpus 1_000", dict(gpus=1000)),
+        ("--micro-batch-size 1000000000000", dict(micro_batch_size=10**12)),
+        ("--vocab-size 1", dict(vocab_size=1, padded_vocab_size=128)),
+        ("--fp8-format e4m3 --fp8-recipe blockwise", dict(fp8="e4m3", fp8_recipe="blockwise")),
+        ("--fp4-format e2m1", dict(fp4="e2m1")),
+        ("--tensor-model-parallel-size 2", dict(expert_tensor_parallel_size=2)),
+        ("--expert-tensor-parallel-size 4", dict(expert_tensor_parallel_size=4)),
+        ("--ffn-hidden-size 96", dict(ffn_hidden_size=96, moe_ffn_hidden_size=96)),
+        ("--num-query-groups 2", dict(num_query_groups=8)),  # without --group-query-attention
+        ("--group-query-attention --num-query-groups 2", dict(num_query_groups=2)),
+    ],
+)
+def test_a_run_from_its_flags(flags, names):
+    args, base = plan_flags.read([*SMALL, *flags.split()])
+    assert {name: getattr(args, name) for name in names} == names and base == []
+
+
+def test_samples_are_whole_steps():
+    run = [*SMALL[:-4], *SMALL[-2:]]
+    for samples, steps in ((64, 1), (64 * 7 + 63, 7)):
+        args, _ = plan_flags.read([*run, "--train-samples", str(samples)])
+        assert args.train_iters == steps and args.train_samples is None
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (
+            "--gpus 1000000000001",
+            "a whole number from 1 to 10^12, got '1000000000001'. Correct it.",
+        ),
+        ("--gpus 0", "argument --gpus: expected a whole number from 1 to 10^12, got '0'. Correct"),
+        ("--tokens 1.001e18", "a number above 0, as 0.4 or 105B, got '1.001e18'. Correct it."),
+        ("--tokens 0.9", "--tokens: expected a token at least, got 0.9. Give what you have, as 1"),
+        ("--mfu 1.01", "--mfu: expected a share in (0, 1], got 1.01. Give 0.4 for 40 %."),
+        ("--mfu 9e-7", "--mfu: expected a share in (0, 1], got 9e-07. Give 0.4 for 40 %."),
+        (
+            "--tflops 7916",
+            "--tflops: expected what h100 reaches, whose bf16 peak is 989.4 TFLOP/s, got 7916. "
+            "Give what Megatron prints.",
+        ),
+        ("--tflops 0.00098", "--tflops: expected what h100 reaches, whose bf16 peak is 989.4 "),
+        (
+            "--mfu 0.4 --tflops 300",
+            "--mfu and --tflops: expected one of the two, got both. Leave one out.",
+        ),
+        (
+            "--preset 3b --hf-config c.json",
+            "--preset and --hf-config: expected one of the two, got both. Leave one out.",
+        ),
+        (
+            "--hidden-size 100",
+            "--hidden-size: expected a multiple of --num-attention-heads = 8, got 100. Or give "
+            "--kv-channels.",
+        ),
+        (
+            "--num-experts 1",
+            "--moe-router-topk: expected at most --num-experts = 1, got 2. Lower it.",
+        ),
+        (
+            "--num-experts 4 --moe-router-topk 5",
+            "--moe-router-topk: expected at most --num-experts = 4, got 5. Lower it.",
+        ),
+        (
+            "--max-position-embeddings 1023",
+            "--seq-length: expected at most --max-position-embeddings = 1023, got 1024. Change one "
+            "of them.",
+        ),
+        (
+            "--hidden-size 16",
+            "--hidden-size: expected a model with an MLP, got 16 with --swiglu. Give "
+            "--ffn-hidden-size, or a larger --hidden-size.",
+        ),
+        (
+            "--train-samples 64000",
+            "--train-iters and --train-samples: expected one of the two, got both. Leave one out.",
+        ),
+        ("--fp8-format e5m2", "argument --fp8-format: invalid choice: 'e5m2'"),
+        ("--fp8-recipe none", "argument --fp8-recipe: invalid choice: 'none'"),
+        ("--fp4-format e4m3", "argument --fp4-format: invalid choice: 'e4m3'"),
+    ],
+)
+def test_what_is_said_of_a_value(flags, sentence):
+    with pytest.raises(TSTError) as caught:
+        plan_flags.read([*SMALL, *flags.split()])
+    assert sentence in str(caught.value)
+
+
+def test_what_is_said_of_too_few_samples_and_of_a_missing_batch():
+    run = SMALL[:-4]
+    for flags, sentence in (
+        (
+            "--global-batch-size 64 --train-samples 63",
+            "--train-samples: expected at least a step of --global-batch-size 64, got 63. Raise "
+            "it.",
+        ),
+        (
+            "--train-samples 63",
+            "--train-iters: expected a value, got none. Give it, or a shape by --preset or "
+            "--hf-config.",
+        ),
+        (
+            "--train-iters 63",
+            "--global-batch-size: expected a value, got none. Give it, or a shape by --preset or "
+            "--hf-config.",
+        ),
+    ):
+        with pytest.raises(TSTError) as caught:
+            plan_flags.read([*run, *flags.split()])
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("text, number", [("1M", 1e6), ("2k", 2e3), ("3B", 3e9), ("0.5T", 5e11)])
+def test_a_number_with_its_unit(text, number):
+    assert plan_flags.positive(text) == number
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (
+            [],
+            dict(preset="3b", gpu="b200", gpus=64, train_iters=20000, tst_bag_size=6),
+        ),
+        ([], dict(tst_step_ratio=0.3, tst_iters=None, micro_batch_size=4, fp8="e4m3")),
+        ([], dict(lr_decay_iters=20000, lr_wsd_decay_iters=2000, max_position_embeddings=4096)),
+        ([], dict(vocab_size=128256, padded_vocab_size=128256, make_vocab_size_divisible_by=128)),
+        (["--gpu", "h100"], dict(gpu="h100", micro_batch_size=1, fp8=None, gpus=64)),
+        (["--gpus", "8"], dict(gpus=8)),
+        (["--tst-iters", "700"], dict(tst_iters=700, tst_step_ratio=None)),
+        (["--tst-step-ratio", "0.4"], dict(tst_step_ratio=0.4, tst_iters=None)),
+        (["--train-iters", "500"], dict(lr_decay_iters=500, lr_wsd_decay_iters=50)),
+        (["--train-iters", "9"], dict(lr_decay_iters=9, lr_wsd_decay_iters=1)),
+        (["--lr-decay-iters", "77"], dict(lr_decay_iters=77, lr_wsd_decay_iters=2000)),
+        (["--lr-wsd-decay-iters", "77"], dict(lr_decay_iters=20000, lr_wsd_decay_iters=77)),
+        (["--seq-length", "8192"], dict(seq_length=8192, max_position_embeddings=8192)),
+        # another model is none of the paper's
+        *(
+            ([f"--{name}", value], dict(preset=None))
+            for name, value in {
+                "num-layers": "35",
+                "hidden-size": "4096",
+                "ffn-hidden-size": "1024",
+                "num-attention-heads": "32",
+                "kv-channels": "64",
+                "num-query-groups": "8",
+                "num-experts": "8",
+                "moe-router-topk": "1",
+                "moe-ffn-hidden-size": "64",
+                "vocab-size": "50000",
+            }.items()
+        ),
+        (["--qk-layernorm"], dict(preset=None)),
+        (["--num-layers", "36", "--swiglu"], dict(preset="3b")),  # the same one
+    ],
+)
+def test_a_preset(flags, expected):
+    args, base = plan_flags.read(["--preset", "3b", *flags])
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert base[:2] == ["--num-layers", "36"] and "--bf16" in base and "--tst-iters" not in base
+
+
+def test_the_help_says_what_each_flag_is():
+    text = " ".join(plan_flags.parser().format_help().split())
+    for said in (
+        "what to plan:",
+        "--preset NAME a run of the paper: 270m, 600m, 3b, moe-10b-a1b --hf-config",
+        "--hf-config FILE or the shape of a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE",
+        "--tokens N raw tokens that you have, as 105B or 1.5T",
+        "--data-path PREFIX [... ...] or count them in Megatron's dataset, say how often each",
+        "--gpus N GPUs (default: the paper's, else 8)",
+        "--gpu KIND their kind: h100, h200, b200 (default: b200 with --preset, else h100)",
+        "--mfu X share of the dense bf16 peak that your steps reach, in (0, 1]",
+        "--tflops X or TFLOP/s a GPU, as Megatron's --log-throughput prints it",
+        "--sweep text and the paper's loss for a grid over s and r",
+        "--json one JSON object in place of the screen",
+    ):
+        assert said in text
+    options = text[text.index("what to plan:") :]
+    assert (
+        "--num-layers" not in options and "--tst-" not in options and "Megatron's:" not in options
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, more, absent",
+    [
+        ("", "--tst-bag-size 6 --tst-iters 300", "--num-experts --fp8-recipe --split --gpus"),
+        ("", "--num-layers 4", "--expert-tensor-parallel-size --moe-router-topk --vocab-size"),
+        ("", "--swiglu --tst-bag-size", "--num-query-groups --tst-step-ratio --max-epochs"),
+        ("--gpus 8 --gpu h200 --mfu 0.5 --tokens 1B --split 1", "", "--gpu --mfu --tokens --split"),
+        ("--tflops 50 --sweep --json", "", "--tflops --sweep --json"),
+        (
+            "--num-experts 8 --moe-ffn-hidden-size 256",
+            "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256",
+            "--num-query-groups",
+        ),
+        ("--fp8-format hybrid --fp8-recipe tensorwise", "--fp8-recipe tensorwise", "--fp4-format"),
+        ("--group-query-attention --num-query-groups 4", "--num-query-groups 4", "--fp8-format"),
+        ("--tst-fused-linear-loss", "--tst-fused-linear-loss", "True"),
+        ("--tst-bag-size 8,4 --tst-iters 200,100", "--tst-bag-size 8,4 --tst-iters 200,100", ""),
+        ("--tst-target-weighting power-law", "--tst-target-weighting power-law", "None False"),
+    ],
+)
+def test_the_flags_to_paste(flags, more, absent):
+    found = planned(*SMALL, *flags.split())["flags"]
+    assert f" {more}" in f" {' '.join(found)}"
+    assert not set(absent.split()) & set(found)
+    assert len([word for word in found if word.startswith("--")]) == len(
+        {word for word in found if word.startswith("--")}
+    )
+
+
 # ---- the flags that it prints
 
 
@@ -526,6 +775,163 @@ def test_a_dataset_is_counted_and_read(corpus, capsys):
     assert planned(*run, "--tokens", "1T")["text"]["available"] == 10**12
 
 
+def dataset_of(prefix, *documents, ids=512):
+    """Megatron's dataset of documents of so many tokens: two bytes a token, four from 65,500 ids
+    on. -> prefix
+    """
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(ids))
+    for count in documents:
+        builder.add_document(torch.arange(count), [count])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+class Clock:
+    """A 64th of a second passes each time that it is asked: 47 looks until 0.75 s are over."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        self.now += 1 / 64
+        return self.now
+
+
+ALL = (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "names, weights, length, tokens, read, size",
+    [
+        (["one"], None, 8, 12, 8, 2),  # tokens; of a look; bytes each
+        (["one"], None, 100, 12, 12, 2),
+        (["two"], None, 12, 24, 12, 4),
+        (["few", "many"], None, 12, 100001, 12, 2),  # drawn in proportion to the text
+        (["one", "two"], [1.0, 1e-12], 12, 12, 12, 2),  # drawn as the weights say
+        (["one", "two"], [1e-12, 1.0], 12, 24, 12, 4),
+        # until the first one is used up
+        (["one", "two"], [4.0, 1.0], 12, 12 * 5 // 4, 12, None),
+        (["one", "two"], [1.0, 4.0], 12, 24 * 5 // 4, 12, None),
+    ],
+)
+def test_a_dataset_by_hand(tmp_path, monkeypatch, names, weights, length, tokens, read, size):
+    monkeypatch.setattr(plan, "time", Clock())
+    dataset_of(tmp_path / "one", 12)
+    dataset_of(tmp_path / "two", 12, 12, ids=70000)
+    dataset_of(tmp_path / "few", 1)
+    dataset_of(tmp_path / "many", 100000)
+    there = {"one": 12, "two": 24, "few": 1, "many": 100000}
+    prefixes = [str(tmp_path / name) for name in names]
+    found, corpora = plan.measure((prefixes, weights), ALL, length, seconds=0.74)
+    assert [corpus.tokens for corpus in corpora] == [there[name] for name in names]
+    assert (found["tokens"], found["counted"]) == (tokens, sum(there[name] for name in names))
+    assert isinstance(found["tokens"], int)
+    assert (found["seconds"], found["tokens_a_second"]) == (0.74, 47 * read / 0.75)
+    if size:
+        assert found["mb_a_second"] == pytest.approx(47 * read * size / 0.75 / 1e6)
+
+
+def test_a_dataset_that_is_not_there(tmp_path, monkeypatch):
+    calls = []
+
+    def hide():
+        calls.append("hidden")
+        warnings.warn("Apex is not installed", stacklevel=1)
+
+    monkeypatch.setattr(compat, "hide_broken_transformer_engine", hide)
+    one = dataset_of(tmp_path / "one", 12)
+    for names, share, message in (
+        (
+            [one, "s3://a/b", "s3://c/d"],
+            ALL,
+            "--data-path: expected local files, to be counted and read, got s3://a/b. Give --tokens"
+            " in place of it.",
+        ),
+        (
+            [one],
+            (0.0, 0.4),  # no whole document
+            "--data-path: expected text in the training share, got none. Raise it in --split.",
+        ),
+    ):
+        with pytest.raises(TSTError) as caught, warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            plan.measure((names, None), share, 8)
+        assert str(caught.value) == message
+        assert not [warning for warning in warned if "Apex" in str(warning.message)]
+    assert calls == ["hidden"] * 2  # before Megatron is imported
+
+
+def test_what_training_would_say_of_the_text(tmp_path, monkeypatch):
+    """4,096 x (6 x 300 + 700) tokens are read, of 4,096 x 250."""
+    monkeypatch.setattr(plan, "time", Clock())
+    one = dataset_of(tmp_path / "one", 4096 * 250)
+    run = [*SMALL, "--seq-length", "64", "--data-path", one, "--split", "1"]
+    found = planned(*run)
+    reading = {"corpus": one, "tokens": 4096 * 250, "read": 4096 * 2500, "times": 10.0}
+    assert found["text"]["readings"] == [reading] and isinstance(
+        found["text"]["readings"][0]["read"], int
+    )
+    assert found["text"]["available"] == 4096 * 250
+    measured = found["loader"]["measured"]
+    assert (measured["counted"], measured["seconds"]) == (4096 * 250, 1.0)
+    assert found["warnings"] == [
+        "training refuses this run: --tst-max-epochs: expected no corpus to be read more than 4 "
+        f"times, got what {one} is read 10.00 times (10,240,000 tokens of 1,024,000). Give more "
+        "text, lower --tst-bag-size or the iterations, or allow it with --tst-max-epochs 10."
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the process that asks, not of the plan
+        assert planned(*run, "--tst-max-epochs", "10")["warnings"] == [
+            f"{one} is read 10.00 times (10,240,000 tokens of 1,024,000): Megatron repeats it. "
+            "More text, smaller bags or fewer iterations change that"
+        ]
+    ample = planned(*run, "--train-iters", "10", "--tst-iters", "3", "--mtp-num-layers", "1")
+    assert ample["warnings"] == [
+        "--mtp-num-layers changes the run: the figures are those of the run without"
+    ]
+    several = planned(*SMALL, "--mtp-num-layers", "1", "--bf16", "--moe-layer-freq", "2")
+    assert several["warnings"] == [
+        "--mtp-num-layers, --moe-layer-freq change the run: the figures are those of the run "
+        "without"
+    ]
+    with pytest.raises(TSTError, match="--tst-bag-size: expected at most 4, with --seq-length 250"):
+        planned(*SMALL, "--seq-length", "250000", "--data-path", one, "--split", "1")
+
+
+@pytest.mark.parametrize(
+    "flags, got",
+    [
+        ("--tst-bag-size 1", "--tst-bag-size 1 and --tst-step-ratio 0.3"),
+        ("--tst-step-ratio 0", "--tst-bag-size 6 and --tst-step-ratio 0"),
+        ("--tst-bag-size 1 --tst-iters 7", "--tst-bag-size 1 and --tst-iters 7"),
+    ],
+)
+def test_a_run_without_superposition(flags, got):
+    with pytest.raises(TSTError) as caught:
+        planned(*SMALL, *flags.split())
+    assert str(caught.value) == (
+        f"TST: expected bags of 2 or more and a length above 0, got {got}. This run is stock "
+        "Megatron: there is nothing to plan."
+    )
+
+
+def test_all_that_is_said_of_an_impossible_run():
+    found = planned(*SMALL, "--gpus", "6", "--tensor-model-parallel-size", "4", "--bf16")
+    fault = (
+        "--gpus: expected a multiple of TP x PP x CP = 4 x 1 x 1 = 4, got 6. Change one of them."
+    )
+    assert found.keys() == {"faults", "checks", "not_used"}
+    assert found["not_used"] == ["--bf16"] and fault in found["faults"]
+    assert found["checks"][0] == {
+        "what": "--gpus 6",
+        "rule": "a multiple of TP x PP x CP = 4 x 1 x 1 = 4",
+        "fault": fault,
+    }
+    assert [check["fault"] for check in found["checks"] if check["fault"]] == found["faults"]
+
+
 def test_how_often_each_corpus_is_read(corpus, tmp_path, capsys):
     run, other = [*SMALL, "--data-path", "3", str(corpus), "1"], str(tmp_path / "other")
     for ending in (".bin", ".idx"):
@@ -665,14 +1071,7 @@ def test_a_recipe_that_cannot_be_printed(capsys, argv, message):
     assert code == 2 and message in text and len(text.splitlines()) == 1
 
 
-def test_precision_is_asked_of_a_layout_that_divides(monkeypatch):
-    monkeypatch.setattr(layout, "check_precision", lambda *args: pytest.fail("asked"))
-    assert planned("--preset", "3b", "--gpus", "7")["faults"]
-
-
 def test_the_gpu_that_a_recipe_was_checked_for():
     flags = [*SMALL, *"--fp8-format hybrid --fp8-recipe tensorwise --gpu h100".split()]
     (rule,) = [c["rule"] for c in planned(*flags)["checks"] if c["what"] == "tensorwise"]
     assert rule.startswith("sm_90, CUDA 13.0 (assumed) and the shapes of a rank")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        layout.Check("", "").fault = "x"

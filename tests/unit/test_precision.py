@@ -33,7 +33,12 @@ def arguments(**changes):
         padded_vocab_size=128256,
         num_attention_heads=8,
         kv_channels=128,
+        group_query_attention=False,
+        num_query_groups=1,
         ffn_hidden_size=4096,
+        num_experts=None,
+        moe_ffn_hidden_size=None,
+        expert_tensor_parallel_size=1,
         tp_comm_overlap=False,
         fp8_dot_product_attention=False,
         fp8_multi_head_attention=False,
@@ -44,6 +49,18 @@ def arguments(**changes):
 SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
+CORRECT = {
+    "tokens": "in both phases: change one of them.",
+    "width": "Use another recipe or another layout.",
+    "attention": "Change --seq-length, or leave attention in bf16.",
+    "output": "Drop the flag, or change --make-vocab-size-divisible-by.",
+}
+MXFP8, BLOCKWISE = dict(fp8_recipe="mxfp8"), dict(fp8_recipe="blockwise")
+NVFP4 = dict(fp8=None, fp4="e2m1")
+TP2, TP4 = (dict(tensor_model_parallel_size=size) for size in (2, 4))
+GROUPS = dict(group_query_attention=True)
+
+
 @pytest.mark.parametrize(
     "gpu, changes, message",
     [
@@ -51,165 +68,193 @@ SP2 = dict(tensor_model_parallel_size=2, sequence_parallel=True)
             None,
             {},
             "--fp8-recipe tensorwise: expected an NVIDIA GPU and Transformer Engine, got training "
-            "on CPU",
+            "on CPU. Drop it, or train on a GPU.",
         ),
-        (None, dict(fp8=None, fp4="e2m1"), "--fp4-format: expected an NVIDIA GPU"),
+        (
+            None,
+            NVFP4,
+            "--fp4-format: expected an NVIDIA GPU and Transformer Engine, got training on CPU. "
+            "Drop it, or train on a GPU.",
+        ),
         (
             ((8, 0), "13.0"),
             {},
             "--fp8-recipe tensorwise: expected sm_89 or newer, got sm_80 with CUDA 13.0. Use one "
-            "that runs: none does; train in bf16",
+            "that runs: none does; train in bf16.",
         ),
         (
             H100,
-            dict(fp8_recipe="mxfp8"),
-            "mxfp8: expected sm_100 or newer, below sm_120, got sm_90 .* Use one that runs: "
-            "delayed, tensorwise, blockwise",
+            MXFP8,
+            "--fp8-recipe mxfp8: expected sm_100 or newer, below sm_120, got sm_90 with CUDA 13.0. "
+            "Use one that runs: delayed, tensorwise, blockwise.",
         ),
-        (((12, 0), "13.0"), dict(fp8_recipe="mxfp8"), "below sm_120, got sm_120"),
-        (H100, dict(fp8=None, fp4="e2m1"), "--fp4-format: expected sm_100 or newer, got sm_90"),
+        (
+            ((12, 1), "13.0"),
+            MXFP8,
+            "--fp8-recipe mxfp8: expected sm_100 or newer, below sm_120, got sm_121 with CUDA "
+            "13.0. Use one that runs: delayed, tensorwise, blockwise, nvfp4.",
+        ),
+        (
+            H100,
+            NVFP4,
+            "--fp4-format: expected sm_100 or newer, got sm_90 with CUDA 13.0. Use one that runs: "
+            "delayed, tensorwise, blockwise.",
+        ),
         (
             ((9, 0), "12.8"),
-            dict(fp8_recipe="blockwise"),
-            "blockwise: expected sm_90 or newer with CUDA 12.9, got sm_90 with CUDA 12.8",
+            BLOCKWISE,
+            "--fp8-recipe blockwise: expected sm_90 or newer with CUDA 12.9, got sm_90 with CUDA "
+            "12.8. Use one that runs: delayed, tensorwise.",
         ),
-        (((8, 9), "13.0"), dict(fp8_recipe="blockwise"), "blockwise: expected sm_90 or newer"),
+        (
+            ((8, 9), "13.0"),
+            BLOCKWISE,
+            "--fp8-recipe blockwise: expected sm_90 or newer with CUDA 12.9, got sm_89 with CUDA "
+            "13.0. Use one that runs: delayed, tensorwise.",
+        ),
         (
             H100,
             dict(seq_length=2056),
-            r"tensorwise: tokens of a rank: expected a multiple of 16, got 2056. --seq-length "
-            r"2056 / CP 1 x --micro-batch-size 1",
+            "--fp8-recipe tensorwise: tokens of a rank: expected a multiple of 16, got 2056. "
+            "--seq-length 2056 / CP 1 x --micro-batch-size 1, {tokens}",
         ),
         (
             H100,
             dict(seq_length=72, micro_batch_size=4, context_parallel_size=2, **SP2),
-            r"multiple of 16, got 72. --seq-length 72 / CP 2 / TP 2 x --micro-batch-size 4, in "
-            r"both phases",
+            "--fp8-recipe tensorwise: tokens of a rank: expected a multiple of 16, got 72. "
+            "--seq-length 72 / CP 2 / TP 2 x --micro-batch-size 4, {tokens}",
+        ),
+        (
+            H100,  # without sequence parallelism each rank has all positions
+            dict(seq_length=24, **TP2),
+            "--fp8-recipe tensorwise: tokens of a rank: expected a multiple of 16, got 24. "
+            "--seq-length 24 / CP 1 x --micro-batch-size 1, {tokens}",
         ),
         (
             H100,
             dict(fp8_recipe="delayed", seq_length=24),
-            "delayed: tokens of a rank: expected a multiple of 16, got 24",
+            "--fp8-recipe delayed: tokens of a rank: expected a multiple of 16, got 24. "
+            "--seq-length 24 / CP 1 x --micro-batch-size 1, {tokens}",
         ),
         (
             H100,
-            dict(fp8_recipe="blockwise", seq_length=2048 + 128, **SP2),
-            "blockwise --sequence-parallel: tokens of a rank: expected a multiple of 128, got 1088",
+            dict(seq_length=2048 + 128, **BLOCKWISE, **SP2),
+            "--fp8-recipe blockwise --sequence-parallel: tokens of a rank: expected a multiple of "
+            "128, got 1088. --seq-length 2176 / CP 1 / TP 2 x --micro-batch-size 1, {tokens}",
         ),
         (
             B200,
-            dict(fp8_recipe="mxfp8", seq_length=2048 + 16),
-            "mxfp8: tokens of a rank: expected a multiple of 32, got 2064",
+            dict(seq_length=2048 + 16, **MXFP8),
+            "--fp8-recipe mxfp8: tokens of a rank: expected a multiple of 32, got 2064. "
+            "--seq-length 2064 / CP 1 x --micro-batch-size 1, {tokens}",
         ),
         (
             B200,
-            dict(fp8_recipe="mxfp8", seq_length=2048 + 64, tp_comm_overlap=True),
-            "mxfp8 --tp-comm-overlap: tokens of a rank: expected a multiple of 128, got 2112",
+            dict(seq_length=2048 + 64, tp_comm_overlap=True, **MXFP8),
+            "--fp8-recipe mxfp8 --tp-comm-overlap: tokens of a rank: expected a multiple of 128, "
+            "got 2112. --seq-length 2112 / CP 1 x --micro-batch-size 1, {tokens}",
         ),
         (
             B200,
-            dict(fp8=None, fp4="e2m1", seq_length=2056),
-            "--fp4-format: tokens of a rank: expected a multiple of 16, got 2056",
+            dict(seq_length=2056, **NVFP4),
+            "--fp4-format: tokens of a rank: expected a multiple of 16, got 2056. "
+            "--seq-length 2056 / CP 1 x --micro-batch-size 1, {tokens}",
         ),
         (
             B200,
-            dict(fp8_recipe="mxfp8", fp8_multi_head_attention=True, seq_length=192),
-            "in attention: positions of a rank: expected a multiple of 128, got 192",
+            dict(fp8_multi_head_attention=True, seq_length=192, **MXFP8),
+            "--fp8-recipe mxfp8 in attention: positions of a rank: expected a multiple of 128, got "
+            "192. {attention}",
         ),
         (
             B200,
-            dict(
-                fp8_recipe="mxfp8",
-                fp8_dot_product_attention=True,
-                seq_length=256,
-                context_parallel_size=4,
-            ),
-            "in attention: .* got 64",
+            dict(fp8_dot_product_attention=True, seq_length=256, context_parallel_size=4, **MXFP8),
+            "--fp8-recipe mxfp8 in attention: positions of a rank: expected a multiple of 128, got "
+            "64. {attention}",
         ),
         (
             B200,
-            dict(fp8_recipe="mxfp8", hidden_size=1040),
-            "mxfp8: --hidden-size: expected a multiple of 32, got 1040",
+            dict(hidden_size=1040, **MXFP8),
+            "--fp8-recipe mxfp8: --hidden-size: expected a multiple of 32, got 1040. {width}",
         ),
         (
             H100,
-            dict(fp8_recipe="blockwise", ffn_hidden_size=11008, tensor_model_parallel_size=4),
-            "--ffn-hidden-size of a rank: expected a multiple of 128, got 2752",
+            dict(ffn_hidden_size=11008, **BLOCKWISE, **TP4),
+            "--fp8-recipe blockwise: --ffn-hidden-size of a rank: expected a multiple of 128, got "
+            "2752. {width}",
         ),
         (
             H100,
             dict(
                 num_attention_heads=9,
                 hidden_size=576,
-                kv_channels=None,
-                group_query_attention=True,
+                kv_channels=64,
                 num_query_groups=3,
-                fp8_recipe="blockwise",
+                **GROUPS,
+                **BLOCKWISE,
             ),
-            "blockwise: --hidden-size: expected a multiple of 128, got 576",
+            "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 576. {width}",
         ),
         (
-            H100,
-            dict(num_attention_heads=6, kv_channels=36),
-            r"queries, keys and values of a rank: expected a multiple of 16, got 648",
-        ),
-        (
-            H100,  # as many query groups as heads, whatever is set
+            H100,  # (6 + 2 * 6) * 36: as many query groups as heads, whatever is set
             dict(num_attention_heads=6, kv_channels=36, num_query_groups=1),
-            r"queries, keys and values of a rank: expected a multiple of 16, got 648",
+            "--fp8-recipe tensorwise: queries, keys and values of a rank: expected a multiple of "
+            "16, got 648. {width}",
         ),
         (
             H100,
-            dict(num_attention_heads=4, kv_channels=40, tensor_model_parallel_size=4),
-            r"queries, keys and values of a rank: expected a multiple of 16, got 120",
+            dict(num_attention_heads=4, kv_channels=40, **TP4),
+            "--fp8-recipe tensorwise: queries, keys and values of a rank: expected a multiple of "
+            "16, got 120. {width}",
         ),
         (
-            H100,
-            dict(
-                num_attention_heads=12,
-                kv_channels=20,
-                group_query_attention=True,
-                num_query_groups=2,
-                tensor_model_parallel_size=2,
-            ),
-            "--num-attention-heads x --kv-channels of a rank: expected a multiple of 16, got 120",
+            H100,  # (12 + 2 * 3) * 20 / 2
+            dict(num_attention_heads=12, kv_channels=20, num_query_groups=3, **GROUPS, **TP2),
+            "--fp8-recipe tensorwise: queries, keys and values of a rank: expected a multiple of "
+            "16, got 180. {width}",
+        ),
+        (
+            H100,  # queries, keys and values have (12 + 2 * 2) * 20 / 2 = 160
+            dict(num_attention_heads=12, kv_channels=20, num_query_groups=2, **GROUPS, **TP2),
+            "--fp8-recipe tensorwise: --num-attention-heads x --kv-channels of a rank: expected a "
+            "multiple of 16, got 120. {width}",
         ),
         (
             H100,
             dict(num_experts=8, moe_ffn_hidden_size=1000),
-            "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 1000",
+            "--fp8-recipe tensorwise: --moe-ffn-hidden-size of a rank: expected a multiple of 16, "
+            "got 1000. {width}",
         ),
         (
             H100,  # whole, it is a multiple
             dict(num_experts=8, moe_ffn_hidden_size=1040, expert_tensor_parallel_size=2),
-            "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 520",
+            "--fp8-recipe tensorwise: --moe-ffn-hidden-size of a rank: expected a multiple of 16, "
+            "got 520. {width}",
         ),
         (
             H100,
-            dict(num_experts=8, ffn_hidden_size=4112, expert_tensor_parallel_size=2),
-            "--moe-ffn-hidden-size of a rank: expected a multiple of 16, got 2056",
-        ),
-        (
-            H100,
-            dict(ffn_hidden_size=4144, tensor_model_parallel_size=2),
-            "--ffn-hidden-size of a rank: expected a multiple of 16, got 2072",
+            dict(ffn_hidden_size=4144, **TP2),
+            "--fp8-recipe tensorwise: --ffn-hidden-size of a rank: expected a multiple of 16, got "
+            "2072. {width}",
         ),
         (
             B200,
-            dict(
-                fp8_recipe="mxfp8",
-                fp8_output_proj=True,
-                padded_vocab_size=512 + 32,
-                tensor_model_parallel_size=2,
-            ),
-            "vocabulary / TP: expected a multiple of 32, got 272",
+            dict(fp8_output_proj=True, padded_vocab_size=512 + 32, **MXFP8, **TP2),
+            "--fp8-output-proj: vocabulary / TP: expected a multiple of 32, got 272. {output}",
         ),
     ],
 )
 def test_refused_with_the_numbers(gpu, changes, message):
-    with pytest.raises(TSTError, match=message):
+    with pytest.raises(TSTError) as refused:
         check_precision(TST, arguments(**changes), gpu)
+    assert str(refused.value) == message.format(**CORRECT)
     check_precision(TSTConfig(), arguments(**changes), gpu)  # without TST it is Megatron's business
+
+
+FIRST_LAYER = (
+    "megatron_tst: {0}: the first layer sees means of embeddings, then single ones; "
+    "--first-last-layers-bf16 keeps it out of {0}"
+)
 
 
 @pytest.mark.parametrize(
@@ -217,36 +262,62 @@ def test_refused_with_the_numbers(gpu, changes, message):
     [
         (
             H100,
-            dict(fp8_recipe="delayed"),
-            "Megatron's default.* also over the "
-            "boundary.*NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1.*--drop-fp8-state",
+            dict(fp8_recipe="delayed", first_last_layers_bf16=False),
+            "megatron_tst: --fp8-recipe delayed (Megatron's default) keeps scales of earlier "
+            "steps, also over the boundary, and newer Transformer Engines refuse to load them from "
+            "a checkpoint (NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE=1, or `megatron-tst boundary "
+            "--drop-fp8-state`). tensorwise, blockwise and mxfp8 have no state",
         ),
         (
             H100,
             dict(first_last_layers_bf16=False),
-            "the first layer sees means of embeddings.*--first-last-layers-bf16",
+            FIRST_LAYER.format("--fp8-recipe tensorwise"),
         ),
+        (B200, dict(first_last_layers_bf16=False, **NVFP4), FIRST_LAYER.format("--fp4-format")),
         (
             H100,
-            dict(fp8_recipe="blockwise", seq_length=2048 + 64),
-            "blockwise: 2112 tokens of a rank .*whole blocks need a multiple of 128",
+            dict(seq_length=2048 + 64, **BLOCKWISE),
+            "megatron_tst: --fp8-recipe blockwise: 2112 tokens of a rank (--seq-length 2112 / CP 1 "
+            "x 1); whole blocks need a multiple of 128",
         ),
-        (B200, dict(fp8=None, fp4="e2m1", seq_length=2048 + 64), "2112 tokens of a rank"),
+        (
+            H100,  # what mxfp8 would refuse
+            dict(seq_length=128 + 64, tp_comm_overlap=True, **BLOCKWISE),
+            "megatron_tst: --fp8-recipe blockwise: 192 tokens of a rank (--seq-length 192 / CP 1 x "
+            "1); whole blocks need a multiple of 128",
+        ),
+        (
+            B200,
+            dict(seq_length=256 + 64, micro_batch_size=3, context_parallel_size=2, **SP2, **NVFP4),
+            "megatron_tst: --fp4-format: 240 tokens of a rank (--seq-length 320 / CP 2 / TP 2 x "
+            "3); whole blocks need a multiple of 128",
+        ),
     ],
 )
 def test_warned_of(gpu, changes, message):
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning) as caught:
         check_precision(TST, arguments(**changes), gpu)
+    assert [str(warning.message) for warning in caught] == [message]
+
+
+# What another recipe refuses, at a length that is a multiple of what this one needs alone.
+ATTENTION = dict(fp8_multi_head_attention=True, fp8_dot_product_attention=True)
 
 
 @pytest.mark.parametrize(
     "gpu, changes",
     [
         (H100, {}),
-        (H100, dict(fp8_recipe="blockwise")),
+        (H100, BLOCKWISE),
         (H100, dict(seq_length=2048, micro_batch_size=4, context_parallel_size=2, **SP2)),
         (H100, dict(seq_length=2056, micro_batch_size=2)),  # the product counts
-        (H100, dict(fp8_recipe="blockwise", seq_length=2048 + 128, micro_batch_size=2, **SP2)),
+        (H100, dict(seq_length=2048 + 128, micro_batch_size=2, **BLOCKWISE, **SP2)),
+        (H100, dict(seq_length=2 * (1024 + 16), **SP2)),
+        (H100, dict(seq_length=1024 + 16, tp_comm_overlap=True, **ATTENTION)),
+        (H100, dict(seq_length=128 + 64, micro_batch_size=2, **ATTENTION, **BLOCKWISE)),
+        (B200, dict(seq_length=1024 + 32, **MXFP8)),
+        (B200, dict(seq_length=2 * (1024 + 32), **MXFP8, **SP2)),
+        (B200, dict(seq_length=128, tp_comm_overlap=True, **ATTENTION, **MXFP8)),
         (
             B200,
             dict(
@@ -256,7 +327,10 @@ def test_warned_of(gpu, changes, message):
                 tp_comm_overlap=True,
             ),
         ),
-        (B200, dict(fp8=None, fp4="e2m1")),
+        (B200, dict(padded_vocab_size=16, **MXFP8)),  # the output layer is in bf16
+        # before the tokenizer is built
+        (B200, dict(padded_vocab_size=None, fp8_output_proj=True, **MXFP8)),
+        (B200, NVFP4),
         (H100, dict(fp8_recipe="custom", seq_length=2049)),  # the user's own
         (None, dict(fp8=None)),
     ],
@@ -291,7 +365,8 @@ def test_gathering_parameters_in_fp8_passes_through(config):
 
 def test_flags_that_a_version_does_not_have():
     names = "fp8 fp8_recipe seq_length micro_batch_size tensor_model_parallel_size".split()
-    names += "hidden_size num_attention_heads ffn_hidden_size".split()
+    names += "context_parallel_size sequence_parallel hidden_size num_attention_heads".split()
+    names += "kv_channels group_query_attention ffn_hidden_size num_experts".split()
     args = argparse.Namespace(**{name: getattr(arguments(), name) for name in names})
     with pytest.warns(UserWarning) as caught:
         check_precision(TST, args, H100)

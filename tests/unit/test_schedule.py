@@ -253,6 +253,13 @@ def test_recovery_shorter_than_a_long_sample():
     ]
 
 
+def test_a_run_of_nothing_has_a_schedule():
+    """--train-samples 0, which is refused later with its flag: by checks/refusals.py."""
+    plan = Schedule((1,), (0,), seq_length=2, global_batch_size=4)
+    assert (plan.phases[0].stride, plan.phases[0].block, plan.long_samples) == (1, 1, 0)
+    assert plan.raw_tokens(0) == 0 and plan.phase_at(0) == plan.phases[0]
+
+
 def test_a_schedule_stays_as_it_is():
     plan = Schedule((8, 4, 1), (4, 12, 4), seq_length=2, global_batch_size=4)
     for part, name in ((plan, "samples"), (plan.phases[0], "stride")):
@@ -384,8 +391,9 @@ def test_too_few_long_samples_are_refused():
 
 def test_samples_of_another_length_and_foreign_tokens_are_refused():
     plan = Schedule.of(4, 3, 16, 4, 2)
-    with pytest.raises(TSTError, match="expected 16 tokens, got 8"):
-        PhasedDataset(Stream(99, 8), plan, TSTConfig(4, iters=3))[0]
+    for length in (8, 32):
+        with pytest.raises(TSTError, match=f"expected 16 tokens, got {length}"):
+            PhasedDataset(Stream(99, length), plan, TSTConfig(4, iters=3))[0]
     with pytest.raises(TSTError, match="below the vocabulary size 100, got 111"):
         PhasedDataset(Stream(99, 16), plan, TSTConfig(4, iters=3), vocab_size=100)[6]
     with pytest.raises(TSTError, match="training sample 6: .* size 111, got 111"):
@@ -418,6 +426,8 @@ def test_no_other_schedule_is_followed():
             exact.follow(other)
     exact.follow(dataclasses.replace(plan, samples=(4, 12)))
     assert exact.schedule.samples == (4, 12) and len(exact) == 16
+    exact.follow(plan)  # and back
+    assert exact.schedule == plan
 
 
 def test_ratio_becomes_iterations():

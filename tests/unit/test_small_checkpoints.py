@@ -16,6 +16,7 @@ import sys
 import types
 import uuid
 import warnings
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -880,6 +881,200 @@ def test_trackers_that_name_what_is_there(small):
     tracker.unlink()
     assert mend_tracker(folder) is None and not tracker.exists()
     assert checkpoint_to_load(folder) is None and checkpoint_to_load(str(folder / "no")) is None
+
+
+def warned(call, recwarn):
+    """-> what it returns, and the warnings as texts"""
+    recwarn.clear()
+    found = call()
+    return found, [str(warning.message).removeprefix("megatron_tst: ") for warning in recwarn]
+
+
+def test_which_iteration_stands_for_a_folder(small, recwarn):
+    """The one that the tracker names, with a word about a newer one; where it is empty, the newest
+    that is whole.
+    """
+    folder = small.parent
+    tracker = folder / TRACKER
+    newer = Path(shutil.copytree(small, folder / "iter_0000010"))
+    release = Path(shutil.copytree(small, folder / "release"))
+    for other in ("iter_", "iter_x", "iter_12x", "xiter_0000012", "iter_0000011x"):
+        (folder / other).mkdir()
+    said_of_newer = f"{tracker} names iter_0000002; iter_0000010 is there too"
+    for text, path, words in (
+        ("2", small, [said_of_newer]),
+        ("10", newer, []),
+        ("release", release, []),
+    ):
+        tracker.write_text(text)
+        assert warned(lambda: format.iteration_folder(folder), recwarn) == (path, words)
+        assert mend_tracker(folder) is None and tracker.read_text() == text
+        assert checkpoint_to_load(folder).path == path
+    tracker.write_text("")
+    assert warned(lambda: format.iteration_folder(folder), recwarn) == (
+        newer,
+        [
+            f"{folder}: {TRACKER} was empty (a run killed while it wrote it); going on from "
+            "iteration 10"
+        ],
+    )
+    (newer / "__0_0.distcp").unlink()
+    assert warned(lambda: Checkpoint(folder).path, recwarn)[0] == small
+    assert mend_tracker(str(folder)) == 2 and tracker.read_text() == "2"
+    assert [path.name for path in folder.glob(f"{TRACKER}*")] == [TRACKER]
+    assert format.iteration_folder(release) == release
+    (folder / "iter_9999999").mkdir()
+    later = Path(shutil.copytree(small, folder / "iter_10000000"))
+    tracker.write_text("9999999")
+    assert warned(lambda: format.iteration_folder(folder), recwarn)[1] == [
+        f"{tracker} names iter_9999999; iter_10000000 is there too"
+    ]
+    tracker.write_text("")
+    assert warned(lambda: format.iteration_folder(folder), recwarn)[0] == later
+    for path in (newer, release, later, folder / "iter_9999999"):
+        shutil.rmtree(path)
+    tracker.write_text("2")
+    assert warned(lambda: format.iteration_folder(folder), recwarn) == (small, [])
+
+
+def test_checkpoints_that_a_run_may_go_on_from(small, tmp_path):
+    """Other formats are Megatron's business; what is none of its formats is refused."""
+    folder = small.parent
+    for backend, loads in (
+        ("torch_dist", True),
+        ("zarr", False),
+        ("torch_dcp", False),
+        ("fsdp_dtensor", False),
+    ):
+        (small / "metadata.json").write_text(f'{{"sharded_backend": "{backend}"}}')
+        (folder / TRACKER).write_text("2")
+        for path in (small, folder, str(folder)):
+            found = checkpoint_to_load(path)
+            assert (found.path if found else None) == (small if loads else None)
+        (folder / TRACKER).unlink()
+        assert checkpoint_to_load(folder) is None
+    (folder / TRACKER).write_text("3")
+    assert "got none. " in said(lambda: checkpoint_to_load(folder))
+
+
+def test_a_metadata_json_that_cannot_be_read(small):
+    (small.parent / TRACKER).write_text("2")
+    (small / "metadata.json").unlink()
+    (small / "metadata.json").mkdir()
+    do = "Save with --ckpt-format torch_dist."
+    assert said(lambda: Checkpoint(small.parent)) == (
+        f"{small}: expected a torch_dist checkpoint (metadata.json says so), got IsADirectoryError:"
+        f" [Errno 21] Is a directory: '{small}/metadata.json'. {do}"
+    )
+
+
+def test_a_list_of_common_states(small, tmp_path):
+    """One object is stored as a list of one; a list of none or of two is none."""
+    for what in ([], [{"args": 1}, {"args": 2}]):
+        target = tmp_path / str(len(what))
+        rewrite.rewrite(Checkpoint(small), target, rewrite.Changes({}))
+        found, buffer = Checkpoint(target), io.BytesIO()
+        torch.save(what, buffer)
+        (item,) = [item for item in found.items if item is found.common_item]
+        with open(found.path / item.file, "r+b") as file:
+            file.seek(item.offset)
+            file.write(buffer.getvalue())
+        changed = dataclasses.replace(item, length=len(buffer.getvalue()))
+        found.items[found.items.index(item)] = changed
+        assert said(lambda: found.common) == (
+            f"{found.path}/{item.name}: expected Megatron's common state, got list. It was not "
+            "written by megatron.training."
+        )
+
+
+def on_a_gpu(tensor):
+    """torch.save of it, as it would be if it lay on a GPU."""
+    buffer, moved = io.BytesIO(), io.BytesIO()
+    torch.save(tensor, buffer)
+    with zipfile.ZipFile(buffer) as archive, zipfile.ZipFile(moved, "w") as new:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            if entry.filename.endswith("/data.pkl"):
+                assert content.count(b"X\x03\0\0\0cpu") == 1
+                content = content.replace(b"X\x03\0\0\0cpu", b"X\x06\0\0\0cuda:0")
+            new.writestr(entry.filename, content)
+    return moved.getvalue()
+
+
+def with_item(found, name, content):
+    """A checkpoint whose item has other bytes, in a file of their own. -> the item"""
+    (item,) = [item for item in found.items if item.name == name]
+    (found.path / "other").write_bytes(content)
+    item = dataclasses.replace(item, file="other", offset=0, length=len(content))
+    found.items = [item]
+    return item
+
+
+def test_a_shard_that_was_saved_from_a_gpu(small):
+    """It is checked and read on a machine that has none."""
+    found = Checkpoint(small)
+    content = on_a_gpu(rows())
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(io.BytesIO(content), weights_only=True)
+    item = with_item(found, "a", content)
+    found.check(item)
+    shard = found.tensor(item)
+    assert shard.device.type == "cpu" and torch.equal(shard, rows())
+
+
+class Runs:
+    """Unpickled by whoever trusts it, this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def test_an_item_that_would_run_something(small, tmp_path):
+    """As a tensor's, or as an object's that is read as a tensor."""
+    found, buffer = Checkpoint(small), io.BytesIO()
+    torch.save(Runs(str(tmp_path / "run")), buffer)
+    item = with_item(found, "a", buffer.getvalue())
+    assert said(lambda: found.check(item)).startswith(
+        f"{small}/other: expected a at byte 0 as it was written, got UnpicklingError: Weights only"
+    )
+    common = dataclasses.replace(item, index=MetadataIndex("none"))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        found.tensor(common)
+    assert not (tmp_path / "run").exists()
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert (tmp_path / "run").exists()  # so it would have
+
+
+def test_the_shares_of_two_ranks(tmp_path):
+    """Every item is read once, and neither rank reads much more than the other."""
+    sizes = [40, 1, 38, 2, 36, 3, 34, 4]
+    tensors = {f"t{number}": torch.zeros(size * 1000, 1) for number, size in enumerate(sizes)}
+    found = written(tmp_path / "found", tensors)
+    shares = []
+    for rank in range(2):
+        told = []
+        shares.append(found.check_all(share=rank, of=2, progress=lambda *now: told.append(now)))
+        assert told[-1] == (shares[-1][1],) * 2 and len(told) == shares[-1][0]
+        assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert [items for items, _ in shares] == [5, 4]
+    assert sum(size for _, size in shares) == sum(item.length for item in found.items)
+    one, other = (size for _, size in shares)
+    assert abs(one - other) <= max(item.length for item in found.items) / 4
+    assert found.check_all() == (9, one + other)
+    with pytest.raises(TypeError):
+        found.check_all(0, 2)  # which is which is said
+
+
+def test_what_cannot_be_changed(small):
+    """An item is a fact about a file, and can be a key."""
+    item, same = (Checkpoint(small).items[0] for _ in range(2))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        item.offset = 7
+    assert {item: 1} == {same: 1}
 
 
 # --- what is unpickled

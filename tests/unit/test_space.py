@@ -69,12 +69,22 @@ def test_bytes_of_a_checkpoint(tmp_path, changes, each):
     assert space.checkpoint_bytes(arguments(tmp_path, **changes)) == each * WEIGHTS
 
 
+def test_every_expert_is_in_a_checkpoint(tmp_path):
+    """Not those alone that a token is sent to."""
+    experts = dict(num_experts=5, moe_ffn_hidden_size=64, moe_router_topk=2)
+    more = 3 * (5 * 128 + 5 * 2 * 128 * 64 - 2 * 128 * 512)  # router, experts, no dense layer
+    args = arguments(tmp_path, **experts, no_save_optim=True)
+    assert space.checkpoint_bytes(args) == 4 * (WEIGHTS + more)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         dict(hybrid_layer_pattern="M*"),
         dict(multi_latent_attention=True),
         dict(moe_layer_freq=2),
+        dict(moe_layer_freq=0),
+        dict(moe_layer_freq=[0, 1, 1]),
         dict(mtp_num_layers=1),
         dict(heterogeneous_block_specs=True),
     ],
@@ -88,6 +98,8 @@ def test_models_that_are_not_counted_are_let_through(tmp_path, changes, monkeypa
     "changes, kept",
     [
         ({}, 10),
+        (dict(save_interval=1), 100),
+        (dict(save_interval=2), 50),
         (dict(save_interval=30), 4),
         (dict(save_interval=None), 1),
         (dict(save_interval=1000), 1),
@@ -146,6 +158,15 @@ def test_no_space_for_one_checkpoint(tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     with pytest.raises(TSTError, match="expected 13.38 MB free"):
         space.check_space(arguments(tmp_path, world_size=2))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # of an environment around it
+    with pytest.raises(TSTError) as caught:
+        space.check_space(arguments(tmp_path))
+    assert str(caught.value) == (
+        f"--save {tmp_path}: expected 13.38 MB free for a checkpoint, got 4.46 MB. "
+        "Free some, or save elsewhere."
+    )
+    space.check_space(argparse.Namespace())
+    space.check_space(arguments(tmp_path, save=""))
     space.check_space(arguments(tmp_path, save=None))
     space.check_space(arguments(tmp_path, save="s3://bucket/x"))
 
@@ -158,7 +179,10 @@ def test_no_space_for_all_checkpoints(tmp_path, monkeypatch):
     assert "take 133.80 MB, and 13.38 MB are free" in warned(arguments(tmp_path))
     looked(monkeypatch, 9 * size)
     said = warned(arguments(tmp_path))
-    assert "10 more checkpoints of 13.38 MB take 133.80 MB, and 120.42 MB are free. Raise" in said
+    assert said == (
+        f"megatron_tst: --save {tmp_path}: 10 more checkpoints of 13.38 MB take 133.80 MB, and "
+        "120.42 MB are free. Raise --save-interval, or give --save-retain-interval"
+    )
     assert warned(arguments(tmp_path, save_retain_interval=20)) == ""
     assert warned(arguments(tmp_path, save_interval=None)) == ""
     (tmp_path / "iter_0000010").mkdir()  # a restart: one of the ten is there

@@ -66,6 +66,9 @@ def test_the_end_comes_after_what_is_fetched_and_on_a_whole_block():
     assert first_end(plan, one, 40, 24, set()) == 64
     assert first_end(plan, one, 40, 24, {8}) == 72  # not after iteration 8: Megatron skips it
     assert first_end(plan, two, 80 + 24, 8, set()) == 32
+    assert first_end(plan, two, 80 + 24, 8, {4}) == 32  # iterations of the run, not of the phase
+    assert first_end(plan, two, 80 + 24, 8, {14, 18}) == 48
+    assert first_end(plan, two, 80 + 24, 8, {14, 16, 18}) == 80
     assert first_end(plan, three, 240 + 33, 0, set()) == 64
 
 

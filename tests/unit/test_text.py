@@ -47,6 +47,7 @@ def arguments(folder, **given):
     args = argparse.Namespace(**dict.fromkeys((*names, *files)), **dict(seq_length=L, rank=0))
     args.create_attention_mask_in_dataloader, args.padded_vocab_size = False, 512
     args.global_batch_size, args.full_validation, args.multiple_validation_sets = BATCH, None, None
+    args.consumed_train_samples = 0
     for name, value in given.items():
         if name in names:
             words = value.split()
@@ -188,6 +189,7 @@ def test_text_that_is_read_more_than_once_is_warned_of_and_more_than_allowed_ref
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check([needed], config)
+        check([needed + 1], config)
     with pytest.warns(UserWarning, match=r"a is read 2.00 times \(384 tokens of 192\)"):
         check([192], config)
     with pytest.warns(UserWarning, match="is read 4.00 times"):
@@ -222,6 +224,11 @@ def test_a_number_just_above_the_limit_shows_it():
     raw = schedule.raw_tokens(2000)
     with pytest.raises(TSTError, match=r"read more than 4 times, got what a is read 4\.0+[1-9]"):
         check([raw // 4 - 3], TSTConfig(4, iters=1), schedule)
+    reading = text.Reading(text.Corpus("a", 10**11), (4e11, 1.0))
+    assert text._exactly(reading, 4) == (
+        "a is read 4.00000000001 times (400,000,000,001 tokens of 100,000,000,000)"
+    )
+    assert text._exactly(reading, 3.99).startswith("a is read 4.00 times (")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +247,8 @@ def test_a_number_just_above_the_limit_shows_it():
         ([0], None, MANY, "a: expected text in its training share, got none"),
         ([999, 0], [1, 1], MANY, "b: expected text in its training share, got none"),
         ([60, 60], None, MANY, "training data: expected 16 samples of 24 tokens, got 4 in 60 tok"),
+        ([193, 192], None, MANY, "got 15 in 193 tokens of a, 192 tokens of b. Add data, give the"),
+        ([1], None, MANY, "--tst-bag-size: expected at most 0, with .* the 1 training tokens of a"),
     ],
 )
 def test_text_that_the_bags_do_not_fit_into(tokens, weights, config, message):
@@ -250,6 +259,39 @@ def test_text_that_the_bags_do_not_fit_into(tokens, weights, config, message):
 def test_one_token_more_is_enough():
     assert check([25], MANY)[0].times == 384 / 25
     assert len(check([4000, 25], MANY)) == 2
+    assert [reading.times for reading in check([193, 193], MANY)] == [192 / 193] * 2
+
+
+def test_every_token_of_the_refusals():
+    """The whole sentences, of one bag size and of several."""
+    sizes = TSTConfig((4, 3), iters=(2, 2))
+    with pytest.raises(TSTError) as caught:
+        check([95], sizes)
+    assert str(caught.value) == (
+        "--tst-bag-size: expected bags whose least common multiple is at most 11, with "
+        "--seq-length 8 and the 95 training tokens of a, got 4,3. A sample of the run's data is "
+        "96 tokens (12 x --seq-length 8) and a label. Lower one of the two, or give more text."
+    )
+    with pytest.raises(TSTError) as caught:
+        check([999, 24], MANY)
+    assert str(caught.value) == (
+        "b: expected training text for one sample of 24 tokens (3 x --seq-length 8) and a label, "
+        "got 24. Lower --tst-bag-size, leave the corpus out or join it to another, or give all "
+        "data paths weights (so that Megatron repeats it)."
+    )
+    with pytest.raises(TSTError) as caught:
+        check([96], TSTConfig(3, iters=6, max_epochs=3))
+    assert str(caught.value) == (
+        "--tst-max-epochs: expected no corpus to be read more than 3 times, got what a is read "
+        "4.00 times (384 tokens of 96). Give more text, lower --tst-bag-size or the iterations, "
+        "or allow it with --tst-max-epochs 4."
+    )
+
+
+def test_how_many_long_samples_a_text_gives():
+    schedule = plan(MANY)
+    given = {0: 0, 1: 0, 24: 0, 25: 1, 48: 1, 49: 2}
+    assert given == {n: text.long_samples(text.Corpus("a", n), schedule) for n in given}
 
 
 @pytest.mark.parametrize(
@@ -285,7 +327,7 @@ def test_validation_and_test_are_as_stock_builds_them(megatron, corpora, given, 
 
 
 def test_object_storage_is_not_counted():
-    assert text.count((["a", "s3://bucket/b"], None)) is None
+    assert text.count((["a", "s3://bucket/b"], None), (0.0, 1.0)) is None
 
 
 def test_a_run_that_has_read_everything_has_a_sample_left(megatron, corpora):
