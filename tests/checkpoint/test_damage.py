@@ -335,6 +335,10 @@ DESCRIPTIONS = {
         described("table", chunks=at(((0,), (8, 3)))),
         r"table: a shard \[8, 3\] at \[0\] of \[8, 3\]",
     ),
+    "a place of more dimensions": (
+        described("table", chunks=at(((0, 0, 0), (8, 3)))),
+        r"table: a shard \[8, 3\] at \[0, 0, 0\] of \[8, 3\]",
+    ),
     "a shard of fewer dimensions": (
         described("table", chunks=at(((0,), (8,)))),
         r"table: a shard \[8\] at \[0\] of \[8, 3\]",

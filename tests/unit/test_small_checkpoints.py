@@ -607,6 +607,21 @@ def test_a_copy_of_several_files(tmp_path):
     assert differences(source, new) == {} and new.common == source.common
 
 
+def test_further_files_of_a_copy(small, tmp_path):
+    """They are there before the target is, which is not replaced unasked."""
+    source, target = Checkpoint(small), tmp_path / "new"
+
+    def more(folder):
+        assert not target.exists()
+        (folder / "note.txt").write_text("of it")
+
+    rewrite.rewrite(source, target, rewrite.Changes(common=source.common, more=more))
+    assert (target / small.name / "note.txt").read_text() == "of it"
+    with pytest.raises(TSTError, match="add --force"):
+        rewrite.rewrite(source, target, rewrite.Changes(common=source.common))
+    assert (target / small.name / "note.txt").read_text() == "of it"
+
+
 def test_a_released_checkpoint_stays_one(tmp_path):
     """What Megatron's own converters write has a name in place of an iteration."""
     source = written(tmp_path / "source", {"a": rows()})
@@ -1065,7 +1080,17 @@ def test_what_cannot_be_changed(small):
 # --- what is unpickled
 
 
-def test_types_that_arguments_may_hold(tmp_path):
+@pytest.fixture
+def nothing_allowed():
+    """Not what Megatron's modules tell torch to unpickle when they are imported."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)
+
+
+def test_types_that_arguments_may_hold(tmp_path, nothing_allowed):
     from megatron.core.transformer.enums import AttnBackend
 
     args = argparse.Namespace(
@@ -1107,7 +1132,7 @@ def test_types_that_arguments_may_hold(tmp_path):
     )
 
 
-def test_warnings_of_a_type_s_module_are_not_the_user_s(tmp_path, monkeypatch):
+def test_warnings_of_a_type_s_module_are_not_the_user_s(tmp_path, monkeypatch, nothing_allowed):
     """Megatron warns of libraries that only a training run needs."""
     from megatron.core.transformer.enums import AttnBackend
 
@@ -1118,6 +1143,7 @@ def test_warnings_of_a_type_s_module_are_not_the_user_s(tmp_path, monkeypatch):
         return load(name)
 
     torch.save([AttnBackend.flash], tmp_path / "file.pt")
+    torch.serialization.clear_safe_globals()
     monkeypatch.setattr(trusted, "importlib", types.SimpleNamespace(import_module=loud))
     with warnings.catch_warnings(action="error"):
         assert load_trusted(tmp_path / "file.pt") == [AttnBackend.flash]
