@@ -145,6 +145,18 @@ def test_the_embedding(monkeypatch):
     assert others == [None] * 4
 
 
+def test_the_embeddings_gradient(monkeypatch):
+    """Six positions of three places name row 0. fp32 is added up in fp32 alone."""
+    name = "reduce_from_tensor_model_parallel_region"
+    monkeypatch.setattr(embedding.mappings, name, lambda mean, group: mean)
+    context, table = Context(), torch.ones(V, H, dtype=torch.bfloat16)
+    tokens = torch.zeros(2, 3, S, dtype=torch.int64)
+    out = embedding._PoolBags.forward(context, table, tokens, 0, ALONE, False)
+    with torch.no_grad():
+        grad = embedding._PoolBags.backward(context, out)[0]
+    assert grad.dtype == torch.bfloat16 and grad.tolist() == [[6.0] * H] + [[0.0] * H] * (V - 1)
+
+
 def test_what_stands_for_a_gradient():
     assert_is(main_grad.added(there(V, H)), V, H, dtype=torch.bfloat16)
 
