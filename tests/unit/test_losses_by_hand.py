@@ -215,6 +215,17 @@ def test_the_largest_logit_beside_a_rank_of_padding(step):
     assert got.tolist() == [0]
 
 
+@pytest.mark.parametrize("at", [0, 2500, 4999])
+def test_the_largest_logit_in_one_block_of_several(step, at):
+    """e^100 is more than fp32 holds: the others' sums are shifted to this block's peak."""
+    z, labels, weights = torch.zeros(1, 5000), torch.tensor([[at, 1000]]), torch.ones(2)
+    z[0, at] = 100
+    got, _ = step("loss")(
+        step("statistics")(z, labels, weights, 0, 5000, False)[None], labels, weights, False
+    )
+    close(got, torch.tensor([50.0]), 1e-6)  # the mean of 0 and 100
+
+
 def test_a_label_of_no_weight_on_padding(step):
     """Column 2 is -inf. Its label counts for nothing, and the other's loss is log 2."""
     z, labels = torch.tensor([[1.0, 1.0, -torch.inf]]), torch.tensor([[2, 0]])
