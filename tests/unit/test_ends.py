@@ -180,7 +180,12 @@ sys.argv = ["megatron-tst", "inspect", "x"]
 sys.exit(main())
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a job in the background, or of nohup, is born with it ignored
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
