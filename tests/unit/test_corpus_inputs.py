@@ -167,6 +167,17 @@ def test_folders_behind_links_are_read(here, made, tmp_path):
     assert ": 4 documents" in made(here)[1]
 
 
+def test_no_token_of_its_tokenizer_goes_over_two_words(here, made, tmp_path):
+    import tokenizers
+
+    (here / "words.txt").write_text(TEXT)
+    assert made(here, here / "words.txt")[0] == 0
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out.tokenizer.json"))
+    parts = tokenizer.encode(TEXT + "na\u00efve").tokens
+    assert len(parts) > 200 and not any("\u0120" in part[1:] for part in parts)
+    assert tokenizer.decode(tokenizer.encode(TEXT + "na\u00efve").ids) == TEXT + "na\u00efve"
+
+
 def test_a_named_file_is_read_whatever_its_ending(here, made, recwarn):
     (here / "page.html").write_text(TEXT)
     assert ": 4 documents" in made(here, here / "page.html")[1]

@@ -486,7 +486,7 @@ class Longs(list):
 
 
 def asking(args, config, schedule, train):
-    """A provider that is asked for [40, 17, None] -> (calls, what is kept, the training data)"""
+    """A provider that is asked for [40, 0, None] -> (calls, what is kept, the training data)"""
     calls, kept = [], []
 
     def provider(sizes):
@@ -496,7 +496,7 @@ def asking(args, config, schedule, train):
     wrapped = phased_provider(
         provider, args, config, lambda: schedule, lambda *pair: kept.append(pair)
     )
-    found, *others = wrapped([40, 17, None])
+    found, *others = wrapped([40, 0, None])
     assert others == ["valid", "test"]
     return calls, kept, found
 
@@ -517,15 +517,21 @@ def test_the_stock_index_is_written_by_the_first_rank(monkeypatch, rank):
     calls, ((train, stock),), found = asking(args, config, schedule, Longs)
     long, count = schedule.long_sample_length, schedule.long_samples
     assert calls == [
-        ([count, 1, None], long, "cache"),
-        ([1, 17, None], 32, "cache"),
-        ([40, 1, None], 32, "index"),
+        ([count, 0, None], long, "cache"),
+        ([1, 0, None], 32, "cache"),
+        ([40, 0, None], 32, "index"),
     ]
     assert args.data_cache_path == "cache" and len(stock) == 40
     assert written == ([(train.long_samples, stock, schedule)] if rank == 0 else [])
     assert found is train and args.tst_long_samples == count
     assert (train.vocab_size, len(train), "attention_mask" in train.mask) == (99, 40, True)
     assert asking(args, config, schedule, lambda size: None)[1:] == ([], None)
+
+
+def test_a_dataset_that_has_been_read():
+    """Each sample of it, and beyond them the last."""
+    more = dataset._OneMore([10, 11, 12], 5)
+    assert len(more) == 5 and [more[i] for i in range(5)] == [10, 11, 12, 12, 12]
 
 
 def blend(**changes):
