@@ -213,6 +213,12 @@ def test_a_mean_that_is_nan_though_some_iterations_were_skipped(read):
     assert "13 iterations skipped by Megatron (loss scale)" in run.notes
 
 
+def test_a_mean_over_what_was_not_skipped_counts(read):
+    run = read([*arguments(log_interval=10), step(10, 5.0), step(20, 4.0, skipped=2)])
+    assert run.train == {10: 5.0, 20: 4.0} and run.skipped == {20: 2}
+    assert run.notes == ["2 iterations skipped by Megatron (loss scale)"]
+
+
 def test_a_loss_of_zero_is_one_where_nothing_was_skipped(read):
     assert read([*HEAD, *steps(1, 3), step(4, 0.0)]).train[4] == 0.0
 
@@ -309,6 +315,73 @@ def test_the_ranks_of_a_second_file_are_counted_anew(tmp_path):
     assert logs.read_log(first).parameters == 10
     run = logs.read_log(first, second)
     assert run.parameters is None and run.last == 12
+    # and those of a start whose arguments have no title
+    again = [*wide[1:-3], *parameters(7), loaded(10), *steps(11, 12)]
+    first.write_text("\n".join([*wide, *steps(1, 10), *again]))
+    assert logs.read_log(first).parameters is None
+
+
+def test_a_second_file_is_a_start_of_its_own(tmp_path):
+    """Whatever its dates are."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("\n".join(WHOLE))
+    second.write_text("\n".join(steps(6, 8)))
+    run = logs.read_log(first, second)
+    assert run.last == 8 and run.validation == {5: 5.6}
+    assert run.notes == [
+        "iterations 6 to 10 were done again from iteration 5: what came first is left out"
+    ]
+
+
+def test_a_start_without_a_step_says_its_arguments(tmp_path):
+    (tmp_path / "log").write_text("\n".join(HEAD))
+    run = logs.read_log(tmp_path / "log")
+    assert run.arguments["seed"] == "1" and run.parameters == 10000 and run.last == 0
+
+
+@pytest.mark.parametrize("before, after", [("1", "2"), ("2", "1")])
+def test_arguments_without_a_title_that_change_are_of_a_new_start(read, before, after):
+    given = [("only_then", "1"), ("seed", before), ("seed", after)]
+    run = read([*(f"  {name} {'.' * 9} {value}" for name, value in given), *steps(1, 2)])
+    assert run.arguments == {"seed": after}
+
+
+@pytest.mark.parametrize("date", [9, 10, 40])
+def test_an_iteration_that_stands_there_again_with_another_loss(read, date):
+    run = read([*WHOLE, step(10, 4.0, date=date)])
+    assert run.train[10] == 4.0 and run.validation == {5: 5.6} and run.seconds[10] == 5.0
+    assert run.notes == [
+        "iteration 10 was done again from iteration 9: what came first is left out"
+    ]
+
+
+def test_a_start_that_goes_on_where_the_last_one_ended(read):
+    assert read([*WHOLE, loaded(10), *steps(11, 12)]).notes == []
+
+
+def test_a_start_that_begins_before_the_checkpoint_that_it_loaded(read):
+    run = read([*WHOLE, loaded(10), *steps(6, 7)])
+    assert run.last == 7 and run.validation == {5: 5.6} and run.seconds[7] == 3.5
+    assert run.notes == [
+        "iterations 6 to 10 were done again from iteration 5: what came first is left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    "seconds, first, interval, late",
+    [
+        ((8, 16, 24), 8, "", False),
+        ((8, 9, 10), 8, "", True),
+        ((8, 15), 8, "", True),
+        ((8,), 8, "", False),
+        ((4, 8, 16), 8, "", False),  # what lies before the first line says nothing
+        ((8, 9), 8, "8", False),
+        ((8, 16), 8, "7", True),
+        ((1, 2), 1, "1", False),
+    ],
+)
+def test_whether_a_log_begins_late(seconds, first, interval, late):
+    assert logs.begins_late(seconds, first, interval) == late
 
 
 def test_a_restart_with_another_layout(read):
@@ -352,6 +425,8 @@ def test_the_seconds_of_lines_that_are_missing_are_not_made_up(read, head):
         ([*arguments(seed=2), *steps(1, 3)], "seed 1, then 2"),
         (steps(1, 3, total=40), "iterations in all 30, then 40"),
         (steps(1, 3, total=40, date=40), "iterations in all 30, then 40"),
+        (steps(1, 3, total=20), "iterations in all 30, then 20"),
+        (steps(1, 3, total=20, date=40), "iterations in all 30, then 20"),
     ],
 )
 def test_two_runs_in_one_log(read, second, differs):
@@ -483,8 +558,23 @@ def test_of_two_lines_of_an_iteration_the_later_one_counts(read):
     assert third(nan) == (None, {}, {3}, {})
     assert third(skipped) == (None, {}, set(), {3: 1})
     assert third(nan, skipped) == (None, {}, set(), {3: 1})
+    for count in (1, 2):
+        whole = step(3, None, skipped=count, nan=1)
+        assert third(whole) == (None, {}, set(), {3: count})
     assert third(skipped, nan) == (None, {}, {3}, {})
     assert third(skipped, nan, step(3, 2.0)) == (2.0, {}, set(), {})
+
+
+def test_a_date_of_a_whole_second_may_have_no_fraction(read):
+    earlier = step(3, 5.7, date=4).replace(":00.5]", ":00]")
+    run = read([*HEAD, *steps(1, 2), step(4, 5.6), earlier, step(5, 5.5)])
+    assert sorted(run.train) == [1, 2, 3, 4, 5]
+    assert run.notes == ["lines that do not stand in the order of their dates"]
+
+
+def test_of_two_iterations_with_one_date_the_order_of_the_lines_counts(read):
+    run = read([*WHOLE, step(9, 4.0, date=10)])
+    assert run.last == 9 and "iterations 9 to 10 were done again" in run.notes[0]
 
 
 def test_a_clock_that_was_put_back_is_no_restart(read):
@@ -529,6 +619,8 @@ def test_of_a_line_that_is_not_understood_the_beginning_is_shown(read, length, s
     line = "step 100 loss: 2.5 ".ljust(length, "x")
     said = line[:shown] + "..." * (shown < length)
     assert read([*WHOLE, line]).notes == [f"1 line not understood, the first: '{said}'"]
+    two = [f"2 lines not understood, the first: '{said}'"]
+    assert read([*WHOLE, line, "step 101 loss: 2.5"]).notes == two
 
 
 @pytest.mark.parametrize(
