@@ -405,6 +405,27 @@ def test_a_log_that_begins_at_a_checkpoint(read):
     assert run.notes == ["it goes on from iteration 20: the seconds before are not known"]
 
 
+def test_a_checkpoint_from_before_the_first_line(read):
+    """Every eighth iteration has a line, and the checkpoint is of the fifth."""
+    head, lines = arguments(log_interval=8), [step(i, 5.0) for i in (8, 16)]
+    run = read([*head, *lines, loaded(5), *lines])
+    assert run.seconds == {8: 4.0, 16: 8.0}
+
+
+@pytest.mark.parametrize("skipped, nan", [(3, {25}), (5, set())])
+def test_the_first_mean_behind_a_checkpoint_is_of_the_iterations_since(read, skipped, nan):
+    run = read([*arguments(log_interval=5), loaded(20), step(25, skipped=skipped)])
+    assert run.nan == nan and run.skipped == {25: skipped}
+
+
+def test_a_loss_that_is_no_number_is_said(read):
+    for skipped in (0, 1):
+        line = step(11, 5.0, skipped=skipped).replace("5.000000E+00", "5.0[rank1]:E")
+        run = read([*WHOLE, line, step(12, 4.8)])
+        assert 11 not in run.train and run.nan == set() and run.seconds[12] == 6.0
+        assert any(note.startswith("1 line not understood, the first: ") for note in run.notes)
+
+
 @pytest.mark.parametrize("head", [arguments(log_interval=1), []], ids=["arguments", "none"])
 def test_the_seconds_of_lines_that_are_missing_are_not_made_up(read, head):
     run = read([*head, *steps(8, 10)])
