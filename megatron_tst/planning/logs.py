@@ -165,7 +165,7 @@ class _Reader:
         whole, text = "number of nan iterations" in fields, fields.get("lm loss")
         if not (whole or text):
             return False  # cut off, or of another program
-        if iteration == self.last and match[0] == self.last_text and not self.fresh:
+        if match[0] == self.last_text and not self.fresh:
             return True  # the same line twice, as from two ranks' files in one
         if date and date < self.date and not self.fresh and iteration < self.last:
             if total != self.run.total:
@@ -173,14 +173,14 @@ class _Reader:
             self._note("lines that do not stand in the order of their dates")
             return self._loss(iteration, text, fields, 1)
         self._follow(iteration, total)
-        self._loss(iteration, text, fields, iteration - self.last)
+        understood = self._loss(iteration, text, fields, iteration - self.last)
         if (elapsed := _number(fields.get("elapsed time per iteration (ms)"))) is not None:
             # a mean over the iterations since the last line
             self.spent += elapsed / 1000 * (iteration - self.last)
             self.run.seconds[iteration] = self.spent
         self.batches.add(fields.get("global batch size", next(iter(self.batches), "")))
         self.last, self.last_text, self.date, self.run.total = iteration, match[0], date, total
-        return True
+        return understood
 
     def _loss(self, iteration, text, fields, interval) -> bool:
         run = self.run
@@ -241,18 +241,17 @@ class _Reader:
         if not self.last and self.loaded:
             self._note(f"it goes on from iteration {self.loaded}: the seconds before are not known")
             self.spent = math.nan
-            self.last = iteration - 1
+            self.last = back
         self.loaded, self.fresh = None, False
 
     def _go_back_to(self, step):
         """Leave out what came after: it was done again from a checkpoint."""
         run = self.run
         self._note(done_again(step + 1, self.last))
-        seconds = [s for s in run.seconds if s <= step]
         if step == 0:
             self.spent = 0.0
-        elif seconds:
-            self.spent = interpolated({0: 0.0, **run.seconds}, [step])[0]
+        elif run.seconds:
+            (self.spent,) = interpolated({0: 0.0, **run.seconds}, [step])
         dated = (run.train, run.excess, run.validation, run.test, run.raw_tokens, run.seconds)
         for losses in (*dated, run.skipped, *run.sets.values(), self.boundaries):
             for later in [at for at in losses if at > step]:

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tst.cli import plot
 from megatron_tst.errors import TSTError
-from megatron_tst.planning import curves, plots
+from megatron_tst.planning import curves, logs, plots
 
 ARGUMENTS = {
     "global_batch_size": 4,
@@ -210,6 +210,13 @@ def test_a_skipped_iteration_has_no_loss(read, line):
 def test_a_mean_that_is_nan_though_some_iterations_were_skipped(read):
     run = read([*HEAD, step(10, 5.0), step(20, None, skipped=3), step(30, None, skipped=10)])
     assert run.nan == {20} and run.skipped == {20: 3, 30: 10}
+    assert "13 iterations skipped by Megatron (loss scale)" in run.notes
+
+
+def test_a_mean_over_what_was_not_skipped_counts(read):
+    run = read([*arguments(log_interval=10), step(10, 5.0), step(20, 4.0, skipped=2)])
+    assert run.train == {10: 5.0, 20: 4.0} and run.skipped == {20: 2}
+    assert run.notes == ["2 iterations skipped by Megatron (loss scale)"]
 
 
 def test_a_loss_of_zero_is_one_where_nothing_was_skipped(read):
@@ -294,6 +301,89 @@ def test_a_loss_that_was_nan_before_the_restart(read):
     assert run.nan_from is None and sorted(run.train) == list(range(1, 13))
 
 
+def test_nan_of_what_was_not_done_again_stays(read):
+    lost = [line for i in (3, 6, 8) for line in (step(i), valid(i, "NAN"))]
+    run = read([*HEAD, *steps(1, 2), *lost, step(9, 5.0), valid(9, 5.0), loaded(6), *steps(7, 9)])
+    assert run.nan == run.nan_validation == {3, 6} and sorted(run.train) == [1, 2, 7, 8, 9]
+
+
+def test_the_ranks_of_a_second_file_are_counted_anew(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    wide = [*arguments(tensor_model_parallel_size=2), *parameters(6), *parameters(4, (1, 0, 0))]
+    first.write_text("\n".join([*wide, *steps(1, 10)]))
+    second.write_text("\n".join([*parameters(7), loaded(10), *steps(11, 12)]))
+    assert logs.read_log(first).parameters == 10
+    run = logs.read_log(first, second)
+    assert run.parameters is None and run.last == 12
+    # and those of a start whose arguments have no title
+    again = [*wide[1:-3], *parameters(7), loaded(10), *steps(11, 12)]
+    first.write_text("\n".join([*wide, *steps(1, 10), *again]))
+    assert logs.read_log(first).parameters is None
+
+
+def test_a_second_file_is_a_start_of_its_own(tmp_path):
+    """Whatever its dates are."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("\n".join(WHOLE))
+    second.write_text("\n".join(steps(6, 8)))
+    run = logs.read_log(first, second)
+    assert run.last == 8 and run.validation == {5: 5.6}
+    assert run.notes == [
+        "iterations 6 to 10 were done again from iteration 5: what came first is left out"
+    ]
+
+
+def test_a_start_without_a_step_says_its_arguments(tmp_path):
+    (tmp_path / "log").write_text("\n".join(HEAD))
+    run = logs.read_log(tmp_path / "log")
+    assert run.arguments["seed"] == "1" and run.parameters == 10000 and run.last == 0
+
+
+@pytest.mark.parametrize("before, after", [("1", "2"), ("2", "1")])
+def test_arguments_without_a_title_that_change_are_of_a_new_start(read, before, after):
+    given = [("only_then", "1"), ("seed", before), ("seed", after)]
+    run = read([*(f"  {name} {'.' * 9} {value}" for name, value in given), *steps(1, 2)])
+    assert run.arguments == {"seed": after}
+
+
+@pytest.mark.parametrize("date", [9, 10, 40])
+def test_an_iteration_that_stands_there_again_with_another_loss(read, date):
+    run = read([*WHOLE, step(10, 4.0, date=date)])
+    assert run.train[10] == 4.0 and run.validation == {5: 5.6} and run.seconds[10] == 5.0
+    assert run.notes == [
+        "iteration 10 was done again from iteration 9: what came first is left out"
+    ]
+
+
+def test_a_start_that_goes_on_where_the_last_one_ended(read):
+    assert read([*WHOLE, loaded(10), *steps(11, 12)]).notes == []
+
+
+def test_a_start_that_begins_before_the_checkpoint_that_it_loaded(read):
+    run = read([*WHOLE, loaded(10), *steps(6, 7)])
+    assert run.last == 7 and run.validation == {5: 5.6} and run.seconds[7] == 3.5
+    assert run.notes == [
+        "iterations 6 to 10 were done again from iteration 5: what came first is left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    "seconds, first, interval, late",
+    [
+        ((8, 16, 24), 8, "", False),
+        ((8, 9, 10), 8, "", True),
+        ((8, 15), 8, "", True),
+        ((8,), 8, "", False),
+        ((4, 8, 16), 8, "", False),  # what lies before the first line says nothing
+        ((8, 9), 8, "8", False),
+        ((8, 16), 8, "7", True),
+        ((1, 2), 1, "1", False),
+    ],
+)
+def test_whether_a_log_begins_late(seconds, first, interval, late):
+    assert logs.begins_late(seconds, first, interval) == late
+
+
 def test_a_restart_with_another_layout(read):
     """Parameters are those of the last start's ranks."""
     wide = [*arguments(tensor_model_parallel_size=2)]
@@ -313,6 +403,27 @@ def test_a_log_that_begins_at_a_checkpoint(read):
     run = read([*HEAD, loaded(20), *steps(21, 23)])
     assert run.seconds == {} and run.raw_tokens[23] == 23 * 32
     assert run.notes == ["it goes on from iteration 20: the seconds before are not known"]
+
+
+def test_a_checkpoint_from_before_the_first_line(read):
+    """Every eighth iteration has a line, and the checkpoint is of the fifth."""
+    head, lines = arguments(log_interval=8), [step(i, 5.0) for i in (8, 16)]
+    run = read([*head, *lines, loaded(5), *lines])
+    assert run.seconds == {8: 4.0, 16: 8.0}
+
+
+@pytest.mark.parametrize("skipped, nan", [(3, {25}), (5, set())])
+def test_the_first_mean_behind_a_checkpoint_is_of_the_iterations_since(read, skipped, nan):
+    run = read([*arguments(log_interval=5), loaded(20), step(25, skipped=skipped)])
+    assert run.nan == nan and run.skipped == {25: skipped}
+
+
+def test_a_loss_that_is_no_number_is_said(read):
+    for skipped in (0, 1):
+        line = step(11, 5.0, skipped=skipped).replace("5.000000E+00", "5.0[rank1]:E")
+        run = read([*WHOLE, line, step(12, 4.8)])
+        assert 11 not in run.train and run.nan == set() and run.seconds[12] == 6.0
+        assert any(note.startswith("1 line not understood, the first: ") for note in run.notes)
 
 
 @pytest.mark.parametrize("head", [arguments(log_interval=1), []], ids=["arguments", "none"])
@@ -335,6 +446,8 @@ def test_the_seconds_of_lines_that_are_missing_are_not_made_up(read, head):
         ([*arguments(seed=2), *steps(1, 3)], "seed 1, then 2"),
         (steps(1, 3, total=40), "iterations in all 30, then 40"),
         (steps(1, 3, total=40, date=40), "iterations in all 30, then 40"),
+        (steps(1, 3, total=20), "iterations in all 30, then 20"),
+        (steps(1, 3, total=20, date=40), "iterations in all 30, then 20"),
     ],
 )
 def test_two_runs_in_one_log(read, second, differs):
@@ -384,6 +497,43 @@ def test_encodings(read, encoding):
     same(read(WHOLE, encoding=encoding), read(WHOLE, "plain"))
 
 
+@pytest.mark.parametrize(
+    "head, encoding",
+    [
+        ("abcd".encode("utf-16-le"), "utf-16-le"),
+        ("abcd".encode("utf-16-be"), "utf-16-be"),
+        # what follows the first four letters may be of any alphabet
+        ("abcd\u4e2d\u4e00".encode("utf-16-le"), "utf-16-le"),
+        ("abcd\u4e00\u4e2d".encode("utf-16-le"), "utf-16-le"),
+        ("abcd\u4e2d\u4e00".encode("utf-16-be"), "utf-16-be"),
+        ("abcd\u4e00\u4e2d".encode("utf-16-be"), "utf-16-be"),
+        # less than four letters with a NUL each are no proof
+        ("abcd".encode("utf-16-le")[:7], "utf-8-sig"),
+        ("abcd".encode("utf-16-be")[:7], "utf-8-sig"),
+        (b"a\0b\0c\0de", "utf-8-sig"),
+        (b"a\0b\0c\0\0\0", "utf-8-sig"),
+        (b"a\0b\0cde\0", "utf-8-sig"),
+        (b"\0a\0b\0cde", "utf-8-sig"),
+        (b"\0a\0b\0c\0\0", "utf-8-sig"),
+        (b"\0\0\0b\0c\0d", "utf-8-sig"),
+        (b"\0" * 64, "utf-8-sig"),
+        (b"", "utf-8-sig"),
+        (b"abcdefgh", "utf-8-sig"),
+        (b"\xff\xfe\0\0a", "utf-32"),
+        (b"\xff\xfea\0", "utf-16"),
+        (b"\xfe\xff\0a", "utf-16"),
+    ],
+)
+def test_the_encoding_that_the_first_bytes_show(head, encoding):
+    assert logs._encoding(head) == encoding
+
+
+def test_bytes_that_are_no_text_do_no_harm(tmp_path, read):
+    lines = [line.encode() for line in WHOLE]
+    (tmp_path / "bytes").write_bytes(b"\n".join([*lines[:20], b"\xff\xc3\x28 \x80", *lines[20:]]))
+    same(curves.read(tmp_path / "bytes"), read(WHOLE, "plain"))
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
 def test_packed_logs(tmp_path, read, pack):
     packed = pack("\n".join(WHOLE).encode())
@@ -403,10 +553,55 @@ def test_two_ranks_on_one_line(read):
 
 
 def test_lines_twice_and_out_of_order(read):
-    same(read([line for line in WHOLE for _ in range(2)]), read(WHOLE, "plain"))
+    twice = read([line for line in WHOLE for _ in range(2)])
+    same(twice, read(WHOLE, "plain"))
+    assert twice.notes == []
     run = read([*HEAD, *steps(1, 2), step(4, 5.6), step(3, 5.7), step(5, 5.5)])
     assert sorted(run.train) == [1, 2, 3, 4, 5]
     assert run.notes == ["lines that do not stand in the order of their dates"]
+
+
+def test_of_two_lines_of_an_iteration_the_later_one_counts(read):
+    """Though it stands behind lines with a later date."""
+
+    def excess(line):
+        return line.replace("| loss scale", "| mce minus bag entropy: 1.5 | loss scale")
+
+    def third(*lines):
+        run = read([*HEAD, *steps(1, 2), excess(step(3, 5.7)), *steps(4, 5), *lines])
+        assert sorted({*run.train, *run.nan, *run.skipped}) == [1, 2, 3, 4, 5]
+        assert "lines that do not stand in the order of their dates" in run.notes
+        return run.train.get(3), run.excess, run.nan, run.skipped
+
+    skipped, nan = step(3, 0.0, skipped=1), step(3)
+    assert third(step(3, 2.0)) == (2.0, {}, set(), {})
+    assert third(excess(step(3, 2.0))) == (2.0, {3: 1.5}, set(), {})
+    assert third(nan) == (None, {}, {3}, {})
+    assert third(skipped) == (None, {}, set(), {3: 1})
+    assert third(nan, skipped) == (None, {}, set(), {3: 1})
+    for count in (1, 2):
+        whole = step(3, None, skipped=count, nan=1)
+        assert third(whole) == (None, {}, set(), {3: count})
+    assert third(skipped, nan) == (None, {}, {3}, {})
+    assert third(skipped, nan, step(3, 2.0)) == (2.0, {}, set(), {})
+
+
+def test_a_date_of_a_whole_second_may_have_no_fraction(read):
+    earlier = step(3, 5.7, date=4).replace(":00.5]", ":00]")
+    run = read([*HEAD, *steps(1, 2), step(4, 5.6), earlier, step(5, 5.5)])
+    assert sorted(run.train) == [1, 2, 3, 4, 5]
+    assert run.notes == ["lines that do not stand in the order of their dates"]
+
+
+def test_of_two_iterations_with_one_date_the_order_of_the_lines_counts(read):
+    run = read([*WHOLE, step(9, 4.0, date=10)])
+    assert run.last == 9 and "iterations 9 to 10 were done again" in run.notes[0]
+
+
+def test_a_clock_that_was_put_back_is_no_restart(read):
+    run = read([*HEAD, *(step(i, 5.0, date=20 + i) for i in (1, 2)), *steps(3, 5)])
+    assert sorted(run.train) == [1, 2, 3, 4, 5] and run.notes == []
+    assert run.seconds == {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0, 5: 2.5}
 
 
 @pytest.mark.parametrize("left", [-150, -100, -20, 3, 9, 13, 21])
@@ -438,6 +633,15 @@ def test_what_looks_like_an_iteration_and_is_none_is_said(read, line):
     run = read([*WHOLE, line, line])
     assert run.last == 10
     assert run.notes == [f"2 lines not understood, the first: {' '.join(line.split())!r}"]
+
+
+@pytest.mark.parametrize("length, shown", [(99, 99), (100, 100), (101, 100), (500, 100)])
+def test_of_a_line_that_is_not_understood_the_beginning_is_shown(read, length, shown):
+    line = "step 100 loss: 2.5 ".ljust(length, "x")
+    said = line[:shown] + "..." * (shown < length)
+    assert read([*WHOLE, line]).notes == [f"1 line not understood, the first: '{said}'"]
+    two = [f"2 lines not understood, the first: '{said}'"]
+    assert read([*WHOLE, line, "step 101 loss: 2.5"]).notes == two
 
 
 @pytest.mark.parametrize(
@@ -525,7 +729,11 @@ def test_flops_that_do_not_follow_are_missing(read, changes):
 def test_a_batch_that_grows(read):
     run = read([*HEAD, *steps(1, 3, batch=2), *steps(4, 6)])
     assert run.flops is None and not run.raw_tokens
-    assert run.notes == ["the global batch size is not the same at all steps: FLOPs are not known"]
+    said = ["the global batch size is not the same at all steps: FLOPs are not known"]
+    assert run.notes == said
+    for ramp in ("2 2 100", "['2', '2', '100']"):
+        assert read([*arguments(rampup_batch_size=ramp), *steps(1, 3)]).notes == said
+    assert read([*arguments(rampup_batch_size=None), *steps(1, 3)]).notes == []
 
 
 def test_rows_of_the_embedding_are_those_that_megatron_says(read):
@@ -646,6 +854,7 @@ def writer(tmp_path):
             {10: 4.0},
             {},
         ),
+        ([(10, 5.0), (10, 4.0)], {"eval_interval": 5, "start_eval_at_iter": 6}, {10: 4.0}, {}),
         ([(10, 5.0), (10, 4.0)], {"eval_interval": 0}, {10: 5.0}, {}),
         ([(10, 4.0)], {"eval_interval": 50, "split": "90,0,10"}, {}, {10: 4.0}),
         ([(10, 4.0)], {"eval_interval": 5, "split": "90, 0.0 ,10"}, {}, {10: 4.0}),
@@ -694,12 +903,12 @@ def test_tensorboard_what_a_restart_did_again_counts_once(tmp_path, name):
         "mce minus bag entropy": {3: 4.0, 6: 4.0},
         "tst bag size": {1: 2, 6: 2, 7: 1},
         "tst raw tokens": {4: 8, 7: 14},
-        valid: {2: nan, 4: 6.0, 6: nan, 8: 7.0},
+        valid: {2: nan, 4: 6.0, 6: nan, 7: nan, 8: 7.0},
         f"{valid} vs samples": {2: 9.0},
         f"{valid} ppl": {2: 9.0},
     }
     run = start(1, lost)
-    assert (run.boundary, run.nan, run.nan_validation) == (6, {4, 5, 6, 7, 8}, {2, 6})
+    assert (run.boundary, run.nan, run.nan_validation) == (6, {4, 5, 6, 7, 8}, {2, 6, 7})
     assert run.validation == {4: 6.0, 8: 7.0} and run.raw_tokens == {4: 8, 7: 14}
     assert run.test == {} and list(run.sets) == ["a"] * bool(name)
     run = start(2, {"lm loss": {6: 4.0, 7: 3.0}})
@@ -752,13 +961,16 @@ def test_tensorboard_seconds_over_a_gap(tmp_path):
     """Two seconds a step, then five, and three steps of which nothing is said in between."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for number, each, steps in ((1, 2, (1, 2, 3)), (2, 5, (6, 8)), (3, 9, (10,))):
+    starts = ((1, 2, (1, 2, 3)), (2, 5, (6, 8)), (3, 9, (10,)), (4, 3, (20, 21)))
+    for number, each, steps in starts:
         with SummaryWriter(tmp_path, filename_suffix=f".{number}") as out:
             for i in steps:
                 out.add_scalar("lm loss", 5.0, i, walltime=1000 * number + each * i)
-    # the last start has one step: as long as the mean before, 29 seconds from step 1 to 8
-    seconds = curves.read(tmp_path).seconds
-    assert seconds == pytest.approx({2: 2, 3: 4, 6: 19, 8: 29, 10: 29 + 2 * 29 / 7})
+    # the third start has one step: as long as the mean before, 29 seconds from step 1 to 8
+    seconds, third = curves.read(tmp_path).seconds, 29 + 2 * 29 / 7
+    assert seconds == pytest.approx(
+        {2: 2, 3: 4, 6: 19, 8: 29, 10: third, 20: third + 30, 21: third + 33}
+    )
 
 
 def test_tensorboard_evaluations_again(tmp_path):
@@ -796,6 +1008,20 @@ def test_tensorboard_file_that_is_cut_off(writer, caplog):
     file.write_bytes(file.read_bytes()[:-20])
     assert sorted(curves.read(file).train) == list(range(1, 10))
     assert not caplog.records
+
+
+def test_tensorboard_warns_of_nothing_that_is_not_read(tmp_path, caplog):
+    """Of a second graph in a file, as another program may write it."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with (tmp_path / "events.out.tfevents.1").open("wb") as file:
+        loss = Summary(value=[Summary.Value(tag="lm loss", simple_value=5.0)])
+        graph = {"graph_def": b"g"}
+        for content in (graph, graph, {"summary": loss}):
+            RecordWriter(file).write(Event(step=1, wall_time=1, **content).SerializeToString())
+    assert curves.read(tmp_path).train == {1: 5.0} and not caplog.records
 
 
 def test_tensorboard_folders_of_runs_are_named(tmp_path):
