@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.plans import EXPERTS, ROOT, SMALL, accepted, planned, screen_of
 
-from megatron_tst import model_size
+from megatron_tst import hardware, model_size
 from megatron_tst.cli import plan_screen
 from megatron_tst.errors import TSTError
 from megatron_tst.ops import chunks
@@ -303,7 +303,8 @@ def test_cost_by_hand():
         loader["mb_a_second"] == pytest.approx(loader["tokens_a_second"] * 2 / 1e6)
         and loader["readers"] == 16
     )  # 2 bytes: 50000 ids
-    assert planned(*SMALL, "--vocab-size", "65500")["loader"]["bytes_a_token"] == 4
+    for ids, size in (("65499", 2), ("65500", 4)):
+        assert planned(*SMALL, "--vocab-size", ids)["loader"]["bytes_a_token"] == size
 
 
 def test_loss_memory_is_what_was_measured():
@@ -329,6 +330,11 @@ def test_loss_memory_is_what_was_measured():
     assert large["logits"] > 512 << 20 and large["superposition"]["fused"] == 512 << 20
     assert large["superposition"]["torch"] - large["logits"] == 2 * (256 << 20)
     assert (chunks.LINEAR_LOSS["cuda"], chunks.TORCH_KERNEL["cuda"]) == (512 << 20, 256 << 20)
+    small = planned(*SMALL)["loss_memory"]  # torch's chunk holds all: copy and gradient, in fp32
+    assert (
+        small["logits"] == 1024 * 50048 * 2 and small["superposition"]["fused"] == (small["logits"])
+    )
+    assert small["superposition"]["torch"] == small["logits"] + 2 * 1024 * 50048 * 4
     memory = planned(
         *SMALL,
         "--micro-batch-size",
@@ -650,6 +656,25 @@ def test_runs_and_grids_by_hand():
     assert [grid.baseline for grid in paper.grids()] == [3.2124, 3.0921, 3.0186, 3.0186]
 
 
+def test_parameters_by_the_names():
+    for name, parameters in paper.PARAMETERS.items():
+        number, unit = re.match(r"(?:moe-)?(\d+)([mb])", name).groups()
+        assert parameters == int(number) * {"m": 10**6, "b": 10**9}[unit]
+
+
+@pytest.mark.parametrize(
+    "value, name",
+    [
+        (paper.grids()[0], "losses"),
+        (paper.grids()[0].cell(0.3, 6), "loss"),
+        (paper.runs()[0], "loss"),
+    ],
+)
+def test_what_the_paper_measured_is_not_changed(value, name):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, getattr(value, name))
+
+
 def test_a_run_as_near_as_a_baseline_may_be(monkeypatch):
     """0.02 nats, to either side."""
     plain = paper.Run("x", 0, 100, 1, 8, 1, 2.0)
@@ -657,6 +682,17 @@ def test_a_run_as_near_as_a_baseline_may_be(monkeypatch):
         run = paper.Run("x", 20, 50, 4, 8, 1, loss)
         monkeypatch.setattr(paper, "runs", lambda run=run: (plain, run))
         assert paper.speed_up(run) == ((2.0, plain) if near else None)
+    level, run = paper.Run("x", 0, 100, 1, 8, 1, 0.0), paper.Run("x", 20, 50, 4, 8, 1, 0.02)
+    monkeypatch.setattr(paper, "runs", lambda: (level, run))
+    assert paper.speed_up(run) == (2.0, level)  # 0.02 itself
+
+
+def test_a_run_is_held_against_baselines_of_its_model(monkeypatch):
+    """Those of other models may be nearer, whatever their names."""
+    own, run = paper.Run("m", 0, 100, 1, 8, 1, 2.01), paper.Run("m", 20, 50, 4, 8, 1, 2.0)
+    others = [paper.Run(name, 0, 75, 1, 8, 1, 2.0) for name in ("a", "z")]
+    monkeypatch.setattr(paper, "runs", lambda: (*others, own, run))
+    assert paper.speed_up(run) == (2.0, own)
 
 
 def test_a_cell_between_others():
@@ -675,7 +711,17 @@ def test_a_cell_between_others():
         assert grid.cell(r, 2) == cell, r
     assert grid.cell(0.4994, 2).between == (0.0, 0.5)
     assert grid.cell(0.5006, 2).between == (0.5, 0.75)
-    assert grid.cell(0.5, 3) is None
+    assert grid.cell(0.5, 3) is None and grid.cell(0.0004, 3) is None  # no run had bags of 3
+
+
+def test_a_cell_beside_a_single_other():
+    """One ratio was run; up to 0.0005 beside it, and beside the baseline, is that cell."""
+    grid = paper.Grid("x", 1, "uniform", 0, {(0.0, 1): 4.0, (0.5, 2): 2.0})
+    plain, measured = paper.Cell(4.0, 0.0, None), paper.Cell(2.0, -2.0, None)
+    for r, cell in ((0.0, plain), (0.0005, plain), (0.5, measured), (0.5005, measured)):
+        assert grid.cell(r, 2) == cell, r
+    assert grid.cell(0.25, 2) == paper.Cell(3.0, -1.0, (0.0, 0.5))
+    assert grid.cell(0.0006, 2).between == (0.0, 0.5) and grid.cell(0.5006, 2) is None
 
 
 @pytest.mark.parametrize(
@@ -790,6 +836,33 @@ def test_a_variable_of_a_recipe(name, given, flags):
     assert _values(flags.split()).items() <= found.items()
     assert ("--sequence-parallel" in found) == ("TP=2" in given)
     assert ("--fp8-format" in found) == ("PRECISION=fp8" in given)
+
+
+def test_ranks_that_share_experts(monkeypatch):
+    shared = {name: recipe.expert_parallel for name, recipe in recipes.RECIPES.items()}
+    assert shared == {"270m": 1, "600m": 1, "3b": 1, "moe-10b-a1b": 8}
+    two = dataclasses.replace(recipes.RECIPES["moe-10b-a1b"], expert_parallel=2)
+    monkeypatch.setitem(recipes.RECIPES, "moe-10b-a1b", two)
+    for variables, ranks in ((None, "2"), ({"EP": "4"}, "4")):
+        found = _values(recipes.groups("moe-10b-a1b", variables)["parallel"])
+        assert found["--expert-model-parallel-size"] == ranks
+
+
+def test_only_a_b200_is_the_papers(monkeypatch):
+    """Not any other GPU, and MXFP8 is the only precision that it alone has."""
+    monkeypatch.setitem(hardware.GPUS, "a100", hardware.GPU(312.0, (8, 0)))
+    monkeypatch.setitem(recipes.PRECISIONS, "none", "")
+    for gpu in ("a100", "h100"):
+        groups = recipes.groups("3b", {"GPU": gpu})
+        assert _values(groups["training"])["--micro-batch-size"] == "1"
+        assert groups["precision"] == ["--bf16"]
+        assert recipes.groups("3b", {"GPU": gpu, "PRECISION": "none"}) == groups
+        message = f"PRECISION=mxfp8: expected GPU=b200, got GPU={gpu}"
+        with pytest.raises(TSTError, match=message):
+            recipes.groups("3b", {"GPU": gpu, "PRECISION": "mxfp8"})
+        cost = planned("--preset", "3b", "--gpu", gpu)["cost"]
+        assert not cost["of_the_paper"] and "assumed" in cost["source"]
+    assert planned("--preset", "3b", "--gpu", "b200")["cost"]["of_the_paper"]
 
 
 def test_experts_on_one_rank_share_no_tensors():
@@ -1175,6 +1248,15 @@ def test_what_fits_to_the_token(tokens, bag_size, superposed_steps, steps):
     assert planned(*SMALL, "--tokens", str(tokens))["text"]["fits"] == fits
 
 
+def test_steps_that_fit_have_one_that_is_superposed():
+    """At r = 0.1 these are 6 or more. 6 read 64 long samples of 6 x 1024 with bags, and 54 that
+    recovery's 320 are cut of; 5 plain ones would fit in less.
+    """
+    for tokens, steps in (((64 + 54) * 6 * 1024, 6), ((64 + 54) * 6 * 1024 - 1, None)):
+        text = planned(*SMALL, "--tst-step-ratio", "0.1", "--tokens", str(tokens))["text"]
+        assert text["fits"] == {"bag_size": None, "superposed_steps": None, "steps": steps}
+
+
 def test_text_for_plain_training_to_the_token():
     for tokens in (65536 * 1000 - 1, 65536 * 1000):
         text = planned(*SMALL, "--tokens", str(tokens))["text"]
@@ -1219,6 +1301,16 @@ def test_where_the_cost_is_from():
     # half of the positions a step: half of the paper's hours, 247 for 20,000 steps
     half = planned("--preset", "3b", "--global-batch-size", "256")["cost"]
     assert half["gpu_hours"] == pytest.approx(247 / 2) and half["of_the_paper"]
+
+
+def test_the_papers_hours_are_taken_as_they_are(monkeypatch):
+    """Were they 10^15 times as many, less than one FLOP a second would come of them."""
+    slow = [dataclasses.replace(r, b200_hours=r.b200_hours * 10**15) for r in paper.runs()]
+    monkeypatch.setattr(paper, "runs", lambda: slow)
+    cost = planned("--preset", "3b")["cost"]
+    assert cost["gpu_hours"] == pytest.approx(247e15)
+    assert cost["tflops_a_gpu"] == pytest.approx(cost["flops"] / (247e15 * 3600) / 1e12)
+    assert cost["tflops_a_gpu"] < 1e-12
 
 
 def test_a_cell_of_the_sweep_fits_to_the_token():
