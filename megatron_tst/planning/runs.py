@@ -120,7 +120,7 @@ class Run:
             return None
         experts, layers = self._number("num_experts", 0), 0
         width = self._number("moe_ffn_hidden_size", self._number("ffn_hidden_size", 0))
-        chosen = self._number("moe_router_topk", 1)
+        chosen = self._number("moe_router_topk", 2)
         if experts is None or width is None or chosen is None:
             return None
         if experts:
