@@ -2,6 +2,7 @@
 sense.
 """
 
+import dataclasses
 import json
 import os
 import shlex
@@ -67,6 +68,15 @@ def test_what_stands_before_the_script_is_the_launchers(launcher, gpus):
 )
 def test_a_value_is_no_launcher(text):
     assert line(text) == launch_line.Line(shlex.split(text), [], {}, None)
+
+
+def test_a_single_word_is_taken_as_it_is():
+    """A shell has taken its quotes off; only words in one pair of them are read once more."""
+    word = "--hf-config=it's"
+    found = launch_line.read([word], plan_flags.parser())
+    assert found == launch_line.Line([word], [], {}, None)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.gpus = 8
 
 
 @pytest.mark.parametrize("behind", [True, False])
