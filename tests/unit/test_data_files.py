@@ -108,6 +108,7 @@ def changed(prefix, part, at, value):
             r"expected sequence 4 at byte \d+, where the one before it ends, got at",
         ),
         ("lengths", 3, -10, "expected lengths of 0 and more, got -10 of sequence 3"),
+        ("lengths", 5, -1, "expected lengths of 0 and more, got -1 of sequence 5"),
         ("pointers", 0, 2, r"expected sequence 0 at byte 0, got at 2\."),
         ("pointers", 0, -2, r"expected sequence 0 at byte 0, got at -2\."),
         (
@@ -338,6 +339,7 @@ def test_load_folders(tmp_path):
     for name in ("iter_0000004", "iter_0000012"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metadata.json").write_text("{}")
+    (tmp_path / "iter_a0000003").mkdir()  # somebody's own
     for step in (None, 4, 12):
         check_load_folder(str(tmp_path), step)
     check_load_folder(None, 3)
