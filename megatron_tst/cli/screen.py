@@ -9,12 +9,10 @@ import errno
 import functools
 import json
 import os
-import re
 import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -85,7 +83,7 @@ def guarded(prog: str) -> Iterator[End]:
     """
     end = End()
     try:
-        with _signals_raised(), _warnings_in_one_line(prog):
+        with _signals_raised():
             yield end
         _flush_stdout()
     except (TSTError, PatchError) as error:
@@ -132,24 +130,6 @@ def _signals_raised() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _warnings_in_one_line(prog: str) -> Iterator[None]:
-    """Our warnings are lines for the user, whatever Python is told to do with a programmer's."""
-    ours = "megatron_tst: "
-    with warnings.catch_warnings():
-        warnings.filterwarnings("default", re.escape(ours))
-        stock = warnings.showwarning
-
-        def show(message, *where, **named):
-            text = str(message)
-            if not text.startswith(ours):
-                return stock(message, *where, **named)
-            print(f"{prog}: warning: {text.removeprefix(ours)}", file=sys.stderr, flush=True)
-
-        warnings.showwarning = show
-        yield
 
 
 def _of_system(error):

@@ -200,7 +200,7 @@ def test_other_layouts(name, variables):
             {"PP": "8"},
             "Number of layers should be divisible by the pipeline-model-parallel size",
         ),
-        ("3b", [], {"MICRO_BATCH": "3"}, "must be divisible by eval_micro_batch_size (3)"),
+        ("3b", [], {"MICRO_BATCH": "3"}, "expected a multiple of micro-batch size x data-parallel"),
         (
             "moe_10b_a1b",
             [],

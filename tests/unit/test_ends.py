@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 
 from megatron_tst import cli
 from megatron_tst.cli import screen
-from megatron_tst.errors import PatchError, TSTError, warn
+from megatron_tst.errors import PatchError, TSTError
 
 
 def parser():
@@ -25,21 +24,6 @@ def ends(capfd, run, argv=()):
     said = capfd.readouterr()
     assert said.out == ""
     return code, said.err
-
-
-def test_a_warning_is_a_line_for_the_user(capfd, recwarn):
-    """PYTHONWARNINGS=ignore is for programmers, as is the line of code that warns."""
-
-    def run(options):
-        warn("x holds y")
-        warnings.warn("not ours", stacklevel=1)
-        return 0
-
-    shown = warnings.showwarning
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert ends(capfd, run) == (0, "megatron-tst verb: warning: x holds y\n")
-    assert warnings.showwarning is shown and not recwarn.list
 
 
 def raising(error):
