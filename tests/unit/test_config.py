@@ -128,6 +128,11 @@ def test_settings_out_of_range(settings, message):
             "multiple of 4, got 126",
         ),
         (
+            dict(seq_length=127, tensor_model_parallel_size=2, sequence_parallel=True),
+            "--seq-length with --tensor-model-parallel-size 2 --sequence-parallel: expected a "
+            "multiple of 2, got 127",
+        ),
+        (
             dict(
                 seq_length=24,
                 context_parallel_size=2,
@@ -275,10 +280,16 @@ def test_averages_that_hang_on_context_parallelism_are_named(changes, message):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_arguments(FINE, arguments(**changes))
+        check_arguments(FINE, arguments(context_parallel_size=2))
         check_arguments(
             FINE,
             arguments(context_parallel_size=2, calculate_per_token_loss=True, eod_mask_loss=True),
         )
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_bags_of_the_output_as_long_as_the_sample(size):
+    check_arguments(TSTConfig(size, 0.3, superpose="output"), arguments(seq_length=8))
 
 
 def test_fusions_and_graphs_that_work_are_let_through():
@@ -365,7 +376,7 @@ def test_a_boundary_that_megatron_would_pass_by():
     with pytest.raises(
         TSTError,
         match="--iterations-to-skip with --tst-exit-at-boundary: expected other iterations .* got "
-        "300",
+        r"300\. Megatron",
     ):
         check_arguments(at_boundary, arguments(iterations_to_skip=[300]))
     with pytest.raises(
