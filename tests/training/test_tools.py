@@ -85,6 +85,8 @@ def test_demo_ended_by_a_signal(corpus, tmp_path, number):
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            # a job in the background is born with it ignored
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         )
         began, log, text = time.time(), here / "tst.log", ""
         while "iteration       10/" not in text:
