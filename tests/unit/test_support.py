@@ -1,5 +1,6 @@
 """The tests' own support: what it promises the other tests."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -49,3 +50,15 @@ def test_faults_written_by_hand_fit_the_code():
         for test in bug["tests"]:
             file, _, function = test.partition("::")
             assert f"def {function}" in (ROOT / file).read_text(), name
+
+
+def test_mutants_that_change_nothing_fit_the_code():
+    """Each is named once, and the line that it changes is there. cosmic-ray is not asked."""
+    text = re.sub(r"^#.*\n", "", (MUTATION / "equivalent.txt").read_text(), flags=re.M)
+    entries = [entry.split("\n") for entry in re.split(r"\n\s*\n", text.strip())]
+    assert len({tuple(entry[:3]) for entry in entries}) == len(entries)
+    for head, was, becomes, *why in entries:
+        module = ROOT / "megatron_tst" / f"{head.split()[0].replace('.', '/')}.py"
+        lines = " ".join(line.strip() for line in module.read_text().split("\n"))
+        assert was.startswith("- ") and was[2:].strip() in lines, (head, was)
+        assert becomes.startswith("+ ") and "".join(why).strip(), head
