@@ -70,7 +70,7 @@ def find_extension() -> tuple[list, str]:
             "torch first, then `pip install --no-build-isolation` this package."
         )
     cpu = ["csrc/ops.cpp", "csrc/multi_hot_ce_cpu.cpp"]
-    headers = ["csrc/multi_hot_ce.h", "csrc/checks.h"]
+    headers = ["csrc/multi_hot_ce.h", "csrc/device.h", "csrc/checks.h"]
     without = why_no_cuda(torch, home)
     if without:
         extension = CppExtension(

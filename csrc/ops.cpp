@@ -9,15 +9,12 @@
 #include "multi_hot_ce.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <tuple>
-
-#if defined(MHCE_WITH_CUDA)
-#include <c10/cuda/CUDAGuard.h>
-#endif
 
 namespace megatron_tst {
 namespace {
@@ -75,10 +72,11 @@ void gradient_inplace_meta(Tensor& logits, const Tensor& labels, const Tensor& w
   check_gradient(logits, labels, weights, saved, upstream);
 }
 
-// Calls work(T(), backend) with the type of the logits; backend is true on CUDA.
+// Calls work(T()) with the type of the logits, on their device.
 template <typename Work>
 void dispatch(const Tensor& logits, const Work& work) {
   if (logits.numel() == 0) return;
+  const c10::DeviceGuard guard(logits.device());
   switch (logits.scalar_type()) {
     case at::kFloat: return work(float());
     case at::kBFloat16: return work(c10::BFloat16());
@@ -104,15 +102,9 @@ Problem<const T> problem(const Tensor& logits, const Tensor& labels, const Tenso
 
 // The kernels of both devices have the same names and arguments.
 #if defined(MHCE_WITH_CUDA)
-#define MHCE_ON_DEVICE(tensor, call)                     \
-  if ((tensor).is_cuda()) {                              \
-    const c10::cuda::CUDAGuard guard((tensor).device()); \
-    cuda::call;                                          \
-  } else {                                               \
-    cpu::call;                                           \
-  }
+#define MHCE_ON_DEVICE(tensor, call) ((tensor).is_cuda() ? cuda::call : cpu::call)
 #else
-#define MHCE_ON_DEVICE(tensor, call) cpu::call;
+#define MHCE_ON_DEVICE(tensor, call) cpu::call
 #endif
 
 Tensor statistics(const Tensor& logits, const Tensor& labels, const Tensor& weights,
@@ -120,7 +112,11 @@ Tensor statistics(const Tensor& logits, const Tensor& labels, const Tensor& weig
   Tensor out = statistics_meta(logits, labels, weights, vocab_start, vocab_size, alt);
   dispatch(logits, [&](auto zero) {
     const auto rows = problem<decltype(zero)>(logits, labels, weights, vocab_start, alt);
-    MHCE_ON_DEVICE(logits, statistics(rows, vocab_size, out.mutable_data_ptr<float>()));
+    const int64_t floats = MHCE_ON_DEVICE(logits, scratch_floats(rows.rows, rows.columns));
+    const Tensor memory = empty_like_logits(logits, {floats}, at::kFloat);
+    float* scratch = memory.mutable_data_ptr<float>();
+    float* statistics_4N = out.mutable_data_ptr<float>();
+    MHCE_ON_DEVICE(logits, statistics(rows, vocab_size, scratch, statistics_4N));
   });
   return out;
 }
@@ -129,6 +125,7 @@ std::tuple<Tensor, Tensor> loss(
     const Tensor& statistics, const Tensor& labels, const Tensor& weights, bool alt) {
   auto [out, saved] = loss_meta(statistics, labels, weights, alt);
   if (out.numel() == 0) return {out, saved};
+  const c10::DeviceGuard guard(statistics.device());
   const Problem<const float> rows = {  // no logits
       /*logits=*/nullptr,
       /*stride=*/0,
