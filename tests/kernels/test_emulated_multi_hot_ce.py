@@ -43,6 +43,7 @@ class Case:
     weighting: str = "power-law"
     few: int | None = None  # distinct labels
     scale: float = 3.0  # of the logits
+    shift: float = 0.0  # that is added to them
     # where rows lie: elements behind a multiple of 128 bytes, elements between rows
     start: int = 0
     gap: int = 0
@@ -60,7 +61,7 @@ class Case:
         logits, labels = draw_losses(
             shape, self.columns, self.labels, seed=self.seed, few=few, scale=self.scale
         )
-        return logits.to(self.dtype), labels, torch.randn(self.rows)
+        return (logits + self.shift).to(self.dtype), labels, torch.randn(self.rows)
 
     def check(self) -> None:
         logits, labels, upstream = self.draw()
@@ -225,6 +226,14 @@ def test_large_logits(dtype, loss):
     """Beyond about 2e9 the rounding of a row's reference would overflow the exponential."""
     scale = 1e4 if loss == "mce-alt" or dtype == torch.float16 else 1e8
     check(Case(4, v, 6, dtype, loss, scale=scale, few=9) for v in (5, 300, 2300))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_far_from_zero(dtype, loss):
+    """What fills up a batch or a segment must not be larger than the logits."""
+    for shift, constants in itertools.product((-300.0, 300.0), (SMALL, SEGMENTS_OF_64)):
+        check([Case(2, 300, 4, dtype, loss, shift=shift, ranks=2, constants=constants)])
 
 
 @pytest.mark.parametrize("constants", [SMALL, SEGMENTS_OF_64], ids=["", "segments"])

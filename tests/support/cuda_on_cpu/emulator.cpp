@@ -168,6 +168,9 @@ void begin_again(Thread& thread) {
     mprotect(memory, kPage, PROT_NONE);  // the end of a stack that grows too far
     thread.stack = static_cast<char*>(memory);
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(thread.stack + kPage, kStackBytes - kPage);  // of frames left
+#endif
   getcontext(&thread.beginning);
   thread.beginning.uc_stack.ss_sp = thread.stack;
   thread.beginning.uc_stack.ss_size = kStackBytes;
