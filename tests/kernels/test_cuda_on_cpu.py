@@ -139,12 +139,15 @@ WRONG = {
 SEEDS = range(1, 9)
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernels")
+def build_tiny(folder, sanitized):
     (folder / "tiny.cu").write_text(KERNELS)
     (folder / "exports.cpp").write_text('#include "tiny.cu"\n')
-    return build("tiny", csrc=folder, exports=folder / "exports.cpp", sanitized=False)
+    return build("tiny", csrc=folder, exports=folder / "exports.cpp", sanitized=sanitized)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    return build_tiny(tmp_path_factory.mktemp("kernels"), sanitized=False)
 
 
 def run(kernels, what, blocks, seed):
@@ -268,3 +271,11 @@ constexpr int kThreads = 64;
 def test_the_text_pass():
     _, _, *lines = translate(CUDA, {"kThreads": 64}).split("\n")
     assert lines == CPP.replace("EMULATOR", "::cuda_on_cpu").split("\n")
+
+
+def test_what_does_not_compile(tmp_path):
+    (tmp_path / "wrong.cu").write_text('__global__ void f(int& x) { asm("bar %0;" : "=r"(x)); }')
+    (tmp_path / "exports.cpp").write_text('#include "wrong.cu"\n')
+    for _ in range(2):  # the second time it is known
+        with pytest.raises(cuda_on_cpu.DoesNotCompile, match=r"wrong.cu:1.*bar"):
+            build("wrong", csrc=tmp_path, exports=tmp_path / "exports.cpp")

@@ -27,15 +27,16 @@ from pathlib import Path
 
 import torch
 
-from support.paths import ROOT
+from support.paths import ROOT, environment
 
 HERE = Path(__file__).resolve().parent
-CSRC = Path(os.environ.get("CUDA_ON_CPU_CSRC", ROOT / "csrc"))
+CSRC = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-O2", "-g1", "-std=c++17", "-fPIC", "-fno-tree-vectorize", "-fno-store-merging", "-w"]
 # of the kernels: every access calls emulator.cpp
 WATCHED = ["-fsanitize=thread", "-U_FORTIFY_SOURCE"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+SANITIZE = "SANITIZE_CUDA_ON_CPU"
 KEPT = 7 * 24 * 3600  # seconds, of what was compiled and is not used
 
 NOT_RUN = None if shutil.which(COMPILER.split()[0]) else f"NOT RUN: no C++ compiler ({COMPILER})"
@@ -43,6 +44,10 @@ NOT_RUN = None if shutil.which(COMPILER.split()[0]) else f"NOT RUN: no C++ compi
 
 class Fault(AssertionError):
     """What a kernel did that a GPU would not forgive, with the lines of csrc that led there."""
+
+
+class DoesNotCompile(Exception):
+    """The compiler's words."""
 
 
 # ---- the text pass
@@ -118,9 +123,12 @@ def build(
         sanitized: with AddressSanitizer and UndefinedBehaviorSanitizer in place of the emulator's
             checks of each access, as these two cannot be together. None: if the environment has
             SANITIZE_CUDA_ON_CPU=1.
+
+    Raises:
+        DoesNotCompile: what it says.
     """
     if sanitized is None:
-        sanitized = os.environ.get("SANITIZE_CUDA_ON_CPU") == "1"
+        sanitized = os.environ.get(SANITIZE) == "1"
     sources = {path.name: path.read_text() for path in sorted(csrc.glob("*.h"))}
     sources[f"{name}.cu"] = (csrc / f"{name}.cu").read_text()
     found = [c for c, _ in constants if f" {c} = " in sources[f"{name}.cu"]]
@@ -144,6 +152,8 @@ def _library(
     folder = _cache() / hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "errors").exists():
+            raise DoesNotCompile((folder / "errors").read_text())
         if not (folder / "kernels.so").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -167,11 +177,15 @@ def _compile(folder: Path, watched: list[str], flags: list[str]) -> None:
     ]
     running = [subprocess.Popen(job, cwd=folder, stderr=subprocess.PIPE, text=True) for job in jobs]
     errors = [process.communicate()[1] for process in running]
-    assert not any(process.returncode for process in running), "\n".join(errors)[-4000:]
+    if any(process.returncode for process in running):
+        (folder / "errors").write_text("\n".join(errors)[:4000])
+        raise DoesNotCompile((folder / "errors").read_text())
     # without -fsanitize=thread: emulator.cpp has the functions of that library
     link = [*compiler, "-shared", *flags, "kernels.o", "emulator.o", "-ldl", "-o", "linked.so"]
     subprocess.run(link, cwd=folder, check=True)
     os.replace(folder / "linked.so", folder / "kernels.so")
+    for path in folder.glob("*.o"):
+        path.unlink()
 
 
 def _cache() -> Path:
@@ -182,6 +196,22 @@ def _cache() -> Path:
         if path.is_dir() and time.time() - path.stat().st_mtime > KEPT:
             shutil.rmtree(path, ignore_errors=True)
     return folder
+
+
+def sanitized_environment() -> dict[str, str]:
+    """For a Python that loads what is built with the sanitizers: they must be there first."""
+
+    def library(name):
+        asked = [*COMPILER.split(), f"-print-file-name={name}"]
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+    return environment(
+        LD_PRELOAD=f"{library('libasan.so')} {library('libubsan.so')}",
+        # Python frees nothing at its end; a fiber's stack is none that the sanitizer knows
+        ASAN_OPTIONS="detect_leaks=0:halt_on_error=1:detect_stack_use_after_return=0",
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+        **{SANITIZE: "1"},
+    )
 
 
 # ---- a device
