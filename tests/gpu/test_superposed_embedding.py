@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.close import close
 
 from megatron_tst import extension
@@ -26,6 +27,13 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def built():
     assert extension.load().cuda, f"the extension is {extension.load().description}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def draw(vocab, columns, positions, bag_size, dtype):
@@ -50,7 +58,7 @@ def module_of(table, main_grad=True):
         weight=table,
         vocab_start_index=0,
         num_embeddings=len(table),
-        tp_group=SimpleNamespace(size=lambda: 1),
+        tp_group=dist.group.WORLD,
         reduce_scatter_embeddings=False,
     )
 
@@ -78,8 +86,8 @@ def test_equals_the_reference_and_the_cpu_kernel(dtype, columns):
                 )
                 if last == vocab:
                     close(mean, want, 1e-6, terms=table.double().abs().max(), rounded=out)
-                added, on_cpu = torch.ones(last - first, columns, dtype=out, device="cuda"), None
-                on_cpu = added.cpu()
+                added = torch.ones(last - first, columns, dtype=out, device="cuda")
+                on_cpu = torch.ones(last - first, columns, dtype=out)
                 ops[1](added, upstream, tokens, first, vocab)
                 ops[1](on_cpu, upstream.cpu(), tokens.cpu(), first, vocab)
                 assert torch.equal(added.cpu(), on_cpu)

@@ -280,7 +280,7 @@ def test_refusals_of_the_ops(change, message):
 
 
 @needs_extension
-def test_compiles_in_one_graph():
+def test_compiles_in_one_graph(megatron):
     torch.manual_seed(0)
     tokens = torch.randint(0, 20, (2, 3, 4))
 
