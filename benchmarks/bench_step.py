@@ -23,7 +23,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from measure import append_rows, has_gpu, peak_bytes, peak_tflops, seconds, where
+from measure import append_rows, has_gpu, peak_bytes, peak_tflops, seconds_to_the_end, where
 
 from megatron_tst import demo
 from megatron_tst.model_size import LLAMA_3_VOCABULARY
@@ -102,7 +102,7 @@ def measure(options) -> dict:
     times = {kind: [] for kind in kinds}
     for _ in range(options.steps):
         for kind, batch in kinds.items():
-            times[kind].append(seconds(lambda batch=batch: step(batch)))
+            times[kind].append(seconds_to_the_end(lambda batch=batch: step(batch)))
     memory = {
         kind: statistics.median(peak_bytes(lambda batch=batch: step(batch)) for _ in range(3))
         for kind, batch in kinds.items()
