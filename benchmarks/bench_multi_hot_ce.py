@@ -157,9 +157,10 @@ def measure_shape(options, dtype, vocab_size, device, group):
     calls = {}
     for s in options.bag_size:
         labels = torch.randint(0, vocab_size, (options.rows, s), device=device)
-        for name, loss in variants(group).items():
-            if not options.variants or name in options.variants:
-                calls[name, s] = functools.partial(forward_backward, loss, leaf, labels)
+        found = variants(group, options.variants)
+        for name in options.variants or found:  # in the order asked for
+            if name in found:
+                calls[name, s] = functools.partial(forward_backward, found[name], leaf, labels)
         calls["copy", s] = source.clone
     if options.apart or has_gpu():
         blocks = [[(name, s), ("copy", s)] for name, s in calls if name != "copy"]
@@ -238,9 +239,9 @@ def forward_backward(loss, leaf, labels):
     return torch.autograd.grad(loss(leaf, labels).mean(), leaf)
 
 
-def variants(group) -> dict:
+def variants(group, wanted: list[str] | None = None) -> dict:
     """name -> loss(logits [N, V/tp], labels [N, s]) -> [N]. "single" takes the first label alone,
-    "x s" is called once a label.
+    "x s" is called once a label. Packages that none of the wanted ones needs are not imported.
     """
     import torch
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -277,10 +278,19 @@ def variants(group) -> dict:
     found["megatron fused x s"] = each_label(megatron_fused)
     if group.size() == 1:
         found["paper's loop"] = each_label(paper_loss)
-        found["paper's loop, compiled"] = torch.compile(each_label(paper_loss), dynamic=False)
-        found["lse + gather, compiled"] = torch.compile(lse_and_gather, dynamic=False)
-    found.update(optional_peers(group, each_label, first_label))
+        found["paper's loop, compiled"] = compiled(each_label(paper_loss))
+        found["lse + gather, compiled"] = compiled(lse_and_gather)
+    if not wanted or any(name.startswith(("te", "liger")) for name in wanted):
+        found.update(optional_peers(group, each_label, first_label))
     return found
+
+
+def compiled(loss):
+    """torch.compile at the first call, which is when its compiler is imported."""
+    import torch
+
+    whole = functools.cache(lambda: torch.compile(loss, dynamic=False))
+    return lambda z, y: whole()(z, y)
 
 
 def paper_loss(logits, labels):

@@ -54,7 +54,7 @@ def seconds_to_the_end(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-LONGEST_DELAY = 1 << 29  # clock cycles, about .3 s
+LONGEST_DELAY = 1 << 26  # clock cycles, about 40 ms
 _delay = 1 << 22  # cycles for which the GPU is kept busy while Python queues a call: about 2 ms
 
 

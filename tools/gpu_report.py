@@ -462,11 +462,16 @@ def _tables(results: Results) -> list[str]:
 
 def _measured(rows: list[dict]) -> str:
     """A table, and in a line above it what all of its rows have in common."""
-    common = {key: value for key, value in rows[0].items() if len({r[key] for r in rows}) == 1}
-    columns = [key for key in rows[0] if key not in common] if len(rows) > 1 else []
+    where = ("threads", "device", "torch", "megatron_core", "commit")
+    common = {
+        key: value
+        for key, value in rows[0].items()
+        if len({row[key] for row in rows}) == 1 and (len(rows) > 1 or key in where)
+    }
+    columns = [key for key in rows[0] if key not in common]
     line = ", ".join(f"{key} {value}" for key, value in common.items() if value != "")
     table = _markdown(columns, [[row[key] for key in columns] for row in rows])
-    return line + (f"\n\n{table}" if columns else "")
+    return f"{line}\n\n{table}"
 
 
 def _markdown(head: list[str], rows: list) -> str:
