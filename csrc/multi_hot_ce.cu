@@ -34,7 +34,8 @@ constexpr int kThreads = 256;
 constexpr int kInFlight = 4;                  // 16-byte loads of one thread before the first is used
 constexpr int kBatch = kInFlight * kThreads;  // vectors that a block loads at once
 constexpr int kWords = 4;                     // 32-bit words of a vector
-constexpr int kRowsOfBlock = 4;               // row_statistics: a warp a row
+constexpr int kBlocks = 8;                    // of a multiprocessor
+constexpr int kRowsOfBlock = 4;               // where a warp works on a row
 constexpr int64_t kEnoughBlocks = 2048;  // several for each of the largest GPU's multiprocessors
 constexpr int64_t kShortestSegment = 8192;
 
@@ -60,27 +61,26 @@ __device__ __forceinline__ Segment segment_of_block(const T* row, int columns, i
   return {first, body, body + vectors * kLanes<T>, last, vectors};
 }
 
-// A thread's part of kBatch vectors.
+// A thread's part of kBatch vectors: from, from + kThreads, ... The thread's vectors end `left`
+// behind `from`; of fewer than kBatch only those before the end are touched.
 struct Batch {
   uint4 vector[kInFlight];
 
-  // Vectors i, i + kThreads, ...: all of them, or those below `end`.
   template <bool plain>
-  __device__ __forceinline__ void load(const uint4* from, int i) {
+  __device__ __forceinline__ void load(const uint4* from) {
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const uint4* at = from + i + j * kThreads;
-      vector[j] = plain ? load_plain(at) : load_streaming(at);
+      vector[j] = plain ? load_plain(from + j * kThreads) : load_streaming(from + j * kThreads);
     }
   }
 
   template <bool plain>
-  __device__ __forceinline__ void load(const uint4* from, int i, int end, uint32_t filler) {
+  __device__ __forceinline__ void load(const uint4* from, int left, uint32_t filler) {
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      const uint4* at = from + i + j * kThreads;
       vector[j] = make_uint4(filler, filler, filler, filler);
-      if (i + j * kThreads < end) vector[j] = plain ? load_plain(at) : load_streaming(at);
+      if (j * kThreads >= left) continue;
+      vector[j] = plain ? load_plain(from + j * kThreads) : load_streaming(from + j * kThreads);
     }
   }
 };
@@ -95,10 +95,9 @@ __device__ __forceinline__ void include_one(SoftmaxSum& sum, T logit) {
   sum = {peak, sum.sum * exp_nonpositive(sum.peak - peak) + exp_nonpositive(above(z, peak))};
 }
 
-// One rescaling for all the elements of the batch's vectors i, i + kThreads, ... below `end`;
-// behind it they are -inf.
+// One rescaling for all the elements of the batch; behind its end they are -inf.
 template <typename T>
-__device__ __forceinline__ void include(SoftmaxSum& sum, const Batch& batch, int i, int end) {
+__device__ __forceinline__ void include(SoftmaxSum& sum, const Batch& batch, int left) {
   uint32_t largest = words(batch.vector[0])[0];
 #pragma unroll
   for (int j = 0; j < kInFlight; ++j) {
@@ -117,7 +116,7 @@ __device__ __forceinline__ void include(SoftmaxSum& sum, const Batch& batch, int
   float total[2] = {sum.sum * exp_nonpositive(sum.peak - peak), 0.f};
 #pragma unroll
   for (int j = 0; j < kInFlight; ++j) {
-    if (i + j * kThreads >= end) break;
+    if (j * kThreads >= left) break;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       Word<T>::unpack(words(batch.vector[j])[w], z);
@@ -147,27 +146,25 @@ __device__ __forceinline__ float sum_lanes(float mine) {
 
 // -> sums_SN [segment][row]
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 8) softmax_sums(
+__global__ void __launch_bounds__(kThreads, kBlocks) softmax_sums(
     const T* logits, int64_t stride, int columns, int length, SoftmaxSum* sums_SN) {
   const T* z = logits + blockIdx.x * stride;
   const Segment segment = segment_of_block(z, columns, length);
-  const uint4* vectors = reinterpret_cast<const uint4*>(z + segment.body);
-  const int end = segment.vectors;
+  const uint4* from = reinterpret_cast<const uint4*>(z + segment.body) + threadIdx.x;
+  int left = segment.vectors - static_cast<int>(threadIdx.x);
   SoftmaxSum sum;
+  const int head = segment.first + threadIdx.x, tail = segment.tail + threadIdx.x;
+  if (head < segment.body) include_one(sum, z[head]);
+  if (tail < segment.last) include_one(sum, z[tail]);
   Batch batch;
-  int i = threadIdx.x;
-  for (int full = end / kBatch; full > 0; --full, i += kBatch) {
-    batch.load<kPlainForward>(vectors, i);
-    include<T>(sum, batch, 0, kBatch);
+  for (; left >= kBatch; left -= kBatch, from += kBatch) {
+    batch.load<kPlainForward>(from);
+    include<T>(sum, batch, kBatch);
   }
-  if (i < end) {
-    batch.load<kPlainForward>(vectors, i, end, Word<T>::kMinusInfinity);
-    include<T>(sum, batch, i, end);
+  if (left > 0) {
+    batch.load<kPlainForward>(from, left, Word<T>::kMinusInfinity);
+    include<T>(sum, batch, left);
   }
-  i = segment.first + threadIdx.x;
-  if (i < segment.body) include_one(sum, z[i]);
-  i = segment.tail + threadIdx.x;
-  if (i < segment.last) include_one(sum, z[i]);
 
   __shared__ SoftmaxSum of_warp[kThreads / 32];
   sum = combine_lanes(sum);
@@ -193,7 +190,7 @@ __global__ void __launch_bounds__(32 * kRowsOfBlock) row_statistics(Problem<cons
   }
   softmax = combine_lanes(softmax);
   TargetSum sum;
-  for (int64_t k = lane; k < bag.size; k += 32) {
+  for (int k = lane; k < bag.size; k += 32) {
     // a label outside the vocabulary: check that the data were tokenised with this vocabulary
     CUDA_KERNEL_ASSERT(
         bag.labels[k] == kIgnore || (bag.labels[k] >= 0 && bag.labels[k] < vocab_size));
@@ -240,10 +237,10 @@ __device__ __forceinline__ uint4 gradient_of(const RowGradient& gradient, const 
 
 template <typename T>
 __device__ __forceinline__ void store_gradient(uint4* to, const RowGradient& gradient,
-    const Batch& batch, int i, int end) {
+    const Batch& batch, int left) {
 #pragma unroll
   for (int j = 0; j < kInFlight; ++j) {
-    if (i + j * kThreads >= end) break;
+    if (j * kThreads >= left) break;
     const uint4 result = gradient_of<T>(gradient, batch.vector[j]);
     if (kPlainStore) {
       store_plain(to + j * kThreads, result);
@@ -253,65 +250,75 @@ __device__ __forceinline__ void store_gradient(uint4* to, const RowGradient& gra
   }
 }
 
-// `out` may be the logits: every block reads its labels' columns before it writes, writes them
-// last, and touches its segment alone.
+// A label's column and the gradient there.
+struct alignas(8) Labelled {
+  int column;  // kElsewhere: another rank's, or none's
+  float value;
+};
+constexpr int kElsewhere = -1;
+
+// One warp a row. -> labelled_NS
 template <typename T>
-__global__ void __launch_bounds__(kThreads) row_gradients(Problem<const T> problem, int length,
-    const float* saved_3N, const float* upstream_N, T* out_NV, int64_t out_stride) {
-  extern __shared__ float labelled[];  // [S]
-  const int64_t n = kPlainForward ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const T* z = problem.row(n);
-  T* out = out_NV + n * out_stride;
-  const Segment segment = segment_of_block(z, static_cast<int>(problem.columns), length);
-  const RowGradient gradient(saved_row(saved_3N, problem.rows, n), upstream_N[n]);
-  const auto apart = reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out);
-  const bool one_by_one = gradient.zero() || (apart & 15);
-
-  // the first loads are on their way while the labels' are waited for
-  const uint4* from = reinterpret_cast<const uint4*>(z + segment.body);
-  uint4* to = reinterpret_cast<uint4*>(out + segment.body);
-  const int end = one_by_one ? 0 : segment.vectors;
-  int full = end / kBatch;
-  int i = threadIdx.x;
-  Batch batch;
-  auto load_next = [&] {
-    if (full > 0) {
-      batch.load<false>(from, i);
-    } else {
-      batch.load<false>(from, i, end, 0u);
-    }
-  };
-  load_next();
-
+__global__ void __launch_bounds__(32 * kRowsOfBlock) label_gradients(Problem<const T> problem,
+    const float* saved_3N, const float* upstream_N, Labelled* labelled_NS) {
+  const int64_t n = int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32;
+  if (n >= problem.rows) return;
   const Bag bag = problem.bag(n);
-  auto mine = [&](int64_t k) {
-    return bag.owned(k) && bag.column(k) >= segment.first && bag.column(k) < segment.last;
-  };
-  for (int64_t k = threadIdx.x; k < bag.size; k += kThreads) {
-    if (!mine(k)) continue;
-    const float logit = static_cast<float>(z[bag.column(k)]);
-    labelled[k] = gradient.zero() ? 0.f : gradient.labelled(bag, k, logit);
+  const RowGradient gradient(saved_row(saved_3N, problem.rows, n), upstream_N[n]);
+  for (int k = threadIdx.x % 32; k < bag.size; k += 32) {
+    Labelled label = {kElsewhere, 0.f};
+    if (bag.owned(k)) {
+      label.column = static_cast<int>(bag.column(k));
+      const float logit = static_cast<float>(problem.row(n)[label.column]);
+      if (!gradient.zero()) label.value = gradient.labelled(bag, k, logit);
+    }
+    labelled_NS[n * bag.size + k] = label;
   }
-  __syncthreads();
+}
 
-  while (full > 0) {
-    store_gradient<T>(to + i, gradient, batch, 0, kBatch);
-    --full;
-    i += kBatch;
-    load_next();
-  }
-  store_gradient<T>(to + i, gradient, batch, i, end);
+// `out_NV` may be the logits: what the labels' columns held has been read by label_gradients. Every
+// block touches its segment alone and writes the labels' columns last.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 8) row_gradients(const T* logits, int64_t stride,
+    int columns, int length, const float* saved_3N, const float* upstream_N,
+    const Labelled* labelled_NS, int bag_size, T* out_NV, int64_t out_stride) {
+  const int64_t rows = gridDim.x;
+  const int64_t n = kPlainForward ? rows - 1 - blockIdx.x : blockIdx.x;
+  const T* z = logits + n * stride;
+  T* out = out_NV + n * out_stride;
+  const Segment segment = segment_of_block(z, columns, length);
+  const RowGradient gradient(saved_row(saved_3N, rows, n), upstream_N[n]);
+  const auto apart = reinterpret_cast<uintptr_t>(z) ^ reinterpret_cast<uintptr_t>(out);
   auto one = [&](int v) {
     out[v] = static_cast<T>(gradient.zero() ? 0.f : gradient.element(static_cast<float>(z[v])));
   };
-  const int body = one_by_one ? segment.last : segment.body;
-  for (int v = segment.first + threadIdx.x; v < body; v += kThreads) one(v);
-  const int tail = segment.tail + threadIdx.x;
-  if (!one_by_one && tail < segment.last) one(tail);
+  if (gradient.zero() || (apart & 15)) {
+    for (int v = segment.first + threadIdx.x; v < segment.last; v += kThreads) one(v);
+  } else {
+    const uint4* from = reinterpret_cast<const uint4*>(z + segment.body) + threadIdx.x;
+    uint4* to = reinterpret_cast<uint4*>(out + segment.body) + threadIdx.x;
+    int left = segment.vectors - static_cast<int>(threadIdx.x);
+    Batch batch;
+#pragma unroll 2
+    for (; left >= kBatch; left -= kBatch, from += kBatch, to += kBatch) {
+      batch.load<false>(from);
+      store_gradient<T>(to, gradient, batch, kBatch);
+    }
+    if (left > 0) {
+      batch.load<false>(from, left, 0u);
+      store_gradient<T>(to, gradient, batch, left);
+    }
+    const int head = segment.first + threadIdx.x, tail = segment.tail + threadIdx.x;
+    if (head < segment.body) one(head);
+    if (tail < segment.last) one(tail);
+  }
   __syncthreads();
-  for (int64_t k = threadIdx.x; k < bag.size; k += kThreads) {
+  for (int k = threadIdx.x; k < bag_size; k += kThreads) {
+    const Labelled label = labelled_NS[n * bag_size + k];
     // occurrences of one token write the same value
-    if (mine(k)) out[bag.column(k)] = static_cast<T>(labelled[k]);
+    if (label.column >= segment.first && label.column < segment.last) {
+      out[label.column] = static_cast<T>(label.value);
+    }
   }
 }
 
@@ -332,8 +339,12 @@ int blocks(int64_t rows, int64_t rows_of_block) {
 
 }  // namespace
 
-int64_t scratch_floats(int64_t rows, int64_t columns) {
-  return 2 * rows * segments_of_row(rows, columns);  // a SoftmaxSum a segment
+int64_t statistics_scratch(int64_t rows, int64_t columns) {
+  return rows * segments_of_row(rows, columns) * sizeof(SoftmaxSum) / sizeof(float);
+}
+
+int64_t gradient_scratch(int64_t rows, int64_t bag_size) {
+  return rows * bag_size * sizeof(Labelled) / sizeof(float);
 }
 
 template <typename T>
@@ -343,7 +354,7 @@ void statistics(const Problem<const T>& problem, int64_t vocab_size, float* scra
   const int segments = static_cast<int>(segments_of_row(problem.rows, problem.columns));
   auto* sums_SN = reinterpret_cast<SoftmaxSum*>(scratch);
   softmax_sums<T><<<dim3(problem.rows, segments), kThreads, 0, stream>>>(problem.logits,
-      problem.stride, static_cast<int>(problem.columns),
+      problem.stride, problem.columns,
       segment_length<T>(problem.columns, segments), sums_SN);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   row_statistics<T><<<blocks(problem.rows, kRowsOfBlock), 32 * kRowsOfBlock, 0, stream>>>(
@@ -361,18 +372,23 @@ void loss(const Problem<const float>& problem, int64_t ranks, const float* stati
 
 template <typename T>
 void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N,
-    T* out, int64_t out_stride) {
+    float* scratch, T* out, int64_t out_stride) {
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const int64_t segments = segments_of_row(problem.rows, problem.columns);
-  const size_t shared_bytes = problem.bag_size * sizeof(float);
-  row_gradients<T><<<dim3(problem.rows, segments), kThreads, shared_bytes, stream>>>(problem,
-      segment_length<T>(problem.columns, segments), saved_3N, upstream_N, out, out_stride);
+  auto* labelled_NS = reinterpret_cast<Labelled*>(scratch);
+  label_gradients<T><<<blocks(problem.rows, kRowsOfBlock), 32 * kRowsOfBlock, 0, stream>>>(
+      problem, saved_3N, upstream_N, labelled_NS);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  row_gradients<T><<<dim3(problem.rows, segments), kThreads, 0, stream>>>(problem.logits,
+      problem.stride, problem.columns, segment_length<T>(problem.columns, segments), saved_3N,
+      upstream_N, labelled_NS, problem.bag_size, out, out_stride);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 #define MHCE_INSTANTIATE(T)                                                      \
   template void statistics<T>(const Problem<const T>&, int64_t, float*, float*); \
-  template void gradient<T>(const Problem<const T>&, const float*, const float*, T*, int64_t);
+  template void gradient<T>(                                                     \
+      const Problem<const T>&, const float*, const float*, float*, T*, int64_t);
 MHCE_INSTANTIATE(float)
 MHCE_INSTANTIATE(c10::BFloat16)
 MHCE_INSTANTIATE(c10::Half)

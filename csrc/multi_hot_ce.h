@@ -39,25 +39,26 @@ TST_INLINE SoftmaxSum combine(SoftmaxSum a, SoftmaxSum b) {
 struct Bag {
   const int64_t* labels;
   const float* weights;
-  int64_t size, start, columns;
+  int size, columns;
+  int64_t start;
   bool alt;
 
-  TST_INLINE bool valid(int64_t k) const { return labels[k] != kIgnore; }
-  TST_INLINE int64_t column(int64_t k) const { return labels[k] - start; }
-  TST_INLINE bool owned(int64_t k) const {
+  TST_INLINE bool valid(int k) const { return labels[k] != kIgnore; }
+  TST_INLINE int64_t column(int k) const { return labels[k] - start; }
+  TST_INLINE bool owned(int k) const {
     return valid(k) && column(k) >= 0 && column(k) < columns;
   }
 
   // Whether the row has a loss: a valid label of positive weight.
   TST_INLINE bool carries_loss() const {
-    for (int64_t k = 0; k < size; ++k) {
+    for (int k = 0; k < size; ++k) {
       if (valid(k) && weights[k] > 0.f) return true;
     }
     return false;
   }
 
-  TST_INLINE bool first_occurrence(int64_t k) const {
-    for (int64_t j = 0; j < k; ++j) {
+  TST_INLINE bool first_occurrence(int k) const {
+    for (int j = 0; j < k; ++j) {
       if (labels[j] == labels[k]) return false;
     }
     return true;
@@ -66,9 +67,9 @@ struct Bag {
   // Weight of the token labels[k] in the bag.
   //   mce      its occurrences' over the valid labels'
   //   mce-alt  its largest over the largest of the valid labels
-  TST_INLINE float token_weight(int64_t k) const {
+  TST_INLINE float token_weight(int k) const {
     float token = 0.f, total = 0.f;
-    for (int64_t j = 0; j < size; ++j) {
+    for (int j = 0; j < size; ++j) {
       if (!valid(j)) continue;
       total = alt ? larger(total, weights[j]) : total + weights[j];
       if (labels[j] == labels[k]) token = alt ? larger(token, weights[j]) : token + weights[j];
@@ -91,7 +92,7 @@ struct TargetSum {
   SoftmaxSum tokens;                           // mce-alt
 
   template <typename T>
-  TST_INLINE void include(const Bag& bag, int64_t k, const T* z, float reference) {
+  TST_INLINE void include(const Bag& bag, int k, const T* z, float reference) {
     if (bag.alt) {
       if (!bag.owned(k) || !bag.first_occurrence(k)) return;
       const float weight = bag.token_weight(k);
@@ -175,7 +176,7 @@ struct RowGradient {
 
   TST_INLINE float element(float z) const { return exp_nonpositive(above(z, peak)) * factor; }
 
-  TST_INLINE float labelled(const Bag& bag, int64_t k, float z) const {
+  TST_INLINE float labelled(const Bag& bag, int k, float z) const {
     float off = bag.token_weight(k);
     if (bag.alt && off > 0.f) off = exp_nonpositive(above(z, peak) - target + log_positive(off));
     return element(z) - scale * off;
@@ -189,19 +190,22 @@ struct Problem {
   int64_t stride;
   const int64_t* labels;
   const float* weights;
-  int64_t rows, columns, bag_size, start;
+  int64_t rows;
+  int columns, bag_size;
+  int64_t start;
   bool alt;
 
   TST_INLINE Bag bag(int64_t n) const {
-    return {labels + n * bag_size, weights, bag_size, start, columns, alt};
+    return {labels + n * bag_size, weights, bag_size, columns, start, alt};
   }
   TST_INLINE const T* row(int64_t n) const { return logits + n * stride; }
 };
 
 // What each device provides; ops.cpp says what the arrays hold.
 #define MHCE_DECLARE_KERNELS                                                                     \
-  /* fp32 numbers that `statistics` needs as scratch memory */                                   \
-  int64_t scratch_floats(int64_t rows, int64_t columns);                                         \
+  /* fp32 numbers of scratch memory */                                                           \
+  int64_t statistics_scratch(int64_t rows, int64_t columns);                                     \
+  int64_t gradient_scratch(int64_t rows, int64_t bag_size);                                      \
   template <typename T>                                                                          \
   void statistics(const Problem<const T>& problem, int64_t vocab_size, float* scratch,           \
       float* statistics_4N);                                                                     \
@@ -209,7 +213,7 @@ struct Problem {
       float* loss_N, float* saved_3N);                                                           \
   template <typename T>                                                                          \
   void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N, \
-      T* out, int64_t out_stride);
+      float* scratch, T* out, int64_t out_stride);
 
 namespace cpu {
 MHCE_DECLARE_KERNELS

@@ -69,14 +69,14 @@ TST_INLINE void row_gradient(const Problem<const T>& problem, const float* saved
     return;
   }
   // `out` may be the logits: the labels' columns are computed before and written after all others
-  for (int64_t k = 0; k < bag.size; ++k) {
+  for (int k = 0; k < bag.size; ++k) {
     if (bag.owned(k)) labelled[k] = gradient.labelled(bag, k, static_cast<float>(z[bag.column(k)]));
   }
 #pragma omp simd
   for (int64_t i = 0; i < problem.columns; ++i) {
     out[i] = rounded<T>(gradient.element(static_cast<float>(z[i])));
   }
-  for (int64_t k = 0; k < bag.size; ++k) {
+  for (int k = 0; k < bag.size; ++k) {
     if (bag.owned(k)) out[bag.column(k)] = rounded<T>(labelled[k]);
   }
 }
@@ -96,7 +96,9 @@ MHCE_VECTORISED(c10::Half)
 
 }  // namespace
 
-int64_t scratch_floats(int64_t, int64_t) { return 0; }
+int64_t statistics_scratch(int64_t, int64_t) { return 0; }
+
+int64_t gradient_scratch(int64_t, int64_t) { return 0; }
 
 template <typename T>
 void statistics(const Problem<const T>& problem, int64_t vocab_size, float*,
@@ -113,7 +115,7 @@ void statistics(const Problem<const T>& problem, int64_t vocab_size, float*,
       const SoftmaxSum softmax = softmax_sum_each_target(problem.row(n), problem.columns);
       const Bag bag = problem.bag(n);
       TargetSum sum;
-      for (int64_t k = 0; k < bag.size; ++k) sum.include(bag, k, problem.row(n), softmax.peak);
+      for (int k = 0; k < bag.size; ++k) sum.include(bag, k, problem.row(n), softmax.peak);
       const Target target = sum.target(bag.alt);
       const float values[4] = {softmax.peak, softmax.sum, target.value, target.held};
       for (int64_t i = 0; i < 4; ++i) statistics_4N[i * problem.rows + n] = values[i];
@@ -133,7 +135,7 @@ void loss(const Problem<const float>& problem, int64_t ranks, const float* stati
 
 template <typename T>
 void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N,
-    T* out, int64_t out_stride) {
+    float*, T* out, int64_t out_stride) {
   at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> labelled(problem.bag_size);
     for (int64_t n = begin; n < end; ++n) {
@@ -145,7 +147,8 @@ void gradient(const Problem<const T>& problem, const float* saved_3N, const floa
 
 #define MHCE_INSTANTIATE(T)                                                      \
   template void statistics<T>(const Problem<const T>&, int64_t, float*, float*); \
-  template void gradient<T>(const Problem<const T>&, const float*, const float*, T*, int64_t);
+  template void gradient<T>(                                                     \
+      const Problem<const T>&, const float*, const float*, float*, T*, int64_t);
 MHCE_INSTANTIATE(float)
 MHCE_INSTANTIATE(c10::BFloat16)
 MHCE_INSTANTIATE(c10::Half)

@@ -84,17 +84,24 @@ void dispatch(const Tensor& logits, const Work& work) {
   }
 }
 
+// columns and labels of a row, with room for 32-bit sums
+constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
+
 template <typename T>
 Problem<const T> problem(const Tensor& logits, const Tensor& labels, const Tensor& weights,
     int64_t vocab_start, bool alt) {
+  TORCH_CHECK_VALUE(
+      logits.size(1) <= kMost && labels.size(1) <= kMost,
+      "multi_hot_ce: expected at most ", kMost, " columns and labels a row, got ", logits.size(1),
+      " and ", labels.size(1), ".");
   return {
       /*logits=*/logits.const_data_ptr<T>(),
       /*stride=*/logits.stride(0),
       /*labels=*/labels.const_data_ptr<int64_t>(),
       /*weights=*/weights.const_data_ptr<float>(),
       /*rows=*/logits.size(0),
-      /*columns=*/logits.size(1),
-      /*bag_size=*/labels.size(1),
+      /*columns=*/static_cast<int>(logits.size(1)),
+      /*bag_size=*/static_cast<int>(labels.size(1)),
       /*start=*/vocab_start,
       /*alt=*/alt,
   };
@@ -107,13 +114,18 @@ Problem<const T> problem(const Tensor& logits, const Tensor& labels, const Tenso
 #define MHCE_ON_DEVICE(tensor, call) cpu::call
 #endif
 
+// Memory that a call of a kernel needs, from torch's allocator.
+Tensor scratch_of(const Tensor& logits, int64_t floats) {
+  return empty_like_logits(logits, {floats}, at::kFloat);
+}
+
 Tensor statistics(const Tensor& logits, const Tensor& labels, const Tensor& weights,
     int64_t vocab_start, int64_t vocab_size, bool alt) {
   Tensor out = statistics_meta(logits, labels, weights, vocab_start, vocab_size, alt);
   dispatch(logits, [&](auto zero) {
     const auto rows = problem<decltype(zero)>(logits, labels, weights, vocab_start, alt);
-    const int64_t floats = MHCE_ON_DEVICE(logits, scratch_floats(rows.rows, rows.columns));
-    const Tensor memory = empty_like_logits(logits, {floats}, at::kFloat);
+    const Tensor memory =
+        scratch_of(logits, MHCE_ON_DEVICE(logits, statistics_scratch(rows.rows, rows.columns)));
     float* scratch = memory.mutable_data_ptr<float>();
     float* statistics_4N = out.mutable_data_ptr<float>();
     MHCE_ON_DEVICE(logits, statistics(rows, vocab_size, scratch, statistics_4N));
@@ -133,7 +145,7 @@ std::tuple<Tensor, Tensor> loss(
       /*weights=*/weights.const_data_ptr<float>(),
       /*rows=*/labels.size(0),
       /*columns=*/0,
-      /*bag_size=*/labels.size(1),
+      /*bag_size=*/static_cast<int>(labels.size(1)),
       /*start=*/0,
       /*alt=*/alt,
   };
@@ -152,7 +164,10 @@ void write_gradient(const Tensor& logits, const Tensor& labels, const Tensor& we
     const float* saved_3N = saved.const_data_ptr<float>();
     const float* upstream_N = upstream.const_data_ptr<float>();
     T* out_NV = out.mutable_data_ptr<T>();
-    MHCE_ON_DEVICE(logits, gradient(rows, saved_3N, upstream_N, out_NV, out.stride(0)));
+    const Tensor memory =
+        scratch_of(logits, MHCE_ON_DEVICE(logits, gradient_scratch(rows.rows, rows.bag_size)));
+    float* scratch = memory.mutable_data_ptr<float>();
+    MHCE_ON_DEVICE(logits, gradient(rows, saved_3N, upstream_N, scratch, out_NV, out.stride(0)));
   });
 }
 
