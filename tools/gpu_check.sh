@@ -106,7 +106,7 @@ pack() {
     tar -C "$work/packed" -rf "$out/details.tar" "$(basename "$1")" && rm -f "$1"
 }
 
-steps_of() { (listing=1 only="" part=$1; "part_$1") | tr '\n' ' '; }
+steps_of() { (listing=1 only="" part=$1; "part_$1") | xargs; }
 # GPU REHEARSAL: the value of the case
 either() { if [[ -z $rehearse ]]; then echo "$1"; else echo "$2"; fi; }
 

@@ -349,6 +349,8 @@ def conclusions(results: Results) -> str:
         f"Missed: {t.what} is {_number(t)}{_by_how_much(t)}. Look first at {t.look}."
         for t in missed
     ]
+    if hints := without_hints(results):
+        paragraphs.append("Without cache hints: " + "; ".join(hints) + ".")
     if failed := _failed(results):
         paragraphs.append("Steps that did not end well: " + ", ".join(failed) + ".")
     if unknown:
@@ -373,6 +375,20 @@ def _failed(results: Results) -> list[str]:
         for name, code in results.codes().items()
         if code
     ]
+
+
+def without_hints(results: Results) -> list[str]:
+    """Of each build of --part hints: its time over that of the ordinary one, measured before it."""
+    loss, said = Losses(results), []
+    for v in (loss.whole, loss.shard):
+        plain, found = None, {}
+        for row in (row for row in loss.rows if row["V"] == str(v) and row["s"] == "16"):
+            if row["variant"] == "ours, in place":
+                plain = float(row["ms"])
+            elif row["variant"].startswith("ours (") and row["variant"].endswith(", in place"):
+                found[row["variant"].split("(")[1].split(")")[0]] = ratio(float(row["ms"]), plain)
+        said += [f"{name} takes {times} of the time at V = {v}" for name, times in found.items()]
+    return said
 
 
 def copy_rate(results: Results) -> float | None:
