@@ -69,8 +69,13 @@ def find_extension() -> tuple[list, str]:
             f"no extension, torch kernels alone: {error} in the building environment. Install "
             "torch first, then `pip install --no-build-isolation` this package."
         )
-    cpu = ["csrc/ops.cpp", "csrc/multi_hot_ce_cpu.cpp"]
-    headers = ["csrc/multi_hot_ce.h", "csrc/device.h", "csrc/checks.h"]
+    cpu = [
+        "csrc/ops.cpp",
+        "csrc/multi_hot_ce_cpu.cpp",
+        "csrc/superposed_embedding_ops.cpp",
+        "csrc/superposed_embedding_cpu.cpp",
+    ]
+    headers = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
     without = why_no_cuda(torch, home)
     if without:
         extension = CppExtension(
@@ -84,7 +89,7 @@ def find_extension() -> tuple[list, str]:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(home))
     extension = CUDAExtension(
         "megatron_tst._C",
-        [*cpu, "csrc/multi_hot_ce.cu"],
+        [*cpu, "csrc/multi_hot_ce.cu", "csrc/superposed_embedding.cu"],
         depends=headers,
         define_macros=[("MHCE_WITH_CUDA", None), ("MHCE_CUDA_ARCHITECTURES", f'"{architectures}"')],
         extra_compile_args={

@@ -216,8 +216,8 @@ TORCH_LIBRARY_IMPL(megatron_tst, Meta, m) { MHCE_REGISTER(_meta) }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Multi-hot cross entropy kernels of megatron_tst; importing it registers "
-      "torch.ops.megatron_tst.multi_hot_ce_*.";
+      "The kernels of megatron_tst; importing it registers "
+      "torch.ops.megatron_tst.multi_hot_ce_* and superposed_embedding*.";
   m.attr("torch_version") = TORCH_VERSION;
 #if defined(MHCE_WITH_CUDA)
   m.attr("cuda_architectures") = MHCE_CUDA_ARCHITECTURES;

@@ -1,0 +1,31 @@
+// What tests call of csrc/multi_hot_ce.cu (tests/support/cuda_on_cpu/README.md).
+#include "multi_hot_ce.cu"
+
+using namespace megatron_tst;
+
+#define EXPORT_FOR(T, name)                                                                     \
+  extern "C" void statistics_##name(const T* logits, int64_t stride, const int64_t* labels,     \
+      const float* weights, int64_t rows, int64_t columns, int64_t bag_size, int64_t start,     \
+      bool alt, int64_t vocab_size, float* scratch, float* statistics_4N) {                     \
+    cuda::statistics<T>({logits, stride, labels, weights, rows, columns, bag_size, start, alt}, \
+        vocab_size, scratch, statistics_4N);                                                    \
+  }                                                                                             \
+  extern "C" void gradient_##name(const T* logits, int64_t stride, const int64_t* labels,       \
+      const float* weights, int64_t rows, int64_t columns, int64_t bag_size, int64_t start,     \
+      bool alt, const float* saved_3N, const float* upstream_N, T* out, int64_t out_stride) {   \
+    cuda::gradient<T>({logits, stride, labels, weights, rows, columns, bag_size, start, alt},   \
+        saved_3N, upstream_N, out, out_stride);                                                 \
+  }
+EXPORT_FOR(float, float32)
+EXPORT_FOR(c10::BFloat16, bfloat16)
+EXPORT_FOR(c10::Half, float16)
+
+extern "C" void loss(const int64_t* labels, const float* weights, int64_t rows, int64_t bag_size,
+    bool alt, int64_t ranks, const float* statistics_R4N, float* loss_N, float* saved_3N) {
+  cuda::loss({nullptr, 0, labels, weights, rows, 0, bag_size, 0, alt}, ranks, statistics_R4N,
+      loss_N, saved_3N);
+}
+
+extern "C" int64_t scratch_floats(int64_t rows, int64_t columns) {
+  return cuda::scratch_floats(rows, columns);
+}
