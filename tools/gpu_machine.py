@@ -15,6 +15,7 @@ or is missing.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -124,12 +125,10 @@ def extension(file: str | None = None) -> int:
         part = installed.with_suffix(".part")  # beside, since a process may have it open
         shutil.copyfile(path, part)
         part.rename(installed)
-    print(f"fits: {path}, {path.stat().st_size >> 20} MB, for {_loaded().cuda_architectures}")
+    from megatron_tst import extension
+
+    print(f"fits: {path}: {extension.load().description}")
     return 0
-
-
-def _loaded():
-    return sys.modules["megatron_tst._C"]
 
 
 def unfit(path: Path) -> str | None:
@@ -153,9 +152,8 @@ def unfit(path: Path) -> str | None:
     found = extension.load()
     if not found.loaded:
         return found.description
-    lacking = [name for name in operators() if not hasattr(torch.ops.megatron_tst, name)]
-    if lacking:
-        return f"built of other sources: it has no {', '.join(lacking)}."
+    if getattr(module, "sources", None) != sources():
+        return "built of other sources than those in csrc. Build it again."
     if torch.cuda.is_available():
         own = "{}.{}".format(*torch.cuda.get_device_capability())
         if own not in re.findall(r"\d+\.\d+", module.cuda_architectures):
@@ -163,10 +161,10 @@ def unfit(path: Path) -> str | None:
     return None
 
 
-def operators() -> list[str]:
-    """Those that the sources define, by name."""
-    text = "".join(path.read_text() for path in sorted((ROOT / "csrc").glob("*.cpp")))
-    return re.findall(r'm\.def\(\s*"(\w+)\(', text)
+def sources() -> str:
+    """As setup.py writes it into what it builds."""
+    text = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").iterdir()))
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 # --- what ptxas -v says
