@@ -42,7 +42,8 @@ class Status:
     Args:
         seams: the Megatron functions that are replaced now.
         config: the settings that the loss uses, None when nothing is applied.
-        superposed_embeddings: calls of the embedding with bags.
+        superposed_embeddings: calls of the embedding with bags. These and the following are calls
+            from Python: steps that a CUDA graph replays are not among them.
         multi_hot_losses: calls of the loss with bags.
         recovery_losses: calls of our loss with one label a position (kernel_in_recovery,
             fused_linear_loss).
