@@ -159,8 +159,8 @@ class Report:
         steps = getattr(self._args, "cuda_graph_warmup_steps", None)
         _print_first(
             f" [tst] full-iteration CUDA graph before iteration {iteration}: that of {dropped} is "
-            f"reset and its static buffers are emptied; {steps} iterations of "
-            f"{described(phase.name, phase.bag_size)} run without a graph, then theirs is captured"
+            f"reset and its static buffers are emptied; {described(phase.name, phase.bag_size)} "
+            f"runs without one first (--cuda-graph-warmup-steps {steps}), then has its own"
         )
 
     def overridden(self, before: Schedule, after: Schedule, consumed: int) -> None:

@@ -13,33 +13,85 @@ from support.runs import TINY, TST
 pytestmark = pytest.mark.numeric
 
 SCRIPT = str(ROOT / "tests" / "support" / "train.py")
-# fewer steps than a phase has: one runs as it is, the second is captured, the rest are replays
+# one step of a phase runs as it is, the second is captured, the others are replays
 GRAPHS = (
     "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 "
     "--no-check-for-nan-in-loss-and-grad"
 ).split()
-MOCK = ["--mock-data", "--vocab-size", "512"]
+RESET = re.compile(r"full-iteration CUDA graph before iteration (\d+): that of ([^,]+?) is reset")
 
 
-def figures(fork_server, folder, *flags, **env):
-    run = fork_server.train(folder, *TINY, *MOCK, *flags, script=SCRIPT, env=env)
+def figures(fork_server, folder, flags, **env):
+    folder.mkdir(exist_ok=True)
+    mock = ["--mock-data", "--vocab-size", "512"]
+    run = fork_server.train(folder, *TINY, *mock, *flags, script=SCRIPT, env=env)
     assert run.ok, run.log[-3000:]
     return run, torch.load(folder / "rank0.pt", weights_only=False)
 
 
-@pytest.fixture
-def both(fork_server, tmp_path):
-    def both(*flags):
-        for name in ("plain", "graphs"):
-            (tmp_path / name).mkdir()
-        plain = figures(fork_server, tmp_path / "plain", *flags)
-        graphs = figures(fork_server, tmp_path / "graphs", *flags, *GRAPHS, GRAPHS_ON_CPU="1")
-        return *plain, *graphs
-
-    return both
+def same_bits(got, want):
+    """Losses, the excess over the bags' entropy, gradient norms, validation and weights."""
+    assert got["steps"] == want["steps"] and got["validation"] == want["validation"]
+    assert len(got["weights"]) == len(want["weights"]) > 0
+    for (*place, shard), (*wanted_place, wanted) in zip(got["weights"], want["weights"]):
+        assert place == wanted_place and torch.equal(shard, wanted)
 
 
-def test_x(both):
-    plain, want, graphs, got = both(*TST)
-    print(graphs.log)
-    assert got["steps"] == want["steps"]
+def captures(run, stage):
+    return run.log.count(f"CUDA graph capture done for {stage}!!!")
+
+
+@pytest.mark.parametrize(
+    "flags, resets, calls",
+    [
+        (TST, [("7", "bag size 4")], (4, 4)),
+        # a shape for each bag size; each phase of 3 has a step, a capture and a replay
+        pytest.param(
+            "--tst-bag-size 4,2 --tst-iters 3,3 --tst-kernel torch --mtp-num-layers 1".split(),
+            [("4", "bag size 4"), ("7", "bag size 2")],
+            # the heads of multi-token prediction embed, and take a loss, too
+            (16, 16),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            [*TST, "--tst-fused-linear-loss", "--bf16"],
+            [("7", "bag size 4")],
+            (4, 4),
+            marks=pytest.mark.slow,
+        ),
+        # no step of Megatron's is made where the phase changes
+        pytest.param(
+            [*TST, "--iterations-to-skip", "6", "7"],
+            [("8", "bag size 4")],
+            (4, 4),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one bag size", "two bag sizes, mtp", "fused linear, bf16", "skipped iterations"],
+)
+def test_graphs_change_no_bit_of_a_run_over_the_switch(fork_server, tmp_path, flags, resets, calls):
+    plain, want = figures(fork_server, tmp_path / "plain", flags)
+    run, got = figures(fork_server, tmp_path / "graphs", [*flags, *GRAPHS], GRAPHS_ON_CPU="1")
+    same_bits(got, want)
+    assert run.losses == plain.losses and run.phases == plain.phases
+    assert RESET.findall(run.log) == resets and not RESET.findall(plain.log)
+    assert captures(run, "training") == 1 + len(resets) and captures(run, "validation") == 1
+    # what Python knows of is the first step and the capture, of two micro-batches each
+    said = f"outside of its CUDA graph's replays: {calls[0]} embedding and {calls[1]} loss calls"
+    assert said in run.log and "replays" not in plain.log
+
+
+@pytest.mark.slow
+def test_a_process_for_each_phase_resets_nothing(fork_server, tmp_path):
+    both = {}
+    for name, more, env in (("plain", [], {}), ("graphs", GRAPHS, {"GRAPHS_ON_CPU": "1"})):
+        save = ["--save", tmp_path / f"{name}_checkpoints", "--tst-exit-at-boundary"]
+        flags = [*TST, *more, *save, "--save-interval", "100"]
+        first = figures(fork_server, tmp_path / name, flags, **env)
+        second = figures(fork_server, tmp_path / name, [*flags, "--load", save[1]], **env)
+        both[name] = first, second
+    for i, steps in enumerate((6, 4)):
+        (_, want), (run, got) = both["plain"][i], both["graphs"][i]
+        same_bits(got, want)
+        assert len(got["steps"]) == steps
+        assert captures(run, "training") == 1 and not RESET.findall(run.log)
