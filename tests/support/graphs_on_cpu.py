@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class CUDAGraph:
@@ -55,12 +55,13 @@ class _Capture(TorchDispatchMode):
             if storage.data_ptr() not in self.made | self.before.keys():
                 self.before[storage.data_ptr()] = storage, storage.clone()
         results = operation(*args, **kwargs)
-        leaves = tree_leaves(results)
+        # the memory as it is now: Megatron may hang other memory behind a tensor (viewless tensors)
+        args, kwargs, made = tree_map_only(
+            torch.Tensor, torch.Tensor.detach, (args, kwargs, tree_leaves(results))
+        )
         given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
-        for leaf in leaves:
-            if torch.is_tensor(leaf) and _memory(leaf) not in given:
-                self.made.add(_memory(leaf))
-        self.tape.append((operation, args, kwargs, leaves))
+        self.made |= {_memory(leaf) for leaf in made if torch.is_tensor(leaf)} - given
+        self.tape.append((operation, args, kwargs, made))
         return results
 
 

@@ -21,11 +21,16 @@ GRAPHS = (
 RESET = re.compile(r"full-iteration CUDA graph before iteration (\d+): that of ([^,]+?) is reset")
 
 
-def figures(fork_server, folder, flags, **env):
+def train(fork_server, folder, flags, env):
     folder.mkdir(exist_ok=True)
     mock = ["--mock-data", "--vocab-size", "512"]
     run = fork_server.train(folder, *TINY, *mock, *flags, script=SCRIPT, env=env)
     assert run.ok, run.log[-3000:]
+    return run
+
+
+def figures(fork_server, folder, flags, **env):
+    run = train(fork_server, folder, flags, env)
     return run, torch.load(folder / "rank0.pt", weights_only=False)
 
 
@@ -83,15 +88,15 @@ def test_graphs_change_no_bit_of_a_run_over_the_switch(fork_server, tmp_path, fl
 
 @pytest.mark.slow
 def test_a_process_for_each_phase_resets_nothing(fork_server, tmp_path):
-    both = {}
+    both = []
     for name, more, env in (("plain", [], {}), ("graphs", GRAPHS, {"GRAPHS_ON_CPU": "1"})):
-        save = ["--save", tmp_path / f"{name}_checkpoints", "--tst-exit-at-boundary"]
-        flags = [*TST, *more, *save, "--save-interval", "100"]
-        first = figures(fork_server, tmp_path / name, flags, **env)
-        second = figures(fork_server, tmp_path / name, [*flags, "--load", save[1]], **env)
-        both[name] = first, second
-    for i, steps in enumerate((6, 4)):
-        (_, want), (run, got) = both["plain"][i], both["graphs"][i]
-        same_bits(got, want)
-        assert len(got["steps"]) == steps
+        folder, save = tmp_path / name, str(tmp_path / f"{name}_checkpoints")
+        flags = [*TST, *more, "--tst-exit-at-boundary", "--save", save, "--save-interval", "100"]
+        runs = [train(fork_server, folder, [*flags, *load], env) for load in ([], ["--load", save])]
+        both.append((*runs, torch.load(folder / "rank0.pt", weights_only=False)))
+    (*plain, want), (*graphs, got) = both
+    same_bits(got, want)  # of the second process; the first one ended at the boundary
+    for run, steps, of_plain in zip(graphs, (6, 4), plain):
+        assert run.losses == of_plain.losses and len(run.losses) == steps
+        assert run.grad_norms == of_plain.grad_norms
         assert captures(run, "training") == 1 and not RESET.findall(run.log)
