@@ -97,8 +97,10 @@ def routers_in_graphs(args: argparse.Namespace) -> bool:
     Args:
         args: Megatron's.
     """
+    if captures_whole_steps(args):
+        return True
     if getattr(args, "cuda_graph_impl", None) not in ("local", "transformer_engine"):
-        return captures_whole_steps(args)
+        return False
     modules = _graph_modules(args)
     return not modules or not {"moe", "moe_router", "moe_preprocess"}.isdisjoint(modules)
 
@@ -107,7 +109,9 @@ def _graph_modules(args):
     """Names of the modules that are captured one by one; none named: whole layers."""
     names = "cuda_graph_modules", "cuda_graph_scope"
     return [
-        str(getattr(part, "name", part)) for name in names for part in getattr(args, name, None) or ()
+        str(getattr(part, "name", part))
+        for name in names
+        for part in getattr(args, name, None) or ()
     ]
 
 

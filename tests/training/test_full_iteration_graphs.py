@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from support.paths import ROOT
-from support.runs import TINY, TST
+from support.runs import TINY, TST, data
 
 pytestmark = pytest.mark.numeric
 
@@ -23,8 +23,7 @@ RESET = re.compile(r"full-iteration CUDA graph before iteration (\d+): that of (
 
 def train(fork_server, folder, flags, env):
     folder.mkdir(exist_ok=True)
-    mock = ["--mock-data", "--vocab-size", "512"]
-    run = fork_server.train(folder, *TINY, *mock, *flags, script=SCRIPT, env=env)
+    run = fork_server.train(folder, *TINY, *flags, script=SCRIPT, env=env)
     assert run.ok, run.log[-3000:]
     return run
 
@@ -74,7 +73,10 @@ def captures(run, stage):
     ],
     ids=["one bag size", "two bag sizes, mtp", "fused linear, bf16", "skipped iterations"],
 )
-def test_graphs_change_no_bit_of_a_run_over_the_switch(fork_server, tmp_path, flags, resets, calls):
+def test_graphs_change_no_bit_of_a_run_over_the_switch(
+    fork_server, corpus, tmp_path, flags, resets, calls
+):
+    flags = [*data(corpus), *flags]  # text, whose bags differ in their entropy
     plain, want = figures(fork_server, tmp_path / "plain", flags)
     run, got = figures(fork_server, tmp_path / "graphs", [*flags, *GRAPHS], GRAPHS_ON_CPU="1")
     same_bits(got, want)
@@ -87,11 +89,20 @@ def test_graphs_change_no_bit_of_a_run_over_the_switch(fork_server, tmp_path, fl
 
 
 @pytest.mark.slow
-def test_a_process_for_each_phase_resets_nothing(fork_server, tmp_path):
+def test_a_process_for_each_phase_resets_nothing(fork_server, corpus, tmp_path):
     both = []
     for name, more, env in (("plain", [], {}), ("graphs", GRAPHS, {"GRAPHS_ON_CPU": "1"})):
         folder, save = tmp_path / name, str(tmp_path / f"{name}_checkpoints")
-        flags = [*TST, *more, "--tst-exit-at-boundary", "--save", save, "--save-interval", "100"]
+        flags = [
+            *data(corpus),
+            *TST,
+            *more,
+            "--tst-exit-at-boundary",
+            "--save",
+            save,
+            "--save-interval",
+            "100",
+        ]
         runs = [train(fork_server, folder, [*flags, *load], env) for load in ([], ["--load", save])]
         both.append((*runs, torch.load(folder / "rank0.pt", weights_only=False)))
     (*plain, want), (*graphs, got) = both
