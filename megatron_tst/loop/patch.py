@@ -5,7 +5,7 @@ machines without a GPU).
                                        compute_language_model_loss        3-D labels: the bag loss
     2 for multi-token prediction       roll_tensor, acceptance counts     3-D: bag by bag
     2 for --tst-fused-linear-loss      GPTModel.forward, HybridModel.forward
-    1 for full-iteration CUDA graphs   FullCudaGraphWrapper.__call__
+    1 for graphs of whole steps        FullCudaGraphWrapper.__call__
     11 around megatron.training's loop run.py and entry.py make them
 
 Two class methods carry TST. Which phase it is, only the shape of the batch says: with 2-D ids and
