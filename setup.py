@@ -15,6 +15,7 @@ Build with `pip install --no-build-isolation`: the extension fits the torch that
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -82,6 +83,7 @@ def find_extension() -> tuple[list, str]:
             "megatron_tst._C",
             cpu,
             depends=headers,
+            define_macros=[sources()],
             extra_compile_args=CPU_FLAGS,
             extra_link_args=["-fopenmp"],
         )
@@ -91,7 +93,11 @@ def find_extension() -> tuple[list, str]:
         "megatron_tst._C",
         [*cpu, "csrc/multi_hot_ce.cu", "csrc/superposed_embedding.cu"],
         depends=headers,
-        define_macros=[("MHCE_WITH_CUDA", None), ("MHCE_CUDA_ARCHITECTURES", f'"{architectures}"')],
+        define_macros=[
+            ("MHCE_WITH_CUDA", None),
+            ("MHCE_CUDA_ARCHITECTURES", f'"{architectures}"'),
+            sources(),
+        ],
         extra_compile_args={
             "cxx": CPU_FLAGS,
             "nvcc": ["-O3", "-std=c++17", "--extended-lambda", "-Xptxas", "-v"],
@@ -100,6 +106,14 @@ def find_extension() -> tuple[list, str]:
     )
     what = f"the CPU kernels and the CUDA kernels for {architectures} with {home}"
     return [extension], f"building {what}."
+
+
+def sources() -> tuple[str, str]:
+    """The macro that says of an extension which sources it was built of: tools/gpu_machine.py asks
+    for it, so that nobody measures an old build.
+    """
+    text = b"".join(path.read_bytes() for path in sorted(Path("csrc").iterdir()))
+    return "MHCE_SOURCES", f'"{hashlib.sha256(text).hexdigest()[:16]}"'
 
 
 def cuda_home() -> Path | None:

@@ -219,6 +219,9 @@ PYBIND11_MODULE(_C, m) {
       "The kernels of megatron_tst; importing it registers "
       "torch.ops.megatron_tst.multi_hot_ce_* and superposed_embedding*.";
   m.attr("torch_version") = TORCH_VERSION;
+#if defined(MHCE_SOURCES)
+  m.attr("sources") = MHCE_SOURCES;
+#endif
 #if defined(MHCE_WITH_CUDA)
   m.attr("cuda_architectures") = MHCE_CUDA_ARCHITECTURES;
 #else

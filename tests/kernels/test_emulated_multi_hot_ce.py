@@ -4,7 +4,8 @@ alignments, special values, ranks, segments, schedules. Every access is checked 
 
 import ctypes
 import itertools
-from dataclasses import dataclass, field
+import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ class Case:
     weighting: str = "power-law"
     few: int | None = None  # distinct labels
     scale: float = 3.0  # of the logits
+    shift: float = 0.0  # that is added to them
     # where rows lie: elements behind a multiple of 128 bytes, elements between rows
     start: int = 0
     gap: int = 0
@@ -49,7 +51,8 @@ class Case:
     out_gap: int = 0
     ranks: int = 1  # that share the columns
     seed: int = 1  # of numbers, threads and the exponential's errors
-    constants: tuple[tuple[str, int], ...] = field(default=SMALL)
+    constants: tuple[tuple[str, int], ...] = SMALL
+    defines: tuple[str, ...] = ()
 
     def draw(self):
         """-> logits, labels, gradient of the loss"""
@@ -58,7 +61,7 @@ class Case:
         logits, labels = draw_losses(
             shape, self.columns, self.labels, seed=self.seed, few=few, scale=self.scale
         )
-        return logits.to(self.dtype), labels, torch.randn(self.rows)
+        return (logits + self.shift).to(self.dtype), labels, torch.randn(self.rows)
 
     def check(self) -> None:
         logits, labels, upstream = self.draw()
@@ -81,7 +84,7 @@ class Case:
 
     def run(self, logits, labels, upstream, seed=None, exp_seed=0):
         """-> the loss and its gradient, of emulated kernels"""
-        kernels = cuda_on_cpu.build("multi_hot_ce", self.constants)
+        kernels = cuda_on_cpu.build("multi_hot_ce", self.constants, self.defines)
         weights = target_weights(self.weighting, self.labels)
         seed, alt = seed or self.seed, self.loss == "mce-alt"
         name = str(self.dtype).removeprefix("torch.")
@@ -184,6 +187,13 @@ def test_misaligned(dtype, loss):
             check([Case(2, v, 3, out_start=out, out_gap=gap, **same)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hints(dtype):
+    """What the file offers for measurements."""
+    defines = ("MHCE_PLAIN_FORWARD", "MHCE_PLAIN_STORE")
+    check(Case(5, v, 6, dtype, start=1, defines=defines) for v in (40, 2300))
+
+
 @pytest.mark.parametrize("weighting", TARGET_WEIGHTINGS)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_labels(loss, weighting):
@@ -216,6 +226,14 @@ def test_large_logits(dtype, loss):
     """Beyond about 2e9 the rounding of a row's reference would overflow the exponential."""
     scale = 1e4 if loss == "mce-alt" or dtype == torch.float16 else 1e8
     check(Case(4, v, 6, dtype, loss, scale=scale, few=9) for v in (5, 300, 2300))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_far_from_zero(dtype, loss):
+    """What fills up a batch or a segment must not be larger than the logits."""
+    for shift, constants in itertools.product((-300.0, 300.0), (SMALL, SEGMENTS_OF_64)):
+        check([Case(2, 300, 4, dtype, loss, shift=shift, ranks=2, constants=constants)])
 
 
 @pytest.mark.parametrize("constants", [SMALL, SEGMENTS_OF_64], ids=["", "segments"])
@@ -278,3 +296,70 @@ def test_a_label_outside_the_vocabulary_stops_the_kernel():
         labels[1, 2] = label
         with pytest.raises(cuda_on_cpu.Fault, match="device-side assert"):
             case.run(logits, labels, upstream)
+
+
+# ---- in `make test-slow`
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_small_width(dtype, loss):
+    for constants in (SMALL, SEGMENTS_OF_64, SEGMENTS_OF_8):
+        same = dict(dtype=dtype, loss=loss, few=4, constants=constants)
+        check(Case(2, v, 3, start=v % 3, seed=v, **same) for v in range(1, 200))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_borders_as_it_is(dtype, loss):
+    for start, out in ((0, 0), (1, 1), (3, None), (2, 5)):
+        same = dict(dtype=dtype, loss=loss, constants=AS_IT_IS)
+        widths = borders(dtype, AS_IT_IS)
+        check(Case(1, v, 3, start=start, out_start=out, seed=v, **same) for v in widths)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_pair_of_alignments(dtype):
+    lanes = 16 // dtype.itemsize
+    for start, out, v in itertools.product(range(lanes), range(lanes), (1, 9, 64, 300)):
+        check([Case(2, v, 2, dtype, start=start, gap=1, out_start=out, out_gap=3)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(12))
+def test_anything(block):
+    """100 random cases each."""
+    chosen = random.Random(block)
+    for _ in range(100):
+        case = Case(
+            rows=chosen.choice((1, 2, 3, 5, 9, 33)),
+            columns=chosen.choice((chosen.randint(1, 70), chosen.randint(70, 1500))),
+            labels=chosen.choice((1, 2, 3, 8, 16, 40)),
+            dtype=chosen.choice(DTYPES),
+            loss=chosen.choice(LOSSES),
+            weighting=chosen.choice(TARGET_WEIGHTINGS),
+            few=chosen.choice((None, 1, 3, 20)),
+            start=chosen.randrange(9),
+            gap=chosen.choice((0, chosen.randrange(9))),
+            out_start=chosen.choice((None, chosen.randrange(9))),
+            out_gap=chosen.randrange(9),
+            ranks=chosen.choice((1, 1, 2, 3, 4)),
+            seed=chosen.randint(1, 10**6),
+            constants=chosen.choice((SMALL, SEGMENTS_OF_64, SEGMENTS_OF_8)),
+        )
+        check([case] if case.columns >= case.ranks else [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("constants", [AS_IT_IS, SMALL, SEGMENTS_OF_64, SEGMENTS_OF_8])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_in_many_orders_of_threads(dtype, loss, constants):
+    case = Case(3, 1100, 16, dtype, loss, few=30, start=1, out_start=1, constants=constants)
+    drawn = case.draw()
+    first = case.run(*drawn, seed=1)
+    for seed in range(2, 20):
+        assert all(torch.equal(a, b) for a, b in zip(first, case.run(*drawn, seed=seed)))
