@@ -4,6 +4,9 @@ in one process, interleaved.
     python benchmarks/bench_embedding.py [-V 32000] [-H 1024] [-b 2] [-L 1024] [-s 4 16] [--dtype
     fp32 bf16] [--json] [--csv FILE]
 
+ours: the extension's kernels, or those in torch. main_grad: the gradient is added to Megatron's
+fp32 buffer, by ours in backward itself, of a peer afterwards, as DistributedDataParallel does.
+
 error: relative error of the gradient against fp64, ids Zipf-distributed (a frequent token is hit
 thousands of times).
 """

@@ -68,9 +68,11 @@ def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, grou
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("s", [2, 3, 7])
-def test_equals_the_reference(megatron, kernel, s):
+def test_equals_the_reference(megatron, monkeypatch, kernel, s):
     from megatron_tst.loop import patch
 
+    # the setting reaches the op: the other kernel is not there
+    monkeypatch.setattr(embedding, "KERNELS", {kernel: embedding.KERNELS[kernel]})
     torch.manual_seed(0)
     module = build(megatron)
     tokens = torch.randint(0, 64, (3, 5, s))
@@ -81,8 +83,6 @@ def test_equals_the_reference(megatron, kernel, s):
         assert patch.status().superposed_embeddings == 1
     finally:
         patch.remove()
-    # the function's own bits: the setting reaches the kernel
-    assert torch.equal(out, embedding.superposed_embedding(module, tokens, kernel))
     (grad,) = torch.autograd.grad((out * upstream).sum(), module.weight)
     table = module.weight.detach().double().requires_grad_()
     want = reference.superposed_embedding(table, tokens)
