@@ -24,6 +24,7 @@ constexpr int kPoolThreads = 256;
 constexpr int kAddThreads = 128;
 constexpr int kPartialsAtOnce = 16;  // the hottest token has hundreds, one after the other
 constexpr int kLanes = 4;            // columns of a thread
+constexpr int kPlacesAtOnce = 64;    // of a bag, a multiple of rows at once
 constexpr int kSliceStep = kAddThreads * kLanes;
 constexpr int64_t kScratch = 16 << 20;  // fp32 numbers: 64 MiB
 
@@ -98,31 +99,37 @@ __device__ __forceinline__ int64_t column_of_thread() {
 template <typename T, typename Out, int lanes>
 __global__ void __launch_bounds__(kPoolThreads)
     pool(Bags bags, int64_t vocab_size, const T* table, Out* out) {
+  __shared__ int row_of[kPlacesAtOnce];  // of places, -1 where there is nothing to add
   const int64_t n = blockIdx.x;
   const int64_t* tokens = bags.tokens + n * bags.bag_size;
-  const int bag_size = static_cast<int>(bags.bag_size);
-  if (blockIdx.y == 0) {
-    for (int k = threadIdx.x; k < bag_size; k += blockDim.x) {
-      // a token outside the vocabulary: check that the data were tokenised with this vocabulary
-      CUDA_KERNEL_ASSERT(tokens[k] >= 0 && tokens[k] < vocab_size);
-    }
-  }
   const int64_t column = column_of_thread<lanes>();
-  if (column >= bags.columns) return;
   const T* columns = table + column;
   float sum[lanes] = {};
-  for (int k = 0; k < bag_size; k += kRowsAtOnce<T>) {
-    Vector<T, lanes> rows[kRowsAtOnce<T>];
-#pragma unroll
-    for (int j = 0; j < kRowsAtOnce<T>; ++j) {
-      rows[j].zero();  // a sum is never -0, so that adding this changes nothing
-      if (k + j >= bag_size) continue;
-      const int64_t row = bags.row_of(tokens[k + j]);
-      if (row < bags.rows) rows[j].load_constant(columns + row * bags.columns);
+  for (int64_t first = 0; first < bags.bag_size; first += kPlacesAtOnce) {
+    const int count = static_cast<int>(min(int64_t(kPlacesAtOnce), bags.bag_size - first));
+    if (first > 0) __syncthreads();  // the places before are done with
+    for (int k = threadIdx.x; k < kPlacesAtOnce; k += blockDim.x) {
+      const int64_t token = k < count ? tokens[first + k] : 0;
+      // a token outside the vocabulary: check that the data were tokenised with this vocabulary
+      CUDA_KERNEL_ASSERT(token >= 0 && token < vocab_size);
+      const int64_t row = bags.row_of(token);
+      row_of[k] = k < count && row < bags.rows ? static_cast<int>(row) : -1;
     }
+    __syncthreads();
+    if (column >= bags.columns) continue;
+    for (int k = 0; k < count; k += kRowsAtOnce<T>) {
+      Vector<T, lanes> rows[kRowsAtOnce<T>];
 #pragma unroll
-    for (int j = 0; j < kRowsAtOnce<T>; ++j) add(sum, rows[j]);
+      for (int j = 0; j < kRowsAtOnce<T>; ++j) {
+        const int row = row_of[k + j];
+        rows[j].zero();  // a sum is never -0, so that adding this changes nothing
+        if (row >= 0) rows[j].load_constant(columns + row * bags.columns);
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce<T>; ++j) add(sum, rows[j]);
+    }
   }
+  if (column >= bags.columns) return;
 #pragma unroll
   for (int i = 0; i < lanes; ++i) sum[i] = mean(sum[i], bags.bag_size);
   Vector<Out, lanes> result;
@@ -166,35 +173,35 @@ __device__ __forceinline__ void add_to_gradient(
 template <typename T, typename Out, int lanes>
 __global__ void __launch_bounds__(kAddThreads)
     add_windows(Bags bags, Slice slice, const T* upstream, Out* gradient) {
-  __shared__ int row_of[kWindow + 2];  // of the places, with one before and one behind
-  __shared__ int position_of[kWindow];
+  __shared__ int row_of[kWindow + 2];   // of the places, with one before and one behind
+  __shared__ int position_of[kWindow];  // -1 where there is nothing to add
   const int64_t w = blockIdx.x;
   const int count = static_cast<int>(min(int64_t(kWindow), bags.places() - w * kWindow));
-  for (int i = threadIdx.x; i < count + 2; i += blockDim.x) {
+  const int unowned = static_cast<int>(bags.rows);
+  for (int i = threadIdx.x; i < kWindow + 2; i += blockDim.x) {
     const int64_t place = w * kWindow + i - 1;
-    row_of[i] = place >= 0 && place < bags.places() ? slice.sorted[place] : -1;
-    if (i >= 1 && i <= count) {
-      position_of[i - 1] = static_cast<int>(slice.order[place] / bags.bag_size);
-    }
+    const int row = place >= 0 && place < bags.places() ? slice.sorted[place] : -1;
+    row_of[i] = row;
+    if (i < 1 || i > kWindow) continue;
+    const bool held = i <= count && row != unowned;
+    position_of[i - 1] = held ? static_cast<int>(slice.order[place] / bags.bag_size) : -1;
   }
   __syncthreads();
   const int64_t column = column_of_thread<lanes>();
   if (column >= slice.width) return;
   const T* columns = upstream + slice.first + column;
-  const int unowned = static_cast<int>(bags.rows);
   float sum[lanes] = {};
   for (int first = 0; first < count; first += kRowsAtOnce<T>) {
     Vector<T, lanes> rows[kRowsAtOnce<T>];
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce<T>; ++j) {
-      const int i = first + j;
-      if (i >= count || row_of[i + 1] == unowned) break;
-      rows[j].load_constant(columns + position_of[i] * bags.columns);
+      const int position = position_of[first + j];
+      if (position >= 0) rows[j].load_constant(columns + position * bags.columns);
     }
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce<T>; ++j) {
       const int i = first + j;
-      if (i >= count || row_of[i + 1] == unowned) break;
+      if (position_of[i] < 0) break;
       add(sum, rows[j]);
       const int row = row_of[i + 1];
       const bool ends_here = row_of[i + 2] != row;

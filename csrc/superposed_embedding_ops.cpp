@@ -51,6 +51,11 @@ void check_range(const Tensor& table, int64_t vocab_start, int64_t vocab_size) {
       vocab_start >= 0 && table.sym_size(0) + vocab_start <= vocab_size,
       "superposed_embedding: expected the rank's rows within 0..", vocab_size - 1, ", got ",
       table.sym_size(0), " from ", vocab_start, " on.");
+  // what the CUDA kernels sort
+  TORCH_CHECK_VALUE(
+      table.sym_size(0) < std::numeric_limits<int32_t>::max(),
+      "superposed_embedding: expected fewer than 2^31 - 1 rows on a rank, got ", table.sym_size(0),
+      ".");
 }
 
 void check_fp32_or(at::ScalarType type, const char* name, at::ScalarType other) {
@@ -149,10 +154,6 @@ Tensor pool_cuda(const Tensor& table, const Tensor& tokens, int64_t vocab_start,
 void add_gradient_cuda(Tensor& gradient, const Tensor& upstream, const Tensor& tokens,
     int64_t vocab_start, int64_t vocab_size) {
   add_gradient_meta(gradient, upstream, tokens, vocab_start, vocab_size);
-  TORCH_CHECK_VALUE(
-      gradient.size(0) < std::numeric_limits<int32_t>::max(),
-      "superposed_embedding: expected fewer than 2^31 - 1 rows on a rank, got ", gradient.size(0),
-      ".");
   if (gradient.numel() == 0 || tokens.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(gradient.device());
   const Bags bags = bags_of(tokens, vocab_start, gradient);

@@ -81,6 +81,40 @@ def check_fused_linear_loss(args: argparse.Namespace) -> None:
         refuse("--output-logit-dtype with --tst-fused-linear-loss", hidden, logits, do)
 
 
+def captures_whole_steps(args: argparse.Namespace) -> bool:
+    """Whether Megatron captures whole training steps in CUDA graphs.
+
+    Args:
+        args: Megatron's; earlier versions, and checkpoints of them, name it as a scope.
+    """
+    return "full_iteration" in (getattr(args, "cuda_graph_impl", None), *_graph_modules(args))
+
+
+def routers_in_graphs(args: argparse.Namespace) -> bool:
+    """Whether CUDA graphs run the routers of experts, so that Python, and with it every hook, sees
+    the captured steps alone.
+
+    Args:
+        args: Megatron's.
+    """
+    if captures_whole_steps(args):
+        return True
+    if getattr(args, "cuda_graph_impl", None) not in ("local", "transformer_engine"):
+        return False
+    modules = _graph_modules(args)
+    return not modules or not {"moe", "moe_router", "moe_preprocess"}.isdisjoint(modules)
+
+
+def _graph_modules(args):
+    """Names of the modules that are captured one by one; none named: whole layers."""
+    names = "cuda_graph_modules", "cuda_graph_scope"
+    return [
+        str(getattr(part, "name", part))
+        for name in names
+        for part in getattr(args, name, None) or ()
+    ]
+
+
 def _flag(name):
     return f"--{name.replace('_', '-')}"
 
@@ -105,14 +139,13 @@ def _others(args):
         "It takes one label a position. Drop the fusion flag; the superposed loss has its own "
         "kernel.",
     )
-    scopes = [str(getattr(scope, "name", scope)) for scope in of("cuda_graph_scope") or []]
+    steps = of("cuda_graph_warmup_steps")
     yield (
-        "--cuda-graph-impl",
-        "full_iteration" in (of("cuda_graph_impl"), *scopes),
-        "none or a per-layer graph",
-        "full_iteration",
-        "The graph would be captured with the shapes of one phase. Use --cuda-graph-impl local or "
-        "transformer_engine.",
+        "--cuda-graph-warmup-steps of --cuda-graph-impl full_iteration",
+        captures_whole_steps(args) and steps == 0,
+        "at least 1",
+        steps,
+        "The first step of each phase makes what its graph reads. Leave it at Megatron's 3.",
     )
     loader = of("dataloader_type")
     yield (

@@ -13,6 +13,7 @@ import statistics
 
 import torch
 
+from megatron_tst.checks.conflicts import routers_in_graphs
 from megatron_tst.loop.expert_load import ExpertLoad
 from megatron_tst.schedule import Schedule
 
@@ -88,7 +89,7 @@ class BoundaryLog:
     def _count_experts(self, schedule, model, facts):
         """Count from here on for what comes next: nothing, a boundary ahead, or the one behind."""
         done, wanted = self.done, None
-        if getattr(self.args, "num_experts", None):
+        if self._counts_experts():
             ahead = schedule.phase_at(done)
             near = ahead.end - done <= WATCHED * schedule.global_batch_size
             if facts:
@@ -103,9 +104,15 @@ class BoundaryLog:
             self.load.attach(model)
         self.attached_for = wanted
 
+    def _counts_experts(self):
+        """Not in CUDA graphs: replays run no hook, and a hook that was captured would stay in the
+        graph for the rest of the run.
+        """
+        return bool(getattr(self.args, "num_experts", None)) and not routers_in_graphs(self.args)
+
     def _experts(self):
         """-> (imbalance, router entropy) of each layer with experts."""
-        if not getattr(self.args, "num_experts", None):
+        if not self._counts_experts():
             return [], []
         layers = self.args.num_layers + (getattr(self.args, "mtp_num_layers", None) or 0)
         return self.load.imbalance(layers, self.args.num_experts), self.load.entropy(layers)
@@ -148,6 +155,9 @@ class BoundaryLog:
                 f"over log(experts), median of the layers: {_median(before)} before, "
                 f"{_median(entropy)} since"
             )
+        elif getattr(self.args, "num_experts", None):
+            impl = getattr(self.args, "cuda_graph_impl", None)
+            rows["expert load"] = f"not known: --cuda-graph-impl {impl} runs the routers in graphs"
         seen = " ".join(f"{loss:.6E}" for loss in losses) or "not seen"
         beside = "none yet"
         if validation := facts["validation"]:

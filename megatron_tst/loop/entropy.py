@@ -17,12 +17,16 @@ class MeanBagEntropy:
 
     def __init__(self, weighting: str):
         self._weighting = weighting
-        # fp32 [2] on the batch's device: the sum over the positions that count, and their number
+        # fp32 [2] on the batch's device: the sum over the positions that count, and their number.
+        # One buffer for the whole run, which is only ever written in place: a CUDA graph that
+        # holds `see` adds to it in every replay, and Python does not hear of that.
         self._seen: torch.Tensor | None = None
 
     @property
-    def any_seen(self) -> bool:
-        """Whether this rank has seen bags since the last `take`."""
+    def sees(self) -> bool:
+        """Whether this rank has seen bags in this run, so that its buffer is there. Under a CUDA
+        graph Python cannot tell whether the last step had any: the phase says that.
+        """
         return self._seen is not None
 
     def see(self, labels: torch.Tensor, loss_mask: torch.Tensor) -> None:
@@ -35,15 +39,19 @@ class MeanBagEntropy:
         weights = target_weights(self._weighting, labels.shape[-1], labels.device)
         entropy = bag_entropy(labels, weights)
         seen = torch.stack([(entropy * loss_mask).sum(), loss_mask.sum()])
-        self._seen = seen if self._seen is None else self._seen + seen
+        if self._seen is None:
+            self._seen = torch.zeros_like(seen)
+        self._seen += seen
 
     def take(self) -> torch.Tensor:
-        """The mean in nats, a scalar fp32, and forget what was seen. Called by every rank that has
-        a loss: they sum over data- and context-parallel ranks.
+        """The mean in nats, a scalar fp32, and forget what was seen, between two steps. Called by
+        every rank that has a loss: they sum over data- and context-parallel ranks. Does not wait
+        for the GPU.
         """
         from megatron.core import mpu
 
-        total, self._seen = self._seen, None
+        total = self._seen.clone()
+        self._seen.zero_()
         # before: this rank's positions; after: all positions of the step, the same on every rank
         group = mpu.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(total, group=group)

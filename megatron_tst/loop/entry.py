@@ -20,6 +20,7 @@ from megatron_tst.checkpoint.format import emptied, mend_tracker
 from megatron_tst.checkpoint.phases import store
 from megatron_tst.checks import text
 from megatron_tst.checks.blends import read_blends, training_blend
+from megatron_tst.checks.conflicts import captures_whole_steps
 from megatron_tst.checks.files import (
     check_data_files,
     check_load_folder,
@@ -32,6 +33,7 @@ from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
 from megatron_tst.data.dataset import phased_provider
 from megatron_tst.errors import one_line_errors, refuse
 from megatron_tst.loop import entered, patch, seams
+from megatron_tst.loop.graphs import check_resettable
 from megatron_tst.loop.resume import check_restorable, check_resume, verify_load
 from megatron_tst.loop.run import Run
 
@@ -193,6 +195,10 @@ def _superpose(args, config, given, found):
             **{seam: run.get_batch_on_this_tp_rank for seam in batches},
         }
     )
+    if captures_whole_steps(args):
+        if not (config.exit_at_boundary and len(schedule.superposed_phases) == 1):
+            check_resettable()
+        patch.install({seams.FULL_GRAPH: run.full_iteration_graph})
     given["train_valid_test_dataset_provider"] = phased_provider(
         given["train_valid_test_dataset_provider"],
         args,

@@ -46,7 +46,7 @@ class ExpertLoad:
             scores = scores.sigmoid().log()
         log_p = scores.log_softmax(-1)
         entropy = -(log_p.exp() * log_p).sum(-1) / math.log(log_p.shape[-1])
-        tokens = entropy.new_tensor(float(len(entropy)))
+        tokens = entropy.new_full((), len(entropy))  # made there: a copy would wait for the GPU
         _add(self.entropies, layer, torch.stack([entropy.sum(), tokens]))
 
     def imbalance(self, layers: int, experts: int) -> list[float]:

@@ -5,6 +5,7 @@ machines without a GPU).
                                        compute_language_model_loss        3-D labels: the bag loss
     2 for multi-token prediction       roll_tensor, acceptance counts     3-D: bag by bag
     2 for --tst-fused-linear-loss      GPTModel.forward, HybridModel.forward
+    1 for graphs of whole steps        FullCudaGraphWrapper.__call__
     11 around megatron.training's loop run.py and entry.py make them
 
 Two class methods carry TST. Which phase it is, only the shape of the batch says: with 2-D ids and
@@ -42,7 +43,8 @@ class Status:
     Args:
         seams: the Megatron functions that are replaced now.
         config: the settings that the loss uses, None when nothing is applied.
-        superposed_embeddings: calls of the embedding with bags.
+        superposed_embeddings: calls of the embedding with bags. These and the following are calls
+            from Python: steps that a CUDA graph replays are not among them.
         multi_hot_losses: calls of the loss with bags.
         recovery_losses: calls of our loss with one label a position (kernel_in_recovery,
             fused_linear_loss).

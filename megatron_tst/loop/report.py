@@ -12,8 +12,10 @@ import torch
 
 from megatron_tst import compat, extension
 from megatron_tst.checks import text
+from megatron_tst.checks.conflicts import captures_whole_steps
 from megatron_tst.config import TSTConfig
 from megatron_tst.loop import patch
+from megatron_tst.loop.graphs import described
 from megatron_tst.loop.switch import LossTrend
 from megatron_tst.ops.names import ABLATIONS
 from megatron_tst.schedule import RECOVERY, Phase, Schedule
@@ -114,11 +116,14 @@ class Report:
             done = f"bag size {phase.bag_size} is done"
             begins = f"bag size {ahead.bag_size} begins"
         status = patch.status()
+        where = "superposed on this rank"
+        if captures_whole_steps(self._args):
+            where += ", outside of its CUDA graph's replays"
         line = (
             f" [tst] boundary after iteration {phase.end // schedule.global_batch_size}: {done} "
             f"({schedule.raw_tokens(phase.end)} raw tokens), {begins}; "
             "weights, optimizer state, learning-rate schedule and data position go on"
-            f" | superposed on this rank: {status.superposed_embeddings} embedding and "
+            f" | {where}: {status.superposed_embeddings} embedding and "
             f"{status.multi_hot_losses} loss calls |"
         )
         if mixed := iteration % self._args.log_interval:
@@ -142,6 +147,22 @@ class Report:
             "nats in a hundredth of the run, less than "
             f"{self._trend.least:g}: bag size {phase.bag_size} ends after iteration {after} "
             f"instead of {before} | now: {schedule.described}"
+        )
+
+    def graph_is_reset(self, schedule: Schedule, phase: Phase, dropped: str) -> None:
+        """Say on rank 0, before the first step of a phase, that the full-iteration CUDA graph of
+        another one is gone.
+
+        Args:
+            phase: of the step that comes.
+            dropped: whose graph it was, in words.
+        """
+        iteration = self._args.consumed_train_samples // schedule.global_batch_size + 1
+        steps = getattr(self._args, "cuda_graph_warmup_steps", None)
+        _print_first(
+            f" [tst] full-iteration CUDA graph before iteration {iteration}: that of {dropped} is "
+            f"reset and its static buffers are emptied; {described(phase.name, phase.bag_size)} "
+            f"runs without one first (--cuda-graph-warmup-steps {steps}), then has its own"
         )
 
     def overridden(self, before: Schedule, after: Schedule, consumed: int) -> None:

@@ -20,6 +20,7 @@ from megatron_tst.data import stock_index
 from megatron_tst.loop.batches import broadcast_bags
 from megatron_tst.loop.boundary_log import WATCHED, BoundaryLog
 from megatron_tst.loop.entropy import MeanBagEntropy
+from megatron_tst.loop.graphs import PhaseGraph
 from megatron_tst.loop.report import EXCESS_KEY, LOSS_KEY, Report
 from megatron_tst.loop.resume import check_resume
 from megatron_tst.loop.switch import LossTrend, first_end
@@ -46,6 +47,7 @@ class Run:
     logged_to: int = 0  # samples of the run at the last log call
     boundary_log: BoundaryLog = field(init=False)
     entropy: MeanBagEntropy = field(init=False)
+    graph: PhaseGraph = field(init=False)
     trend: LossTrend | None = field(init=False)
     report: Report = field(init=False)
 
@@ -53,6 +55,7 @@ class Run:
         iterations = self.schedule.train_samples // self.schedule.global_batch_size
         self.boundary_log = BoundaryLog(self.args)
         self.entropy = MeanBagEntropy(self.config.target_weighting)
+        self.graph = PhaseGraph()
         self.trend = LossTrend(self.config, iterations) if self.config.switch == "auto" else None
         self.report = Report(self.args, self.config, self.trend)
 
@@ -85,6 +88,20 @@ class Run:
             return batch
 
         return get_batch_on_this_tp_rank
+
+    def full_iteration_graph(self, stock: Callable) -> Callable:
+        """FullCudaGraphWrapper.__call__ (megatron/core/full_cuda_graph.py), called by all ranks to
+        run, capture or replay one step: with a graph of the phase that the step is in.
+        """
+
+        def __call__(wrapper, *positional, **named):
+            if not named.get("forward_only"):
+                phase = self._phase()
+                if dropped := self.graph.follow(wrapper, phase):
+                    self.report.graph_is_reset(self.schedule, phase, dropped)
+            return stock(wrapper, *positional, **named)
+
+        return __call__
 
     @contextlib.contextmanager
     def build_training_alone(self) -> Iterator[None]:
@@ -119,7 +136,8 @@ class Run:
         def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *rest, **named):
             done, batch = self.args.consumed_train_samples, self.args.global_batch_size
             schedule, phase = self.schedule, self.schedule.phase_at(done - batch)
-            if self.entropy.any_seen and LOSS_KEY in loss_dict:
+            superposed = phase.name == SUPERPOSITION
+            if superposed and self.entropy.sees and LOSS_KEY in loss_dict:
                 loss_dict[EXCESS_KEY] = loss_dict[LOSS_KEY] - self.entropy.take()
             if phase.name == RECOVERY:
                 total_loss_dict.pop(EXCESS_KEY, None)  # else Megatron goes on printing 0
@@ -130,7 +148,7 @@ class Run:
                 self.report.iteration(schedule, phase, iteration, loss)
             self.boundary_log.saw_iteration(iteration, learning_rate, loss)
             ended = [p for p in schedule.superposed_phases if self.logged_to < p.end <= done]
-            if self.trend and phase.name == SUPERPOSITION:
+            if self.trend and superposed:
                 self._follow_the_loss(phase, iteration, loss, bool(ended), logged)
             for p in ended:
                 self.report.phase_is_done(self.schedule, p, iteration)

@@ -220,6 +220,9 @@ BUILDER = Seam(
 )
 BUILD_HELPERS = Seam("megatron.core.datasets.utils", "compile_helpers", closed=True)
 
+# For --cuda-graph-impl full_iteration alone.
+FULL_GRAPH = Seam("megatron.core.full_cuda_graph", "FullCudaGraphWrapper.__call__", ("self",))
+
 # How an unmodified script is reached: names that it imports from megatron.training.
 ADD_ARGUMENTS = Seam(
     "megatron.training.arguments", "add_megatron_arguments", ("parser",), closed=True

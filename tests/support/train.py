@@ -5,7 +5,8 @@ Rank r writes FOLDER/rank<r>.pt: per iteration the reported losses, the gradient
 the optimizer did not step) and the state of the gradient scaler after it; the validation losses; at
 the end this rank's shards of the weights, as its distributed checkpoint names and places them.
 KEEP_BATCHES=1 adds what get_batch gave this rank. KILL=3@2 lets rank 3 kill itself after its second
-iteration, unless torchrun has restarted it. BAG_OF_ONE=1 sends bag size 1 through the superposed
+iteration, unless torchrun has restarted it. GRAPHS_ON_CPU=1 puts tapes in the place of CUDA graphs
+(graphs_on_cpu.py). BAG_OF_ONE=1 sends bag size 1 through the superposed
 code, which a user's run never does.
 """
 
@@ -25,6 +26,10 @@ def main(folder, *flags):
     from megatron.core.models.gpt import GPTModel
 
     cp_attention.install()
+    if os.environ.get("GRAPHS_ON_CPU"):
+        from support import graphs_on_cpu
+
+        graphs_on_cpu.install()
     kept = {
         "steps": [],
         "scaler": [],

@@ -1,7 +1,6 @@
 """Every refusal: the flag, what was expected, what was got, what to do; and the warnings."""
 
 import argparse
-import types
 import warnings
 
 import pytest
@@ -172,13 +171,9 @@ def test_settings_out_of_range(settings, message):
             "cross-entropy fusion with TST: .* got fuse_linear_cross_entropy",
         ),
         (
-            dict(cuda_graph_impl="full_iteration"),
-            "--cuda-graph-impl with TST: expected none or a per-layer graph, got full_iteration",
-        ),
-        (dict(cuda_graph_scope=["full_iteration"]), "--cuda-graph-impl with TST"),
-        (
-            dict(cuda_graph_scope=[types.SimpleNamespace(name="full_iteration")]),
-            "--cuda-graph-impl with TST",
+            dict(cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
+            "--cuda-graph-warmup-steps of --cuda-graph-impl full_iteration with TST: expected at "
+            "least 1, got 0. .* Leave it at Megatron's 3",
         ),
         (dict(dataloader_type="cyclic"), "--dataloader-type with TST: expected single, got cyclic"),
         (
@@ -205,6 +200,12 @@ def test_what_tst_does_not_work_with(changes, message):
     with pytest.raises(TSTError, match=message):
         check_arguments(FINE, arguments(**changes))
     check_arguments(TSTConfig(), arguments(**changes))  # without TST it is Megatron's business
+
+
+@pytest.mark.parametrize("impl", ["none", "local", "transformer_engine", "full_iteration"])
+def test_every_kind_of_cuda_graphs_is_taken(impl):
+    steps = 3 if impl == "full_iteration" else 0
+    check_arguments(FINE, arguments(cuda_graph_impl=impl, cuda_graph_warmup_steps=steps))
 
 
 @pytest.mark.parametrize("loss", ["bce", "hinge"])

@@ -199,6 +199,7 @@ def test_what_is_patched_is_on_the_page():
     groups = {
         "in the model": [name for name in found if name in ("EMBEDDING", "LOSS")],
         "for multi-token prediction": [name for name in found if name.startswith("MTP_")],
+        "for graphs of whole steps": [name for name in found if name == "FULL_GRAPH"],
         "for the fused loss": [name for name in found if name.endswith("_FORWARD")],
     }
     groups["in the training loop"] = [

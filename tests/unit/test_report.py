@@ -126,6 +126,31 @@ def test_the_end_of_a_phase(said, monkeypatch, plan, phase, interval, end, mixed
     assert line.endswith(tail) if mixed else "averages" not in line
 
 
+def test_calls_that_a_graph_replays_are_not_said_to_be_counted(said, monkeypatch):
+    monkeypatch.setattr(patch, "status", lambda: patch.Status(superposed_embeddings=8))
+    report(cuda_graph_impl="full_iteration").phase_is_done(PLAN, PLAN.phases[0], 6)
+    (line,) = said()
+    assert (
+        "| superposed on this rank, outside of its CUDA graph's replays: 8 embedding and 0 loss "
+        "calls |" in line
+    )
+
+
+def test_a_graph_that_is_reset(said):
+    it = report(consumed_train_samples=24, cuda_graph_warmup_steps=3)
+    it.graph_is_reset(PLAN, PLAN.phases[1], "bag size 4")
+    it = report(consumed_train_samples=8, cuda_graph_warmup_steps=3)
+    it.graph_is_reset(SEVERAL, SEVERAL.phases[1], "bag size 8")
+    assert said() == [
+        " [tst] full-iteration CUDA graph before iteration 7: that of bag size 4 is reset and its "
+        "static buffers are emptied; recovery runs without one first (--cuda-graph-warmup-steps 3"
+        "), then has its own",
+        " [tst] full-iteration CUDA graph before iteration 3: that of bag size 8 is reset and its "
+        "static buffers are emptied; bag size 4 runs without one first (--cuda-graph-warmup-steps "
+        "3), then has its own",
+    ]
+
+
 def test_a_phase_that_ends_early(said):
     config = TSTConfig((8, 4), iters=(2, 4), switch="auto", switch_slope=0.25)
     it = report(config, LossTrend(config, 10))

@@ -30,7 +30,7 @@ import torch
 from support.paths import ROOT
 
 HERE = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
+CSRC = Path(os.environ.get("CUDA_ON_CPU_CSRC", ROOT / "csrc"))
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-O2", "-g1", "-std=c++17", "-fPIC", "-fno-tree-vectorize", "-fno-store-merging", "-w"]
 # of the kernels: every access calls emulator.cpp
@@ -100,7 +100,9 @@ def _ptx_call(match: re.Match) -> str:
 def build(
     name: str,
     constants: tuple[tuple[str, int], ...] = (),
+    defines: tuple[str, ...] = (),
     csrc: Path = CSRC,
+    exports: Path | None = None,
     sanitized: bool | None = None,
 ) -> ctypes.CDLL:
     """The functions that NAME.cpp of this folder exports, which includes csrc/NAME.cu.
@@ -110,7 +112,9 @@ def build(
 
     Args:
         constants: (name, value) for constants of csrc/NAME.cu.
-        csrc: the folder, or a changed copy of it.
+        defines: names that are defined before it.
+        csrc: the folder, or another with NAME.cu.
+        exports: a file in place of NAME.cpp.
         sanitized: with AddressSanitizer and UndefinedBehaviorSanitizer in place of the emulator's
             checks of each access, as these two cannot be together. None: if the environment has
             SANITIZE_CUDA_ON_CPU=1.
@@ -122,14 +126,18 @@ def build(
     found = [c for c, _ in constants if f" {c} = " in sources[f"{name}.cu"]]
     assert len(found) == len(constants), f"expected constants {constants} in csrc/{name}.cu"
     sources = {file: translate(text, dict(constants)) for file, text in sources.items()}
-    return _library(name, tuple(sources.items()), sanitized)
+    exports = exports or HERE / f"{name}.cpp"
+    sources["exports.cpp"] = exports.read_text()
+    return _library(tuple(sources.items()), defines, sanitized)
 
 
 @functools.cache
-def _library(name: str, sources: tuple[tuple[str, str], ...], sanitized: bool) -> ctypes.CDLL:
+def _library(
+    sources: tuple[tuple[str, str], ...], defines: tuple[str, ...], sanitized: bool
+) -> ctypes.CDLL:
     flags = FLAGS + (SANITIZED if sanitized else [])
-    watched = flags + ([] if sanitized else WATCHED)
-    own = [path for path in sorted(HERE.rglob("*")) if path.suffix in (".h", ".cpp")]
+    watched = flags + ([] if sanitized else WATCHED) + [f"-D{name}" for name in defines]
+    own = [*sorted(HERE.rglob("*.h")), HERE / "emulator.cpp"]
     version = subprocess.run([*COMPILER.split(), "--version"], capture_output=True).stdout
     parts = [*sources, *((path.name, path.read_text()) for path in own), version]
     parts += [watched, torch.__version__]
@@ -141,20 +149,20 @@ def _library(name: str, sources: tuple[tuple[str, str], ...], sanitized: bool) -
             folder.mkdir()
             for file, text in sources:
                 (folder / file).write_text(text)
-            _compile(name, folder, watched, flags)
+            _compile(folder, watched, flags)
         os.utime(folder)
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.cuda_on_cpu_error.restype = ctypes.c_char_p
     return library
 
 
-def _compile(name: str, folder: Path, watched: list[str], flags: list[str]) -> None:
+def _compile(folder: Path, watched: list[str], flags: list[str]) -> None:
     include = Path(torch.__file__).parent / "include"
     folders = [f"-I{folder}", f"-I{HERE}", f"-isystem{include}"]
     folders += [f"-isystem{sysconfig.get_paths()['include']}"]
     compiler = COMPILER.split()
     jobs = [
-        [*compiler, *watched, *folders, "-c", str(HERE / f"{name}.cpp"), "-o", "kernels.o"],
+        [*compiler, *watched, *folders, "-c", "exports.cpp", "-o", "kernels.o"],
         [*compiler, *flags, *folders, "-c", str(HERE / "emulator.cpp"), "-o", "emulator.o"],
     ]
     running = [subprocess.Popen(job, cwd=folder, stderr=subprocess.PIPE, text=True) for job in jobs]

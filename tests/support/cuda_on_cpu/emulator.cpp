@@ -18,6 +18,9 @@
 
 #include "emulator.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <setjmp.h>
@@ -43,6 +46,7 @@ constexpr size_t kStackBytes = 128 << 10, kPage = 4096;
 constexpr size_t kMaxThreads = 1024, kMaxSharedBytes = 48 << 10, kMaxBlocksAtWork = 3;
 constexpr uint64_t kEndless = 1ull << 32;  // accesses of one launch
 constexpr size_t kGranule = 2;             // bytes that races are looked for in: those of bf16
+constexpr size_t kGuarded = 32;            // bytes before and behind a tensor, of its margin
 constexpr uint32_t kHost = 1;              // the number of no block
 constexpr unsigned char kPoison = 0xff;    // of fresh shared memory: a NaN in all types
 
@@ -116,6 +120,7 @@ struct SecondWrite {
   size_t size = 0;
   unsigned char before[16];
   unsigned first_thread;
+  std::string calls;
 };
 
 struct Emulator {
@@ -163,6 +168,9 @@ void begin_again(Thread& thread) {
     mprotect(memory, kPage, PROT_NONE);  // the end of a stack that grows too far
     thread.stack = static_cast<char*>(memory);
   }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(thread.stack + kPage, kStackBytes - kPage);  // of frames left
+#endif
   getcontext(&thread.beginning);
   thread.beginning.uc_stack.ss_sp = thread.stack;
   thread.beginning.uc_stack.ss_size = kStackBytes;
@@ -199,8 +207,24 @@ void let_go(Thread& thread) {
 
 // ---- errors
 
-// What is wrong, with the place in the kernel, and the addresses of the calls that led there.
-void note_error(const std::string& what) {
+// The calls that led here: addresses in this library.
+std::string calls() {
+  void* frames[24];
+  const int count = backtrace(frames, 24);
+  Dl_info library;
+  dladdr(reinterpret_cast<void*>(&calls), &library);
+  std::string result;
+  for (int i = 0; i < count; ++i) {
+    char text[40];
+    const long inside = static_cast<char*>(frames[i]) - static_cast<char*>(library.dli_fbase) - 1;
+    std::snprintf(text, sizeof text, " %#lx", inside);
+    result += text;
+  }
+  return result;
+}
+
+// What is wrong, where, and on a second line the calls that led there.
+void note_error(const std::string& what, const std::string& from = calls()) {
   now.error = std::string("kernel ") + now.kernel;
   if (running) {
     char text[100];
@@ -208,17 +232,7 @@ void note_error(const std::string& what) {
         place.block.y, place.block.z, running->index);
     now.error += text;
   }
-  now.error += ": " + what;
-  void* frames[24];
-  const int count = backtrace(frames, 24);
-  Dl_info library;
-  dladdr(reinterpret_cast<void*>(&note_error), &library);
-  for (int i = 0; i < count; ++i) {
-    char text[40];
-    const long inside = static_cast<char*>(frames[i]) - static_cast<char*>(library.dli_fbase) - 1;
-    std::snprintf(text, sizeof text, "%s%#lx", i ? " " : "\n", inside);
-    now.error += text;
-  }
+  now.error += ": " + what + "\n" + from;
 }
 
 std::string format(const char* text, va_list arguments) {
@@ -358,7 +372,8 @@ std::string nearest(uintptr_t address) {
     const intptr_t end = (buffer->rows - 1) * buffer->stride + buffer->width;
     if (distance < -4096 || distance > end + 4096) continue;
     char text[200];
-    const intptr_t row = distance < 0 ? 0 : distance / static_cast<intptr_t>(buffer->stride);
+    const auto row = std::clamp<intptr_t>(
+        distance / static_cast<intptr_t>(buffer->stride), 0, buffer->rows - 1);
     std::snprintf(text, sizeof text, "byte %ld of row %ld of %s [%zu rows of %zu bytes]",
         long(distance - row * static_cast<intptr_t>(buffer->stride)), long(row),
         buffer->name.c_str(), buffer->rows, buffer->width);
@@ -392,7 +407,7 @@ void check_second_write() {
   write.address = nullptr;
   if (std::memcmp(address, write.before, write.size) == 0) return;
   note_error("a race: writes another value where thread " + std::to_string(write.first_thread) +
-             " of this or another block wrote, with no barrier between them");
+             " of this or another block wrote, with no barrier between them", write.calls);
 }
 
 void access(uintptr_t address, size_t size, bool write) {
@@ -442,6 +457,7 @@ void access(uintptr_t address, size_t size, bool write) {
       second.address = reinterpret_cast<void*>(address);
       second.size = size;
       second.first_thread = cell.written.thread;
+      second.calls = calls();
       std::memcpy(second.before, second.address, size);
     }
     note(write ? cell.written : cell.read, me);
@@ -485,6 +501,22 @@ void* shared_memory(int line, size_t bytes, size_t alignment) {
 // ---- launches
 
 namespace {
+
+// With AddressSanitizer the compiler cannot call `access`. Then the bytes around each row are
+// forbidden while kernels run.
+void guard([[maybe_unused]] bool on) {
+#if defined(__SANITIZE_ADDRESS__)
+  for (const auto& buffer : now.buffers) {
+    const auto set = on ? __asan_poison_memory_region : __asan_unpoison_memory_region;
+    const auto* row = reinterpret_cast<const char*>(buffer->base);
+    set(row - kGuarded, kGuarded);
+    for (size_t i = 1; i < buffer->rows; ++i, row += buffer->stride) {
+      set(row + buffer->width, buffer->stride - buffer->width);
+    }
+    set(row + buffer->width, kGuarded);
+  }
+#endif
+}
 
 std::vector<std::vector<Thread>> fibers;  // of each block at work, kept from launch to launch
 
@@ -549,11 +581,13 @@ void run(const char* name, dim3 blocks, dim3 threads, size_t shared_bytes,
     order[i] = order[j];
     order[j] = i;
   }
-  std::vector<std::unique_ptr<Block>> at_work(1 + draw(std::min<uint64_t>(count, kMaxBlocksAtWork)));
+  const uint64_t most = std::min<uint64_t>(count, kMaxBlocksAtWork);
+  std::vector<std::unique_ptr<Block>> at_work(1 + draw(most));
   if (fibers.size() < at_work.size()) fibers.resize(at_work.size());
   for (auto& of_block : fibers) {
     if (of_block.size() < block_size) of_block.resize(block_size);
   }
+  guard(true);
   uint64_t started = 0;
   for (size_t slot = 0; slot < at_work.size(); ++slot) {
     at_work[slot] = start_block(blocks, order[started++], block_size, slot);
@@ -577,6 +611,7 @@ void run(const char* name, dim3 blocks, dim3 threads, size_t shared_bytes,
     const std::string stuck = why_stuck(at_work);
     if (!stuck.empty()) note_error(stuck);
   }
+  guard(false);
   running = nullptr;
   now.ready.clear();
   if (now.error.empty()) return;
@@ -642,8 +677,10 @@ void cuda_on_cpu_allow_writing(void* base) {
   }
 }
 
-// The first fault, and a line of addresses in this library. Empty: none.
+// The first fault, and on a second line addresses in this library. Empty: none.
 const char* cuda_on_cpu_error() { return now.error.c_str(); }
+
+float cuda_on_cpu_exp2(float x) { return cuda_on_cpu::approximate_exp2(x); }
 
 }  // extern "C"
 

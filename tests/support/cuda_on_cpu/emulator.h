@@ -2,6 +2,8 @@
 // What they do is in emulator.cpp.
 #pragma once
 
+#include <c10/macros/Macros.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -187,6 +189,12 @@ template <typename T> T __ldcs(const T* from) { return ::cuda_on_cpu::read(from)
 template <typename T> void __stcg(T* to, T value) { ::cuda_on_cpu::write(to, value); }
 template <typename T> void __stcs(T* to, T value) { ::cuda_on_cpu::write(to, value); }
 template <typename T> void __stwb(T* to, T value) { ::cuda_on_cpu::write(to, value); }
+
+// ---- assertions
+
+#undef CUDA_KERNEL_ASSERT
+#define CUDA_KERNEL_ASSERT(condition) \
+  ((condition) ? void() : ::cuda_on_cpu::fail("device-side assert: %s", #condition))
 
 // ---- arithmetic
 
