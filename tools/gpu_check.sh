@@ -31,6 +31,7 @@ hints 240 the loss without its cache hints: two more builds
 fp8 240 FP8 in every recipe that the GPU runs against bf16, in both phases; steps in FP8
 train 240 superposed steps at 270M, 1.4B active and 600M; the demo
 graphs 120 full-iteration CUDA graphs over the phase boundary"
+graphs=tests/gpu/test_full_iteration_graph.py
 known='^(first|build|test|sanitize|bench|hints|fp8|train|graphs)$'
 names=$(awk '{print $1}' <<< "$budgets" | tr '\n' ' ')
 
@@ -47,7 +48,7 @@ help() {
 }
 
 parts=() wheels="" extension="" rehearse="" factor=1 out=${OUT:-} asked="" listing="" only=""
-python=${PYTHON:-python3} capability="" work="" failed=0
+python=${PYTHON:-python3} capability="" work="" failed=0 said=""
 want() { usage "$1: expected $2, got $3"; }
 while (($#)); do
     case $1 in
@@ -124,9 +125,11 @@ ready() {
 compile() {
     local where=(--inplace) list=$capability names=sm_${capability/./}
     if [[ -z $capability ]]; then
-        where=(--build-lib "$work/lib" --build-temp "$work/temp") list="9.0 10.0" names="sm_90 sm_100"
+        where=(--build-lib "$work/lib" --build-temp "$work/temp")
+        list="9.0 10.0" names="sm_90 sm_100"
     fi
-    step compile 180 env TORCH_CUDA_ARCH_LIST="$list" $python setup.py build_ext --force "${where[@]}"
+    step compile 180 env TORCH_CUDA_ARCH_LIST="$list" $python setup.py build_ext --force \
+        "${where[@]}"
     [[ -n $listing || ! -f $work/last.log ]] || cp "$work/last.log" "$work/compile.log"
     step resources 20 $python tools/gpu_machine.py resources "$work/compile.log" \
         "$out/resources.json" $names
@@ -137,8 +140,15 @@ loss() { # NAME LIMIT FLAGS...
         "${@:3}"
 }
 
-cost() { # NAME LIMIT MODEL FLAGS...: superposed over ordinary step
-    local flags=("${@:4}")
+# NAME LIMIT MODEL SAMPLES FLAGS...: superposed over ordinary step, so many samples a micro-batch.
+# Torch's own layers keep the attention's scores: one sample, and all but the smallest model compute
+# them again in backward
+cost() {
+    local flags=(--micro-batch "$4" "${@:5}")
+    if [[ $said != *$'\ntransformer-engine '[0-9]* ]]; then
+        flags+=(--micro-batch 1)
+        [[ $3 == 270m ]] || flags+=(-- --recompute-activations)
+    fi
     [[ -z $rehearse ]] || flags=(--bag-size 2 --steps 1 -- --num-layers 1 --hidden-size 64
         --num-attention-heads 1 --kv-channels 64 --ffn-hidden-size 64 --seq-length 32
         --num-query-groups 1 --max-position-embeddings 32)
@@ -155,21 +165,24 @@ part_first() {
     step embedding 50 $python benchmarks/bench_embedding.py --csv "$out/embedding.csv" \
         $(either "-V 128256 -H 4096 -b 2 -L 4096" "-V 500 -H 64 -b 2 -L 32") \
         -s 16 --dtype bf16 --rounds 5
-    cost step 75 270m --bag-size 6 --micro-batch 2 --micro-batches 2 --steps 7
+    cost step 75 270m 4 --bag-size 6 --micro-batches 2 --steps 7
     loss peers 75 $(sizes) --dtype bf16 -s 16 --rounds 5 \
         --variants "te, single" "paper's loop, compiled" "lse + gather, compiled"
 }
 
 part_build() {
     compile
-    step doctor 20 $python -m megatron_tst doctor
+    # it asks for a GPU, or to be told that a CPU is meant
+    [[ -z $listing$capability$rehearse ]] ||
+        step doctor 20 $(either "" "env MEGATRON_TST_CPU=1") $python -m megatron_tst doctor
 }
 
+tests() { step "$1" "$2" $python -m pytest -p no:cacheprovider -q "${@:3}"; } # NAME LIMIT ...
+
 part_test() {
-    local quiet=($python -m pytest -p no:cacheprovider -q)
-    step gpu 120 "${quiet[@]}" -m gpu tests/gpu
-    step extension 40 "${quiet[@]}" tests/unit/test_extension.py
-    step ranks 80 "${quiet[@]}" tests/distributed/test_layouts.py --backend gloo \
+    tests gpu 120 -m gpu tests/gpu --ignore "$graphs"
+    tests extension 40 tests/unit/test_extension.py
+    tests ranks 80 tests/distributed/test_layouts.py --backend gloo \
         -k "tp2 and dense and s3 and not sp and not cp2"
 }
 
@@ -212,22 +225,20 @@ part_hints() {
 part_fp8() {
     step recipes 150 $python tools/check_fp8.py "$work/fp8" \
         $(either "" "--reference fp32 --recipes bf16 --iterations 4 --seq-length 32")
-    cost 270m 45 270m --bag-size 6 --micro-batch 2 --micro-batches 2 --steps 7 --precision fp8
-    cost 600m 45 600m --bag-size 6 --micro-batch 1 --micro-batches 2 --steps 7 --precision fp8
+    cost 270m 45 270m 4 --bag-size 6 --micro-batches 2 --steps 7 --precision fp8
+    cost 600m 45 600m 2 --bag-size 6 --micro-batches 2 --steps 7 --precision fp8
 }
 
 part_train() {
-    cost 270m 55 270m --bag-size 6 --micro-batch 4 --micro-batches 4 --steps 9
-    cost 1.4b 75 1.4b --bag-size 16 --micro-batch 1 --micro-batches 4 --steps 7
-    cost 600m 60 600m --bag-size 6 --micro-batch 2 --micro-batches 4 --steps 7
+    cost 270m 55 270m 4 --bag-size 6 --micro-batches 4 --steps 9
+    cost 1.4b 75 1.4b 2 --bag-size 16 --micro-batches 4 --steps 7
+    cost 600m 60 600m 2 --bag-size 6 --micro-batches 4 --steps 7
     step demo 50 $python examples/demo.py --out "$work/demo" \
         $(either "--device cuda" "--device cpu --iterations 20")
     pack "$work/demo/gpt/loss.png"
 }
 
-part_graphs() {
-    step full_iteration 120 false
-}
+part_graphs() { tests full_iteration 120 -m gpu "$graphs"; }
 
 # --- what is asked for
 
@@ -235,7 +246,7 @@ if [[ -n $asked ]]; then help; exit; fi
 if ((${#parts[@]} == 0)); then read -ra parts <<< "${names#first }"; fi
 for part in "${parts[@]}"; do
     [[ ${part%%-*} =~ $known ]] || want --part "${names% } or one of their steps" "${part:-nothing}"
-    [[ $part != *-* || " $(steps_of "${part%%-*}")" == *" ${part#*-} "* ]] ||
+    [[ $part != *-* || " $(steps_of "${part%%-*}") " == *" ${part#*-} "* ]] ||
         want --part "${part%%-*}- and one of: $(steps_of "${part%%-*}")" "$part"
 done
 [[ -n $(command -v "$python") ]] || want PYTHON "an interpreter" "$python"

@@ -22,13 +22,15 @@ import measure
 import pytest
 import sanitize
 import torch
+from support import paths
 from support.runs import ROOT
 
-from megatron_tst import demo
+from megatron_tst import demo, model_size
 from megatron_tst.checks import dry_run
 from megatron_tst.ops.embedding import superposed_embedding
 from megatron_tst.planning import recipes
 
+GRAPHS = "tests/gpu/test_full_iteration_graph.py"
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None,
     reason="NOT RUN: the CUDA kernels were not compiled: no nvcc. Install a CUDA toolkit",
@@ -175,6 +177,76 @@ def test_help_sums_the_time_of_the_parts_and_names_their_steps():
         )
     ):
         assert step in steps[part].split()
+
+
+# Stands for Python on a machine with a GPU: notes what it is called with, and does nothing.
+PLAYED = """#!/bin/sh
+printf '%s\\037' "$@" >> "$CALLS"; echo >> "$CALLS"
+case "$*" in *"gpu_machine.py machine"*) printf "$MACHINE" ;; esac
+"""
+PARSED = """
+import argparse, importlib, json, sys
+
+class Parsed(BaseException):
+    pass
+
+stock = argparse.ArgumentParser.parse_args
+
+def parse_args(self, *given):
+    raise Parsed(stock(self, *given))
+
+argparse.ArgumentParser.parse_args = parse_args
+for program, *arguments in json.load(sys.stdin):
+    module = importlib.import_module(program)
+    try:
+        module.main(arguments)
+    except Parsed as found:
+        print(json.dumps([program, vars(found.args[0])], default=str))
+"""
+
+
+@pytest.mark.parametrize("te", [True, False])
+def test_every_command_of_a_gpu_machine_is_one_that_its_program_takes(tmp_path, te):
+    """The whole check with a Python that does nothing; then each command is parsed."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(PLAYED)
+    python.chmod(0o755)
+    machine = f"torch 2.11\\ntransformer-engine {'2.12' if te else 'not there'}\\ncapability 9.0\\n"
+    environment = dict(PYTHON=str(python), CALLS=str(calls), MACHINE=machine)
+    parts = [flag for part in gpu_report.PARTS for flag in ("--part", part)]
+    done = run("tools/gpu_check.sh", *parts, tmp_path / "out", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    given = [line.split("\037")[:-1] for line in calls.read_text().splitlines()]
+    steps = [json.loads(line) for line in (tmp_path / "out/steps.jsonl").read_text().splitlines()]
+    assert {step["code"] for step in steps} == {0} and not any("rehearsed" in s for s in steps)
+    for part in gpu_report.PARTS:  # the caps of a part's steps are within reach of its budget
+        assert any(step["part"] == part for step in steps)
+    for call in given:
+        if call[:2] == ["-m", "pytest"]:
+            files = [word for word in call[2:] if word.startswith("tests/")]
+            assert files and all(name == GRAPHS or (ROOT / name).exists() for name in files)
+    programs = [
+        [path.removesuffix(".py").rpartition("/")[2], *arguments]
+        for path, *arguments in given
+        if path.startswith(("benchmarks/", "tools/check", "tools/sanitize", "examples/"))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", PARSED],
+        input=json.dumps(programs),
+        env=paths.environment(),
+        text=True,
+        capture_output=True,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert done.returncode == 0 and len(found) == len(programs) > 20, done.stderr[-2000:]
+    steps = [options for program, options in found if program == "bench_step"]
+    assert [options["model"] for options in steps].count("270m") == 3
+    for options in steps:
+        assert options["micro_batch"] == (1 if not te else 4 if options["model"] == "270m" else 2)
+        again = options["model"] != "270m" and not te
+        assert options["flags"] == (["--recompute-activations"] if again else [])
+    sizes = {tuple(o["vocab_size"]) for p, o in found if p == "bench_multi_hot_ce" and o["apart"]}
+    assert (gpu_report.WHOLE, gpu_report.SHARD) in sizes
 
 
 # ---- wheels and extensions from elsewhere
@@ -333,14 +405,15 @@ def test_rehearsal_of_the_first_minutes(built, tmp_path):
 
 
 @pytest.mark.slow
-def test_rehearsal_of_what_comes_after(built, tmp_path, corpus):
+def test_rehearsal_of_what_comes_after(built, tmp_path):
     report = rehearse(
         tmp_path,
-        *("sanitize", "hints", "fp8-270m", "train-270m", "train-1.4b", "bench-linear", "graphs"),
-        *("test-gpu", "test-extension"),
+        *("sanitize", "hints", "fp8-270m", "train-1.4b", "bench-linear", "test-gpu"),
+        *("test-extension", "build-doctor"),
     )
-    ended = re.findall(r"^\| (\w+) \| ([\w.]+) \| (\w+) \|", report, re.M)
-    assert len(ended) > 15 and {how for *_, how in ended} == {"rehearsed"}
+    steps = report.split("## Steps")[1].split("\n## ")[0]
+    ended = re.findall(r"^\| (\w+) \| ([\w.]+) \| (\w+) \|", steps, re.M)
+    assert len(ended) == 17 and {how for *_, how in ended} == {"rehearsed"}
     assert "ours (plain_store), in place" in report and "| 1.4b |" in report
 
 
@@ -675,6 +748,9 @@ def test_fp8_comparison_says_what_it_needs(arguments, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and not (tmp_path / "out").exists()
 
 
+MOE = "moe-10b-a1b"
+
+
 def with_transformer_engine(monkeypatch):
     """megatron_tst.demo finds it; dry_run.validate assumes one and the GPU."""
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: name == "transformer_engine")
@@ -696,7 +772,7 @@ def test_fp8_comparison_asks_for_what_megatron_takes(recipe, corpus, monkeypatch
     assert args.transformer_impl == "transformer_engine" and args.moe_grouped_gemm
 
 
-@pytest.mark.parametrize("model", recipes.RECIPES)
+@pytest.mark.parametrize("model", [*recipes.RECIPES, bench_step.ACTIVE])
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_step_benchmark_asks_for_what_megatron_takes(model, precision, monkeypatch):
     with_transformer_engine(monkeypatch)
@@ -709,6 +785,15 @@ def test_step_benchmark_asks_for_what_megatron_takes(model, precision, monkeypat
         "tensorwise" if precision == "fp8" else None
     ) and args.bf16
     assert (args.micro_batch_size, args.global_batch_size, args.seq_length) == (2, 6, 4096)
+    if model == bench_step.ACTIVE:  # as many weights as a token of the recipe goes through
+        whole = dry_run.validate(
+            bench_step.flags_of(bench_step.argparse.Namespace(**vars(options) | {"model": MOE})),
+            1,
+            "h100",
+        )
+        routers = whole.num_layers * whole.num_experts * whole.hidden_size
+        active = model_size.parameters(whole)[1] - routers
+        assert model_size.parameters(args) == (active, active) and 1.3e9 < active < 1.5e9
 
 
 @pytest.mark.parametrize(
