@@ -36,6 +36,9 @@ class CUDAGraph:
         with torch.no_grad():
             for operation, args, kwargs, results in self.tape:
                 again = tree_leaves(operation(*args, **kwargs))
+                for work in again if operation.namespace == "c10d" else ():
+                    if not torch.is_tensor(work):
+                        work.wait()
                 for old, new in zip(results, again, strict=True):
                     if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
