@@ -4,7 +4,8 @@ by a tape of torch's own operations.
 As on a GPU, a capture leaves every tensor that was there before it as it was, and a replay runs the
 same operations on the same tensors' memory: no Python of the captured function runs again, and
 nothing but the contents of its inputs can differ. Unlike on a GPU, a tensor that is made while
-capturing keeps its memory to itself.
+capturing keeps its memory to itself. Not for sequence parallelism over gloo, whose reduce-scatter
+works on copies that no operation of torch makes: stock Megatron is off with it too.
 """
 
 from __future__ import annotations
