@@ -15,6 +15,7 @@ Build with `pip install --no-build-isolation`: the extension fits the torch that
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -69,14 +70,20 @@ def find_extension() -> tuple[list, str]:
             f"no extension, torch kernels alone: {error} in the building environment. Install "
             "torch first, then `pip install --no-build-isolation` this package."
         )
-    cpu = ["csrc/ops.cpp", "csrc/multi_hot_ce_cpu.cpp"]
-    headers = ["csrc/multi_hot_ce.h", "csrc/checks.h"]
+    cpu = [
+        "csrc/ops.cpp",
+        "csrc/multi_hot_ce_cpu.cpp",
+        "csrc/superposed_embedding_ops.cpp",
+        "csrc/superposed_embedding_cpu.cpp",
+    ]
+    headers = [str(path) for path in sorted(Path("csrc").glob("*.h"))]
     without = why_no_cuda(torch, home)
     if without:
         extension = CppExtension(
             "megatron_tst._C",
             cpu,
             depends=headers,
+            define_macros=[sources()],
             extra_compile_args=CPU_FLAGS,
             extra_link_args=["-fopenmp"],
         )
@@ -84,9 +91,13 @@ def find_extension() -> tuple[list, str]:
     architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(home))
     extension = CUDAExtension(
         "megatron_tst._C",
-        [*cpu, "csrc/multi_hot_ce.cu"],
+        [*cpu, "csrc/multi_hot_ce.cu", "csrc/superposed_embedding.cu"],
         depends=headers,
-        define_macros=[("MHCE_WITH_CUDA", None), ("MHCE_CUDA_ARCHITECTURES", f'"{architectures}"')],
+        define_macros=[
+            ("MHCE_WITH_CUDA", None),
+            ("MHCE_CUDA_ARCHITECTURES", f'"{architectures}"'),
+            sources(),
+        ],
         extra_compile_args={
             "cxx": CPU_FLAGS,
             "nvcc": ["-O3", "-std=c++17", "--extended-lambda", "-Xptxas", "-v"],
@@ -95,6 +106,14 @@ def find_extension() -> tuple[list, str]:
     )
     what = f"the CPU kernels and the CUDA kernels for {architectures} with {home}"
     return [extension], f"building {what}."
+
+
+def sources() -> tuple[str, str]:
+    """The macro that says of an extension which sources it was built of: tools/gpu_machine.py asks
+    for it, so that nobody measures an old build.
+    """
+    text = b"".join(path.read_bytes() for path in sorted(Path("csrc").iterdir()))
+    return "MHCE_SOURCES", f'"{hashlib.sha256(text).hexdigest()[:16]}"'
 
 
 def cuda_home() -> Path | None:

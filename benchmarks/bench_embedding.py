@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from measure import append_rows, has_gpu, peak_bytes, seconds, where
 
@@ -84,7 +85,11 @@ def measure(options, short, bag_size) -> list[dict]:
 
     def forward_backward(embed):
         (grad,) = torch.autograd.grad(embed(table, ids), table, upstream)
-        return table.main_grad if hasattr(table, "main_grad") else grad
+        if not hasattr(table, "main_grad"):
+            return grad
+        if not table.grad_added_to_main_grad:  # as DistributedDataParallel's hook does
+            table.main_grad.add_(grad)
+        return table.main_grad
 
     calls = {
         name: functools.partial(forward_backward, embed)
@@ -129,7 +134,32 @@ def variants(group) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from megatron_tst.ops.embedding import _PoolBags
+    from megatron_tst.ops import embedding
+
+    def into_main_grad(embed):
+        def with_buffer(table, ids):
+            if not hasattr(table, "main_grad"):
+                table.main_grad = torch.zeros(table.shape, device=table.device)
+            table.grad_added_to_main_grad = False
+            return embed(table, ids)
+
+        return with_buffer
+
+    def ours(kernel):
+        def embed(table, ids):
+            module = SimpleNamespace(
+                weight=table,
+                vocab_start_index=0,
+                num_embeddings=len(table),
+                tp_group=group,
+                reduce_scatter_embeddings=False,
+            )
+            return embedding.superposed_embedding(module, ids, kernel)
+
+        return embed
+
+    def embedding_bag(table, ids):
+        return F.embedding_bag(ids.flatten(0, 1), table, mode="mean").view(*ids.shape[:2], -1)
 
     def listing_2(table, ids):
         return (
@@ -137,19 +167,14 @@ def variants(group) -> dict:
             / ids.shape[-1]
         )
 
-    def ours_main_grad(table, ids):
-        if not hasattr(table, "main_grad"):
-            table.main_grad = torch.zeros(table.shape, device=table.device)
-        table.grad_added_to_main_grad = False
-        return _PoolBags.apply(table, ids, 0, group, False)
-
     return {
-        "ours": lambda table, ids: _PoolBags.apply(table, ids, 0, group, False),
-        "ours, main_grad": ours_main_grad,
+        "ours": ours("extension"),
+        "ours, main_grad": into_main_grad(ours("extension")),
+        "ours, torch": ours("torch"),
+        "ours, torch, main_grad": into_main_grad(ours("torch")),
         "gather + mean": lambda table, ids: F.embedding(ids, table).mean(2),
-        "embedding_bag": lambda table, ids: F.embedding_bag(
-            ids.flatten(0, 1), table, mode="mean"
-        ).view(*ids.shape[:2], -1),
+        "embedding_bag": embedding_bag,
+        "embedding_bag, main_grad": into_main_grad(embedding_bag),
         "paper's loop": listing_2,
     }
 

@@ -17,19 +17,21 @@ GPU's dense bf16 peak, in FP8 too.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 from pathlib import Path
 
-from measure import append_rows, has_gpu, peak_bytes, peak_tflops, seconds, where
+from measure import append_rows, has_gpu, peak_bytes, peak_tflops, seconds_to_the_end, where
 
 from megatron_tst import demo
 from megatron_tst.model_size import LLAMA_3_VOCABULARY
 from megatron_tst.planning import recipes
 
 DEMOS = {"demo": "gpt", "demo-moe": "gpt-moe"}
+ACTIVE = "1.4b"  # what a token of the 10B-A1B recipe goes through, as a dense model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,9 +40,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--model",
-        choices=(*DEMOS, *recipes.RECIPES),
+        choices=(*DEMOS, *recipes.RECIPES, ACTIVE),
         default="demo",
-        help="the demo's, or a recipe's",
+        help=f"the demo's, a recipe's, or {ACTIVE}: moe-10b-a1b with one expert as wide as the "
+        "four that a token goes to, which fits a GPU",
     )
     parser.add_argument(
         "--precision",
@@ -102,7 +105,7 @@ def measure(options) -> dict:
     times = {kind: [] for kind in kinds}
     for _ in range(options.steps):
         for kind, batch in kinds.items():
-            times[kind].append(seconds(lambda batch=batch: step(batch)))
+            times[kind].append(seconds_to_the_end(lambda batch=batch: step(batch)))
     memory = {
         kind: statistics.median(peak_bytes(lambda batch=batch: step(batch)) for _ in range(3))
         for kind, batch in kinds.items()
@@ -153,7 +156,10 @@ def flags_of(options) -> list[str]:
             ),
             *options.flags,
         ]
-    groups = recipes.groups(options.model, {"PRECISION": options.precision})
+    recipe = "moe-10b-a1b" if options.model == ACTIVE else options.model
+    groups = recipes.groups(recipe, {"PRECISION": options.precision})
+    if options.model == ACTIVE:
+        groups["model"] = dense(groups["model"])
     size = (
         f"--micro-batch-size {options.micro_batch} --global-batch-size "
         f"{options.micro_batch * options.micro_batches}"
@@ -164,6 +170,21 @@ def flags_of(options) -> list[str]:
     ).split()
     precision = groups["precision"] if has_gpu() else []
     return [*groups["model"], *groups["training"], *size, *data, *precision, *options.flags]
+
+
+def dense(flags: list[str]) -> list[str]:
+    """A model's flags without its experts: its feed-forward layers as wide as all that a token goes
+    to.
+    """
+    values = dict(itertools.pairwise(flags))
+    width = int(values["--moe-router-topk"]) * int(values["--moe-ffn-hidden-size"])
+    rest, skipped = [], False
+    for flag in flags:
+        if flag.startswith("--"):
+            skipped = flag.startswith("--moe-") or flag in ("--num-experts", "--ffn-hidden-size")
+        if not skipped:
+            rest.append(flag)
+    return [*rest, "--ffn-hidden-size", str(width)]
 
 
 def _set_up(options):

@@ -1,10 +1,14 @@
 """What the benchmarks share: time and peak memory of a call, and what a row says about where it was
 measured.
+
+On CPU times are the clock's. On a GPU they are those of CUDA events around the call, which waits in
+the GPU's queue until Python has queued all of it, with the L2 cache full of something else.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import subprocess
 import time
@@ -20,8 +24,25 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call, until the GPU is done."""
+def seconds(call: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+    """Of one call.
+
+    Args:
+        call: what is timed. On a GPU it must not wait for the GPU: then the launches of Python show
+            again, as they do where it runs longer on the CPU than any delay tried here.
+        before: prepares it, untimed, as a copy of inputs that the call writes over.
+    """
+    if has_gpu():
+        return _seconds_behind_a_delay(call, before)
+    if before:
+        before()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def seconds_to_the_end(call: Callable[[], object]) -> float:
+    """Of one call that itself waits for the GPU, as a training step does, until the GPU is done."""
     import torch
 
     if has_gpu():
@@ -31,6 +52,43 @@ def seconds(call: Callable[[], object]) -> float:
     if has_gpu():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+LONGEST_DELAY = 1 << 26  # clock cycles, about 40 ms
+_delay = 1 << 22  # cycles for which the GPU is kept busy while Python queues a call: about 2 ms
+
+
+def _seconds_behind_a_delay(call, before) -> float:
+    """The delay grows until Python has queued the whole call before the GPU comes to it, and stays
+    so for the next ones.
+    """
+    global _delay
+    import torch
+
+    cold = _larger_than_the_cache()
+    while True:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if before:
+            before()
+        cold.zero_()
+        torch.cuda._sleep(_delay)
+        start.record()
+        call()
+        end.record()
+        late = start.query()  # the GPU has come to the call already
+        torch.cuda.synchronize()
+        if not late or _delay >= LONGEST_DELAY:
+            return start.elapsed_time(end) / 1e3
+        _delay *= 2
+
+
+@functools.cache
+def _larger_than_the_cache():
+    """Bytes twice the size of the GPU's L2: writing them leaves nothing else there."""
+    import torch
+
+    size = torch.cuda.get_device_properties("cuda").L2_cache_size
+    return torch.empty(2 * size, dtype=torch.uint8, device="cuda")
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
@@ -83,6 +141,7 @@ def where() -> dict:
 
 
 def append_rows(path: Path, rows: list[dict]) -> None:
+    """Rows of one kind, at once in the file: what a process has written stays when it is ended."""
     new = not path.exists()
     with open(path, "a", newline="") as out:
         writer = csv.DictWriter(out, rows[0].keys())

@@ -1,5 +1,6 @@
 // Multi-hot cross entropy on CPU: rows over threads, columns over vector lanes.
 
+#include "cpu.h"
 #include "multi_hot_ce.h"
 
 #include <ATen/Parallel.h>
@@ -8,38 +9,14 @@
 #include <algorithm>
 #include <vector>
 
-// One binary for every x86-64: the widest version that the machine has is chosen when the module is
-// loaded. Levels, not "arch=skylake-avx512" or "arch=haswell": those ask for that very processor,
-// and all others would run the slowest version.
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(MHCE_ONE_TARGET)
-#define MHCE_EACH_TARGET \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define MHCE_EACH_TARGET
-#endif
-
 namespace megatron_tst::cpu {
 namespace {
 
 // columns that are converted at once; they stay in the first-level cache
 constexpr int64_t kBlock = 2048;
 
-// Round to nearest even, as c10 does, in a form that compilers vectorise.
 template <typename T>
-MHCE_INLINE T rounded(float x) {
-  return static_cast<T>(x);
-}
-
-template <>
-MHCE_INLINE c10::BFloat16 rounded(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return c10::BFloat16(
-      static_cast<unsigned short>(x != x ? 0x7fc0u : nearest), c10::BFloat16::from_bits());
-}
-
-template <typename T>
-MHCE_INLINE SoftmaxSum softmax_sum(const T* z, int64_t columns) {
+TST_INLINE SoftmaxSum softmax_sum(const T* z, int64_t columns) {
   alignas(64) float block[kBlock];
   SoftmaxSum all;
   for (int64_t first = 0; first < columns; first += kBlock) {
@@ -59,24 +36,24 @@ MHCE_INLINE SoftmaxSum softmax_sum(const T* z, int64_t columns) {
 }
 
 template <typename T>
-MHCE_INLINE void row_gradient(const Problem<const T>& problem, const float* saved_3N,
+TST_INLINE void row_gradient(const Problem<const T>& problem, const float* saved_3N,
     float upstream, int64_t n, T* out, float* labelled) {
   const Bag bag = problem.bag(n);
   const T* z = problem.row(n);
-  const RowGradient gradient(bag, saved_row(saved_3N, problem.rows, n), upstream);
+  const RowGradient gradient(saved_row(saved_3N, problem.rows, n), upstream);
   if (gradient.zero()) {
     std::fill(out, out + problem.columns, static_cast<T>(0.f));
     return;
   }
   // `out` may be the logits: the labels' columns are computed before and written after all others
-  for (int64_t k = 0; k < bag.size; ++k) {
+  for (int k = 0; k < bag.size; ++k) {
     if (bag.owned(k)) labelled[k] = gradient.labelled(bag, k, static_cast<float>(z[bag.column(k)]));
   }
 #pragma omp simd
   for (int64_t i = 0; i < problem.columns; ++i) {
     out[i] = rounded<T>(gradient.element(static_cast<float>(z[i])));
   }
-  for (int64_t k = 0; k < bag.size; ++k) {
+  for (int k = 0; k < bag.size; ++k) {
     if (bag.owned(k)) out[bag.column(k)] = rounded<T>(labelled[k]);
   }
 }
@@ -96,8 +73,13 @@ MHCE_VECTORISED(c10::Half)
 
 }  // namespace
 
+int64_t statistics_scratch(int64_t, int64_t) { return 0; }
+
+int64_t gradient_scratch(int64_t, int64_t) { return 0; }
+
 template <typename T>
-void statistics(const Problem<const T>& problem, int64_t vocab_size, float* statistics_4N) {
+void statistics(const Problem<const T>& problem, int64_t vocab_size, float*,
+    float* statistics_4N) {
   for (int64_t i = 0; i < problem.rows * problem.bag_size; ++i) {
     const int64_t label = problem.labels[i];
     TORCH_CHECK_VALUE(
@@ -108,7 +90,10 @@ void statistics(const Problem<const T>& problem, int64_t vocab_size, float* stat
   at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const SoftmaxSum softmax = softmax_sum_each_target(problem.row(n), problem.columns);
-      const Target target = bag_target(problem.bag(n), problem.row(n), softmax.peak);
+      const Bag bag = problem.bag(n);
+      TargetSum sum;
+      for (int k = 0; k < bag.size; ++k) sum.include(bag, k, problem.row(n), softmax.peak);
+      const Target target = sum.target(bag.alt);
       const float values[4] = {softmax.peak, softmax.sum, target.value, target.held};
       for (int64_t i = 0; i < 4; ++i) statistics_4N[i * problem.rows + n] = values[i];
     }
@@ -119,14 +104,15 @@ void loss(const Problem<const float>& problem, int64_t ranks, const float* stati
     float* loss_N, float* saved_3N) {
   for (int64_t n = 0; n < problem.rows; ++n) {
     const RowStatistics row = combine_ranks(statistics_R4N, ranks, problem.rows, n, problem.alt);
-    loss_N[n] = row_loss(problem.bag(n), row);
-    save_row(row, saved_3N, problem.rows, n);
+    const bool carries_loss = problem.bag(n).carries_loss();
+    loss_N[n] = carries_loss ? row_loss(row) : 0.f;
+    save_row(row, carries_loss, saved_3N, problem.rows, n);
   }
 }
 
 template <typename T>
 void gradient(const Problem<const T>& problem, const float* saved_3N, const float* upstream_N,
-    T* out, int64_t out_stride) {
+    float*, T* out, int64_t out_stride) {
   at::parallel_for(0, problem.rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> labelled(problem.bag_size);
     for (int64_t n = begin; n < end; ++n) {
@@ -136,9 +122,10 @@ void gradient(const Problem<const T>& problem, const float* saved_3N, const floa
   });
 }
 
-#define MHCE_INSTANTIATE(T)                                              \
-  template void statistics<T>(const Problem<const T>&, int64_t, float*); \
-  template void gradient<T>(const Problem<const T>&, const float*, const float*, T*, int64_t);
+#define MHCE_INSTANTIATE(T)                                                      \
+  template void statistics<T>(const Problem<const T>&, int64_t, float*, float*); \
+  template void gradient<T>(                                                     \
+      const Problem<const T>&, const float*, const float*, float*, T*, int64_t);
 MHCE_INSTANTIATE(float)
 MHCE_INSTANTIATE(c10::BFloat16)
 MHCE_INSTANTIATE(c10::Half)

@@ -9,15 +9,12 @@
 #include "multi_hot_ce.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <tuple>
-
-#if defined(MHCE_WITH_CUDA)
-#include <c10/cuda/CUDAGuard.h>
-#endif
 
 namespace megatron_tst {
 namespace {
@@ -75,10 +72,11 @@ void gradient_inplace_meta(Tensor& logits, const Tensor& labels, const Tensor& w
   check_gradient(logits, labels, weights, saved, upstream);
 }
 
-// Calls work(T(), backend) with the type of the logits; backend is true on CUDA.
+// Calls work(T()) with the type of the logits, on their device.
 template <typename Work>
 void dispatch(const Tensor& logits, const Work& work) {
   if (logits.numel() == 0) return;
+  const c10::DeviceGuard guard(logits.device());
   switch (logits.scalar_type()) {
     case at::kFloat: return work(float());
     case at::kBFloat16: return work(c10::BFloat16());
@@ -86,17 +84,24 @@ void dispatch(const Tensor& logits, const Work& work) {
   }
 }
 
+// columns and labels of a row, with room for 32-bit sums
+constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;
+
 template <typename T>
 Problem<const T> problem(const Tensor& logits, const Tensor& labels, const Tensor& weights,
     int64_t vocab_start, bool alt) {
+  TORCH_CHECK_VALUE(
+      logits.size(1) <= kMost && labels.size(1) <= kMost,
+      "multi_hot_ce: expected at most ", kMost, " columns and labels a row, got ", logits.size(1),
+      " and ", labels.size(1), ".");
   return {
       /*logits=*/logits.const_data_ptr<T>(),
       /*stride=*/logits.stride(0),
       /*labels=*/labels.const_data_ptr<int64_t>(),
       /*weights=*/weights.const_data_ptr<float>(),
       /*rows=*/logits.size(0),
-      /*columns=*/logits.size(1),
-      /*bag_size=*/labels.size(1),
+      /*columns=*/static_cast<int>(logits.size(1)),
+      /*bag_size=*/static_cast<int>(labels.size(1)),
       /*start=*/vocab_start,
       /*alt=*/alt,
   };
@@ -104,23 +109,26 @@ Problem<const T> problem(const Tensor& logits, const Tensor& labels, const Tenso
 
 // The kernels of both devices have the same names and arguments.
 #if defined(MHCE_WITH_CUDA)
-#define MHCE_ON_DEVICE(tensor, call)                     \
-  if ((tensor).is_cuda()) {                              \
-    const c10::cuda::CUDAGuard guard((tensor).device()); \
-    cuda::call;                                          \
-  } else {                                               \
-    cpu::call;                                           \
-  }
+#define MHCE_ON_DEVICE(tensor, call) ((tensor).is_cuda() ? cuda::call : cpu::call)
 #else
-#define MHCE_ON_DEVICE(tensor, call) cpu::call;
+#define MHCE_ON_DEVICE(tensor, call) cpu::call
 #endif
+
+// Memory that a call of a kernel needs, from torch's allocator.
+Tensor scratch_of(const Tensor& logits, int64_t floats) {
+  return empty_like_logits(logits, {floats}, at::kFloat);
+}
 
 Tensor statistics(const Tensor& logits, const Tensor& labels, const Tensor& weights,
     int64_t vocab_start, int64_t vocab_size, bool alt) {
   Tensor out = statistics_meta(logits, labels, weights, vocab_start, vocab_size, alt);
   dispatch(logits, [&](auto zero) {
     const auto rows = problem<decltype(zero)>(logits, labels, weights, vocab_start, alt);
-    MHCE_ON_DEVICE(logits, statistics(rows, vocab_size, out.mutable_data_ptr<float>()));
+    const Tensor memory =
+        scratch_of(logits, MHCE_ON_DEVICE(logits, statistics_scratch(rows.rows, rows.columns)));
+    float* scratch = memory.mutable_data_ptr<float>();
+    float* statistics_4N = out.mutable_data_ptr<float>();
+    MHCE_ON_DEVICE(logits, statistics(rows, vocab_size, scratch, statistics_4N));
   });
   return out;
 }
@@ -129,6 +137,7 @@ std::tuple<Tensor, Tensor> loss(
     const Tensor& statistics, const Tensor& labels, const Tensor& weights, bool alt) {
   auto [out, saved] = loss_meta(statistics, labels, weights, alt);
   if (out.numel() == 0) return {out, saved};
+  const c10::DeviceGuard guard(statistics.device());
   const Problem<const float> rows = {  // no logits
       /*logits=*/nullptr,
       /*stride=*/0,
@@ -136,7 +145,7 @@ std::tuple<Tensor, Tensor> loss(
       /*weights=*/weights.const_data_ptr<float>(),
       /*rows=*/labels.size(0),
       /*columns=*/0,
-      /*bag_size=*/labels.size(1),
+      /*bag_size=*/static_cast<int>(labels.size(1)),
       /*start=*/0,
       /*alt=*/alt,
   };
@@ -155,7 +164,10 @@ void write_gradient(const Tensor& logits, const Tensor& labels, const Tensor& we
     const float* saved_3N = saved.const_data_ptr<float>();
     const float* upstream_N = upstream.const_data_ptr<float>();
     T* out_NV = out.mutable_data_ptr<T>();
-    MHCE_ON_DEVICE(logits, gradient(rows, saved_3N, upstream_N, out_NV, out.stride(0)));
+    const Tensor memory =
+        scratch_of(logits, MHCE_ON_DEVICE(logits, gradient_scratch(rows.rows, rows.bag_size)));
+    float* scratch = memory.mutable_data_ptr<float>();
+    MHCE_ON_DEVICE(logits, gradient(rows, saved_3N, upstream_N, scratch, out_NV, out.stride(0)));
   });
 }
 
@@ -204,9 +216,12 @@ TORCH_LIBRARY_IMPL(megatron_tst, Meta, m) { MHCE_REGISTER(_meta) }
 
 PYBIND11_MODULE(_C, m) {
   m.doc() =
-      "Multi-hot cross entropy kernels of megatron_tst; importing it registers "
-      "torch.ops.megatron_tst.multi_hot_ce_*.";
+      "The kernels of megatron_tst; importing it registers "
+      "torch.ops.megatron_tst.multi_hot_ce_* and superposed_embedding*.";
   m.attr("torch_version") = TORCH_VERSION;
+#if defined(MHCE_SOURCES)
+  m.attr("sources") = MHCE_SOURCES;
+#endif
 #if defined(MHCE_WITH_CUDA)
   m.attr("cuda_architectures") = MHCE_CUDA_ARCHITECTURES;
 #else

@@ -42,8 +42,8 @@ class TSTConfig:
             iterations for superposition to go on.
         switch_window: with "auto": share of the run's iterations over which the loss is smoothed.
         override: a resume may change bag sizes and lengths of what lies ahead.
-        kernel: of the superposed loss: "extension" (C++/CUDA), "torch", or "auto", the extension
-            where it is there.
+        kernel: of the superposed embedding and loss: "extension" (C++/CUDA), "torch", or "auto",
+            the extension where it is there.
         kernel_in_recovery: the extension computes the training loss of the recovery phase too, in
             Megatron's place.
         fused_linear_loss: output layer and training loss in one op, in both phases: less memory, a
@@ -254,7 +254,11 @@ def add_tst_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "on a resume: change bag sizes and lengths of what lies ahead",
         action="store_true",
     )
-    add("kernel", f"of the superposed loss, one of {', '.join(KERNELS)}", default=d["kernel"])
+    add(
+        "kernel",
+        f"of the superposed embedding and loss, one of {', '.join(KERNELS)}",
+        default=d["kernel"],
+    )
     add(
         "kernel-in-recovery",
         "the extension's loss in the recovery phase too",

@@ -14,7 +14,7 @@ class Extension:
     """What was found.
 
     Args:
-        loaded: whether torch.ops.megatron_tst.multi_hot_ce_* are registered.
+        loaded: whether torch.ops.megatron_tst.* are registered.
         cuda: whether the CUDA kernels are among them.
         description: one line for a log.
     """
@@ -62,10 +62,7 @@ def choose(kernel: str, device: str) -> str:
         ValueError: the extension is asked for and cannot run there.
     """
     if kernel not in KERNELS:
-        raise ValueError(
-            "multi_hot_cross_entropy: expected kernel to be one of "
-            f"{', '.join(KERNELS)}, got {kernel!r}."
-        )
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}.")
     if kernel == "torch":
         return "torch"
     extension = load()
@@ -74,8 +71,8 @@ def choose(kernel: str, device: str) -> str:
         return "extension"
     if kernel == "extension":
         raise ValueError(
-            f"multi_hot_cross_entropy: expected the extension's {device} kernels, got an "
-            f"extension that is {extension.description}. Or ask for kernel 'auto' or 'torch'."
+            f"kernel 'extension': expected the extension's {device} kernels, got an extension that "
+            f"is {extension.description}. Or ask for kernel 'auto' or 'torch'."
         )
     return "torch"
 

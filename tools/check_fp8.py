@@ -7,8 +7,8 @@ mixture-of-experts model, the same data, each recipe once.
 
 Each run is `python -m megatron_tst.pretrain_gpt` with bags of 4 for --iterations steps and plain
 training for as many. Compared is the mean loss of the last 10 steps of each phase. OUT gets the
-logs and fp8.json. Exit code 1: a run failed, or a loss is further from the reference's than
---distance, in which case train in bf16 and look at the logs.
+logs, and fp8.json after each run. Exit code 1: a run failed, or a loss is further from the
+reference's than --distance, in which case train in bf16 and look at the logs.
 """
 
 from __future__ import annotations
@@ -126,12 +126,11 @@ def main(argv: list[str] | None = None) -> int:
     if not corpora.is_there(corpus):
         corpora.make(corpus)
     vocab_size = corpora.vocab_size(corpus)
-    found = {
-        recipe: train(recipe, corpus, vocab_size, options)
-        for recipe in [options.reference, *recipes]
-    }
-    report = judge(found, options)
-    (options.out / "fp8.json").write_text(json.dumps(report, indent=1) + "\n")
+    found, wanted = {}, [*dict.fromkeys([options.reference, *recipes])]
+    for recipe in wanted:  # written after each: this may be ended at any time
+        found[recipe] = train(recipe, corpus, vocab_size, options)
+        report = judge(found, options) | {"wanted": wanted}
+        (options.out / "fp8.json").write_text(json.dumps(report, indent=1) + "\n")
     show(report)
     return 0 if report["holds"] else 1
 

@@ -1,333 +1,463 @@
-"""What tools/gpu_check.sh asks of Python: which wheels are needed, what ptxas said of the kernels,
-and OUT/report.md.
+"""OUT/report.md of tools/gpu_check.sh: what is met and what is not in a paragraph, each figure
+against what is wanted, every step, every table.
 
-    python tools/gpu_report.py versions
-    python tools/gpu_report.py wheels DIR SITE
-    python tools/gpu_report.py resources COMPILE_LOG JSON sm_90 sm_100
-    python tools/gpu_report.py report OUT
+    python tools/gpu_report.py OUT
 
-`wheels` installs into SITE what DIR has and the machine lacks. `resources` notes registers and
-spills of each kernel; exit code 1: one spills, or is missing. `report` reads the files of all parts
-that have run, on whatever machine.
+Reads the files of all parts that have run, on whatever machine. They lie in OUT, or in
+OUT/details.tar, where the newest of a name counts. Written anew after every step, so that it holds
+what was known when a machine went away.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
+import io
 import json
-import re
-import shutil
-import subprocess
+import math
 import sys
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = (
-    "megatron-core",
-    "transformer-engine",
-    "transformer-engine-torch",
-    "liger-kernel",
-    "triton",
-    "pytest",
-    "hypothesis",
-    "tokenizers",
-)
-PARTS = ("build", "test", "bench", "fp8", "train")
-_TYPES = ("float", "c10::BFloat16", "c10::Half")
-KERNELS = [
-    "row_losses",
-    *(
-        f"{name}<{of}>"
-        for name in ("softmax_sums", "row_statistics", "row_gradients")
-        for of in _TYPES
-    ),
-]  # multi_hot_ce.cu
+PARTS = ("first", "build", "test", "sanitize", "bench", "hints", "fp8", "train", "graphs")
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+ROWS, WHOLE, SHARD = 8192, 151936, 18992  # positions, a vocabulary, an eighth of it
+OUT_OF_TIME = 124  # timeout's exit code
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> int:
-    for package in PACKAGES:
-        print(package, version(package) or "not there")
-    return 0
-
-
-def wheels(folder: str, site: str) -> int:
-    """Exit code of pip, which gets the wheels whose package is not there."""
-    files = sorted(Path(folder).glob("*.whl"))
-    if not files:
-        print(f"gpu_report: error: expected wheels in {folder}, found none.")
-        return 1
-    lacking = [path for path in files if version(path.name.split("-")[0].replace("_", "-")) is None]
-    print("there:", *(path.name for path in files if path not in lacking))
-    print("installed:", *(path.name for path in lacking))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--quiet",
-        "--target",
-        site,
-    ]
-    return subprocess.run([*command, *map(str, lacking)]).returncode if lacking else 0
-
-
-# --- what ptxas -v says
-
-_ENTRY = re.compile(
-    r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill "
-    r"stores, (\d+) bytes spill loads"
-    r".*?Used (\d+) registers",
-    re.S,
-)
-
-
-def kernels_in(log: str) -> list[dict]:
-    """Of a compile log: each kernel's name, architecture, registers, and bytes of stack frame and
-    spills.
-    """
-    found = [match.groups() for match in _ENTRY.finditer(log)]
-    names = _demangled([entry[0] for entry in found])
-    return [
-        {
-            "kernel": name,
-            "architecture": arch,
-            "registers": int(registers),
-            "stack": int(stack),
-            "spill_stores": int(stores),
-            "spill_loads": int(loads),
-        }
-        for name, (_, arch, stack, stores, loads, registers) in zip(names, found)
-    ]
-
-
-def _demangled(names: list[str]) -> list[str]:
-    """Without namespace and arguments, as "row_gradients<float>"."""
-    if not names or not shutil.which("c++filt"):
-        return names
-    said = subprocess.run(
-        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
-    ).stdout
-    plain = [
-        re.search(r"(\w+(?:<[\w:]+>)?)\(", name)
-        for name in said.replace("(anonymous namespace)", "").splitlines()
-    ]
-    return [short[1] if short else name for short, name in zip(plain, names)]
-
-
-def faults(kernels: list[dict], architectures: list[str]) -> list[str]:
-    """What is wrong with the build: kernels that are missing for an architecture, and those that
-    spill.
-    """
-    missing = [
-        f"{kernel} is not there for {arch}"
-        for arch in architectures
-        for kernel in KERNELS
-        if not any((found["architecture"], found["kernel"]) == (arch, kernel) for found in kernels)
-    ]
-    spilling = [
-        f"{found['kernel']} for {found['architecture']} uses memory for registers: {found}"
-        for found in kernels
-        if found["stack"] or found["spill_stores"] or found["spill_loads"]
-    ]
-    return missing + spilling
-
-
-def resources(log: str, output: str, *architectures: str) -> int:
-    kernels = kernels_in(Path(log).read_text(errors="replace"))
-    wrong = faults(kernels, list(architectures))
-    Path(output).write_text(json.dumps({"kernels": kernels, "faults": wrong}, indent=1) + "\n")
-    for found in kernels:
-        print(
-            f"{found['architecture']:8} {found['registers']:4} registers "
-            f"{found['spill_stores']:4} spilled  {found['kernel']}"
-        )
-    print(
-        *wrong or [f"{len(kernels)} kernels for {' '.join(architectures)}, none spills"], sep="\n"
-    )
-    return 1 if wrong else 0
-
-
-# --- the report
-
-
-def report(folder: str) -> int:
+def main(folder: str) -> int:
     """Write FOLDER/report.md beside and rename it."""
-    out = Path(folder)
+    results = Results(Path(folder))
     text = "\n\n".join(
-        section for section in (_head(out), _targets(out), _steps(out), *_tables(out)) if section
+        section
+        for section in (
+            _head(results),
+            "## Conclusions\n\n" + conclusions(results),
+            _targets(results),
+            _steps(results),
+            *_tables(results),
+        )
+        if section
     )
-    (out / "report.md.part").write_text(text + "\n")
-    (out / "report.md.part").rename(out / "report.md")
+    (results.folder / "report.md.part").write_text(text + "\n")
+    (results.folder / "report.md.part").rename(results.folder / "report.md")
     return 0
 
 
-def _head(out: Path) -> str:
-    machine = out / "machine.log"
-    return (
-        f"# GPU check\n\n```\n{machine.read_text().strip()}\n```"
-        if machine.exists()
-        else "# GPU check"
+class Results:
+    """The files that the steps have left in a folder, and in its details.tar."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.packed = folder, {}
+        archive = folder / "details.tar"
+        if archive.exists():
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.endswith((".csv", ".json", ".log")):
+                        self.packed[member.name] = tar.extractfile(member).read()
+
+    def text(self, name: str) -> str | None:
+        path = self.folder / name
+        if path.exists():
+            return path.read_text(errors="replace")
+        packed = self.packed.get(name)
+        return packed.decode(errors="replace") if packed is not None else None
+
+    def csv(self, name: str) -> list[dict]:
+        return list(csv.DictReader(io.StringIO(self.text(name) or "")))
+
+    def json(self, name: str) -> dict | None:
+        text = self.text(name)
+        return json.loads(text) if text else None
+
+    def steps(self) -> list[dict]:
+        lines = (self.text("steps.jsonl") or "").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def codes(self) -> dict[str, int]:
+        """The last exit code of each step, by PART-STEP."""
+        return {f"{row['part']}-{row['step']}": row["code"] for row in self.steps()}
+
+    @property
+    def rehearsed(self) -> bool:
+        return any(row.get("rehearsed") for row in self.steps())
+
+
+# --- each figure against what is wanted
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that the project wants.
+
+    Args:
+        what: in words.
+        wanted: a relation and a number, as ">= 0.85".
+        value: what was measured; None: nothing was.
+        part: what measures it, for --part.
+        look: what to look at first where it is missed.
+    """
+
+    what: str
+    wanted: str
+    value: float | None
+    part: str
+    look: str
+
+    @property
+    def met(self) -> bool | None:
+        if self.value is None:
+            return None
+        relation, number = self.wanted.split()
+        holds: dict[str, Callable] = {
+            ">=": lambda value, limit: value >= limit,
+            "<=": lambda value, limit: value <= limit,
+        }
+        return holds[relation](self.value, float(number))
+
+    @property
+    def limit(self) -> float:
+        return float(self.wanted.split()[1])
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return round(a / b, 3) if a and b else None
+
+
+def targets(results: Results) -> list[Target]:
+    """All that the project wants of a GPU, from the files that are there."""
+    codes = results.codes()
+    share = "share_of_copy"
+    place = "ours, in place"
+    loss = Losses(results)
+    ours = loss.of(place, loss.whole, 16)
+    slow_loss = (
+        "the kernels' registers and spills below, --part hints for the cache hints, then ncu on "
+        "softmax_sums and row_gradients"
     )
+    slow_peer = "the share of copy: if that is met, the peer is faster than was thought"
+    slow_step = (
+        "the loss and the embedding above, whose time is most of what a superposed step has more, "
+        "then a profile of both kinds of step"
+    )
+    cases = results.csv("kernels.csv")
+    spills = results.json("resources.json")
+    return [
+        Target(
+            "kernels: cases that differ from the reference",
+            "<= 0",
+            sum(row["ok"] != "yes" for row in cases) if cases else None,
+            "first",
+            "the cases in the table below: no other figure counts before they are right",
+        ),
+        Target(
+            "loss: share of copy bandwidth, V = 151936, s = 16",
+            ">= 0.85",
+            loss.of(place, loss.whole, 16, share),
+            "first",
+            slow_loss,
+        ),
+        Target(
+            "loss: share of copy bandwidth, V = 18992, s = 16",
+            ">= 0.75",
+            loss.of(place, loss.shard, 16, share),
+            "first",
+            f"row_statistics and the prologues, which weigh more in short rows; {slow_loss}",
+        ),
+        Target(
+            "loss: time at s = 16 over s = 1",
+            "<= 1.1",
+            ratio(ours, loss.of(place, loss.whole, 1)),
+            "first",
+            "row_statistics, the one kernel whose work grows with s",
+        ),
+        Target(
+            "loss: Transformer Engine's time for one label over ours for 16",
+            ">= 1.5",
+            ratio(loss.of("te, single", loss.whole, 16), ours),
+            "first",
+            slow_peer,
+        ),
+        Target(
+            "loss: the paper's loop, compiled, over ours, s = 16",
+            ">= 3",
+            ratio(loss.of("paper's loop, compiled", loss.whole, 16), ours),
+            "first",
+            slow_peer,
+        ),
+        Target(
+            "embedding: the torch path's time over ours, into main_grad, s = 16",
+            ">= 4",
+            embedding_gain(results),
+            "first",
+            "extra_mb and ms of its rows below: forward and backward apart with ncu",
+        ),
+        Target(
+            "step: superposed over ordinary, 270M, bf16",
+            "<= 1.02",
+            step_ratio(results, "270m"),
+            "first",
+            slow_step,
+        ),
+        Target(
+            "step: superposed over ordinary, 1.4B active, bf16",
+            "<= 1.02",
+            step_ratio(results, "1.4b"),
+            "train-1.4b",
+            slow_step,
+        ),
+        Target(
+            "kernels that spill registers, or are missing",
+            "<= 0",
+            len(spills["faults"]) if spills else None,
+            "build",
+            "__launch_bounds__ of the kernels in the table below",
+        ),
+        Target(
+            "tests on the GPU, exit code",
+            "<= 0",
+            codes.get("test-gpu"),
+            "test",
+            "test-gpu.log in details.tar",
+        ),
+        Target(
+            "two tensor-parallel ranks on the GPU, training, exit code",
+            "<= 0",
+            codes.get("test-ranks"),
+            "test",
+            "test-ranks.log in details.tar",
+        ),
+        *(
+            Target(
+                f"compute-sanitizer, {tool}, exit code",
+                "<= 0",
+                codes.get(f"sanitize-{tool}"),
+                f"sanitize-{tool}",
+                f"sanitize-{tool}.log in details.tar, which names the kernel and its line",
+            )
+            for tool in SANITIZERS
+        ),
+        Target(
+            "FP8: largest distance of a loss from bf16's, either phase",
+            "<= 0.01",
+            fp8_distance(results),
+            "fp8",
+            "the recipe's losses below: train in bf16 until they agree",
+        ),
+        Target(
+            "full-iteration CUDA graphs over the boundary, exit code",
+            "<= 0",
+            codes.get("graphs-full_iteration"),
+            "graphs",
+            "graphs-full_iteration.log in details.tar",
+        ),
+    ]
 
 
-def _targets(out: Path) -> str:
-    """Each figure that the project wants, what was measured, and whether that is enough."""
-    rows = [(what, want, *_judged(value, enough)) for what, want, value, enough in targets(out)]
+class Losses:
+    """Rows of multi_hot_ce.csv at the sizes that count; in a rehearsal at those that are there."""
+
+    def __init__(self, results: Results):
+        self.rows = [row for row in results.csv("multi_hot_ce.csv") if row["dtype"] == "bf16"]
+        self.whole, self.shard, self.positions = WHOLE, SHARD, ROWS
+        if results.rehearsed and self.rows:
+            sizes = [int(row["V"]) for row in self.rows]
+            self.whole, self.shard = max(sizes), min(sizes)
+            self.positions = int(self.rows[0]["N"])
+
+    def of(self, variant: str, v: int, s: int, column: str = "ms") -> float | None:
+        """The last measurement's."""
+        want = (variant, str(self.positions), str(v), str(s))
+        found = (
+            float(row[column])
+            for row in reversed(self.rows)
+            if (row["variant"], row["N"], row["V"], row["s"]) == want
+        )
+        return next(found, None)
+
+
+def embedding_gain(results: Results) -> float | None:
+    """The last rows' torch path into main_grad over ours, at the largest bag in bf16."""
+    rows = [row for row in results.csv("embedding.csv") if row["dtype"] == "bf16"]
+    last = {
+        row["variant"]: float(row["ms"])
+        for row in rows
+        if int(row["s"]) == max(int(row["s"]) for row in rows)
+    }
+    return ratio(last.get("ours, torch, main_grad"), last.get("ours, main_grad"))
+
+
+def step_ratio(results: Results, model: str) -> float | None:
+    """The last row's; in a rehearsal the demo's stands for it."""
+    rows = [row for row in results.csv("step.csv") if row["precision"] == "bfloat16"]
+    if results.rehearsed:
+        rows = results.csv("step.csv")
+    found = [float(row["time_ratio"]) for row in rows if row["model"] == model]
+    return found[-1] if found else None
+
+
+def fp8_distance(results: Results) -> float | None:
+    """nan: a recipe failed. None: not all of them have run."""
+    found = results.json("fp8.json")
+    if not found or set(found["recipes"]) != set(found.get("wanted", found["recipes"])):
+        return None
+    worst = [
+        max(end["distance"] for end in row.values()) if row else math.nan
+        for row in found["recipes"].values()
+    ]
+    return math.nan if any(map(math.isnan, worst)) else round(max(worst), 5)
+
+
+def verdict(target: Target, rehearsed: bool) -> str:
+    if target.met is None:
+        return "NOT RUN"
+    if rehearsed:
+        return "rehearsed"
+    return "yes" if target.met else "**no**"
+
+
+# --- in words
+
+
+def conclusions(results: Results) -> str:
+    """A few sentences: how much is met, by how much what is not, what to look at first."""
+    found = targets(results)
+    if results.rehearsed:
+        ran = sum(target.met is not None for target in found)
+        failed = _failed(results)
+        steps = f"Steps that failed: {', '.join(failed)}." if failed else "No step failed."
+        return (
+            f"A rehearsal says whether the check runs, and nothing about a GPU. {ran} of "
+            f"{len(found)} figures could be read from what ran here. {steps}"
+        )
+    met, missed, unknown = (
+        [target for target in found if target.met is state] for state in (True, False, None)
+    )
+    said = [
+        f"Of {len(found)} targets {len(met)} are met, {len(missed)} are missed and "
+        f"{len(unknown)} were not run."
+    ]
+    if found[0].met is False:
+        said.append("**The kernels are wrong, so no time below counts.**")
+    if rate := copy_rate(results):
+        said.append(f"A copy of the logits moves {rate:.2f} TB/s here, read and written.")
+    paragraphs = [" ".join(said)]
+    if met:
+        paragraphs.append("Met: " + "; ".join(f"{t.what} ({_number(t)})" for t in met) + ".")
+    paragraphs += [
+        f"Missed: {t.what} is {_number(t)}{_by_how_much(t)}. Look first at {t.look}."
+        for t in missed
+    ]
+    if hints := without_hints(results):
+        paragraphs.append("Without cache hints: " + "; ".join(hints) + ".")
+    if failed := _failed(results):
+        paragraphs.append("Steps that did not end well: " + ", ".join(failed) + ".")
+    if unknown:
+        parts = dict.fromkeys(target.part for target in unknown)
+        paragraphs.append("Not run: " + ", ".join(f"--part {part}" for part in parts) + ".")
+    return "\n\n".join(paragraphs)
+
+
+def _number(target: Target) -> str:
+    return f"{target.value:g}, wanted {target.wanted}"
+
+
+def _by_how_much(target: Target) -> str:
+    if not target.limit or math.isnan(target.value):
+        return ""
+    return f", {abs(target.value / target.limit - 1):.1%} off"
+
+
+def _failed(results: Results) -> list[str]:
+    return [
+        f"{name} ({'out of time' if code == OUT_OF_TIME else f'exit code {code}'})"
+        for name, code in results.codes().items()
+        if code
+    ]
+
+
+def without_hints(results: Results) -> list[str]:
+    """Of each build of --part hints: its time over that of the ordinary one, measured before it."""
+    loss, said = Losses(results), []
+    for v in (loss.whole, loss.shard):
+        plain, found = None, {}
+        for row in (row for row in loss.rows if row["V"] == str(v) and row["s"] == "16"):
+            if row["variant"] == "ours, in place":
+                plain = float(row["ms"])
+            elif row["variant"].startswith("ours (") and row["variant"].endswith(", in place"):
+                found[row["variant"].split("(")[1].split(")")[0]] = ratio(float(row["ms"]), plain)
+        said += [f"{name} takes {times} of the time at V = {v}" for name, times in found.items()]
+    return said
+
+
+def copy_rate(results: Results) -> float | None:
+    """TB/s, bytes read and bytes written together, of the largest logits."""
+    loss = Losses(results)
+    ms, mb = (loss.of("copy", loss.whole, 16, column) for column in ("ms", "logits_mb"))
+    return 2 * mb / ms / 1e3 if ms and mb else None
+
+
+# --- the rest of the page
+
+
+def _head(results: Results) -> str:
+    loud = ""
+    if results.rehearsed:
+        loud = (
+            "# REHEARSED ON A CPU. NOT A GPU MEASUREMENT.\n\nEvery figure on this page is of small "
+            "shapes on a CPU and says only that the check runs. Steps that need CUDA had the "
+            "nearest thing of a CPU in their place.\n\n"
+        )
+    machine = results.text("machine.log")
+    return f"{loud}# GPU check" + (f"\n\n```\n{machine.strip()}\n```" if machine else "")
+
+
+def _targets(results: Results) -> str:
+    rows = [
+        (
+            t.what,
+            t.wanted,
+            "-" if t.value is None else f"{t.value:g}",
+            verdict(t, results.rehearsed),
+        )
+        for t in targets(results)
+    ]
     return "## Targets\n\n" + _markdown(["what", "wanted", "measured", ""], rows)
 
 
-def _judged(value, enough):
-    return ("-", "NOT RUN") if value is None else (value, "yes" if enough(value) else "**no**")
-
-
-def targets(out: Path) -> list[tuple]:
-    """(what, wanted, measured or None, whether that is enough) from the files in OUT."""
-    loss = [
-        row
-        for row in _csv(out / "multi_hot_ce.csv")
-        if (row["N"], row["V"], row["dtype"]) == ("8192", "151936", "bf16")
-    ]
-
-    def of(variant: str, s: str, column: str = "ms"):
-        """The last measurement's."""
-        return next(
-            (
-                float(row[column])
-                for row in reversed(loss)
-                if row["s"] == s and row["variant"].startswith(variant)
-            ),
-            None,
-        )
-
-    def ratio(a, b):
-        return round(a / b, 3) if a and b else None
-
-    ours = of("ours, in place", "16") or of("ours", "16")
-    steps = {(row["model"], row["precision"]): row for row in _csv(out / "step.csv")}
-    small = steps.get(("270m", "bfloat16"))
-    fp8 = _json(out / "fp8" / "fp8.json")
-    worst = [
-        max(end["distance"] for end in row.values()) if row else float("nan")
-        for row in (fp8 or {}).get("recipes", {}).values()
-    ]
-    codes = _codes(out)
-    sanitizers = [codes.get(f"sanitizer_{tool}") for tool in ("memcheck", "racecheck", "synccheck")]
-    spills = _json(out / "resources.json")
-
-    def at_least(least):
-        return lambda value: value >= least
-
-    def at_most(most):
-        return lambda value: value <= most
-
-    return [
-        (
-            "kernels that spill registers",
-            "0",
-            len(spills["faults"]) if spills else None,
-            at_most(0),
-        ),
-        ("tests on the GPU, exit code", "0", codes.get("test_gpu"), at_most(0)),
-        (
-            "two tensor-parallel ranks on the GPU, training, exit code",
-            "0",
-            codes.get("test_tp2_training"),
-            at_most(0),
-        ),
-        (
-            "compute-sanitizer, sum of exit codes",
-            "0",
-            None if None in sanitizers else sum(sanitizers),
-            at_most(0),
-        ),
-        (
-            "loss: share of copy bandwidth, N 8192, V 151936, s 16, bf16",
-            ">= 0.85",
-            of("ours, in place", "16", "share_of_copy"),
-            at_least(0.85),
-        ),
-        (
-            "loss: time at s = 16 over s = 1",
-            "<= 1.1",
-            ratio(ours, of("ours, in place", "1")),
-            at_most(1.1),
-        ),
-        (
-            "loss: Transformer Engine's time for one label over ours for 16",
-            ">= 1.5",
-            ratio(of("te, single", "16"), ours),
-            at_least(1.5),
-        ),
-        (
-            "loss: the paper's loop, compiled, over ours, s 16",
-            ">= 3",
-            ratio(of("paper's loop, compiled", "16"), ours),
-            at_least(3),
-        ),
-        (
-            "step: superposed over ordinary, 270M, bf16",
-            "<= 1.02",
-            float(small["time_ratio"]) if small else None,
-            at_most(1.02),
-        ),
-        (
-            "step: raw tokens/s superposed over ordinary, 270M, s 6",
-            ">= 5.88",
-            ratio(
-                float(small["superposed_raw_tokens_per_s"]), float(small["ordinary_tokens_per_s"])
-            )
-            if small
-            else None,
-            at_least(6 / 1.02),
-        ),
-        (
-            "FP8: largest distance of a loss from bf16's, either phase",
-            "<= 0.01",
-            round(max(worst), 5) if worst else None,
-            at_most(0.01),
-        ),
-    ]
-
-
-def _codes(out: Path) -> dict[str, int]:
-    """The last exit code of each step."""
-    return {row["step"]: row["code"] for row in _lines(out / "steps.jsonl")}
-
-
-def _steps(out: Path) -> str:
-    last = {(row["part"], row["step"]): row for row in _lines(out / "steps.jsonl")}
+def _steps(results: Results) -> str:
+    last = {(row["part"], row["step"]): row for row in results.steps()}
     rows = [
-        (part, step, "ok" if row["code"] == 0 else f"**FAILED ({row['code']})**", row["seconds"])
+        (part, step, _ended(row), row["seconds"], row.get("limit", ""))
         for (part, step), row in last.items()
     ]
-    missing = [
-        (part, "", "NOT RUN", "") for part in PARTS if part not in {part for part, _ in last}
-    ]
-    return "## Steps\n\n" + _markdown(["part", "step", "", "seconds"], rows + missing)
+    ran = {part for part, _ in last}
+    rows += [(part, "", "NOT RUN", "", "") for part in PARTS if part not in ran]
+    return "## Steps\n\n" + _markdown(["part", "step", "", "seconds", "of at most"], rows)
 
 
-def _tables(out: Path) -> list[str]:
+def _ended(row: dict) -> str:
+    if row["code"] == OUT_OF_TIME:
+        return "**OUT OF TIME**"
+    if row["code"]:
+        return f"**FAILED ({row['code']})**"
+    return "rehearsed" if row.get("rehearsed") else "ok"
+
+
+def _tables(results: Results) -> list[str]:
     sections = []
-    if found := _json(out / "resources.json"):
+    if rows := results.csv("kernels.csv"):
+        wrong = [list(row.values()) for row in rows if row["ok"] != "yes"]
+        text = f"{len(rows) - len(wrong)} of {len(rows)} cases are right."
+        if wrong:
+            text += "\n\n" + _markdown(list(rows[0]), wrong)
+        sections.append("## Kernels against the reference\n\n" + text)
+    if found := results.json("resources.json"):
         rows = [list(kernel.values()) for kernel in found["kernels"]]
-        sections.append(
-            "## Kernels\n\n"
-            + _markdown(
-                ["kernel", "architecture", "registers", "stack", "spill stores", "spill loads"],
-                rows,
-            )
-        )
-    if found := _json(out / "fp8" / "fp8.json"):
+        head = ["kernel", "architecture", "registers", "stack", "spill stores", "spill loads"]
+        sections.append("## Registers\n\n" + _markdown(head, rows))
+    if found := results.json("fp8.json"):
         rows = [
             (recipe, *[f"{end['loss']:.4f} ({end['distance']:.3%})" for end in row.values()])
             if row
@@ -338,19 +468,26 @@ def _tables(out: Path) -> list[str]:
             f"Mean loss of the last {found['last']} of {found['iterations']} steps (distance "
             f"from {found['reference']})"
         )
-        sections.append(
-            f"## FP8\n\n{head}\n\n" + _markdown(["recipe", "superposition", "recovery"], rows)
-        )
-    for path in sorted(out.glob("*.csv")):
-        rows = _csv(path)
-        sections.append(
-            f"## {path.name}\n\n" + _markdown(list(rows[0]), [list(row.values()) for row in rows])
-        )
-    sections += [
-        f"![{path.stem}]({path.relative_to(out)})"
-        for path in sorted([*out.glob("*.png"), *out.glob("demo/*/*.png")])
-    ]
+        columns = ["recipe", "superposition", "recovery"]
+        sections.append(f"## FP8\n\n{head}\n\n" + _markdown(columns, rows))
+    for name in ("multi_hot_ce.csv", "embedding.csv", "step.csv", "linear_loss.csv"):
+        if rows := results.csv(name):
+            sections.append(f"## {name}\n\n" + _measured(rows))
     return sections
+
+
+def _measured(rows: list[dict]) -> str:
+    """A table, and in a line above it what all of its rows have in common."""
+    where = ("threads", "device", "torch", "megatron_core", "commit")
+    common = {
+        key: value
+        for key, value in rows[0].items()
+        if len({row[key] for row in rows}) == 1 and (len(rows) > 1 or key in where)
+    }
+    columns = [key for key in rows[0] if key not in common]
+    line = ", ".join(f"{key} {value}" for key, value in common.items() if value != "")
+    table = _markdown(columns, [[row[key] for key in columns] for row in rows])
+    return f"{line}\n\n{table}"
 
 
 def _markdown(head: list[str], rows: list) -> str:
@@ -358,18 +495,5 @@ def _markdown(head: list[str], rows: list) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def _csv(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.open())) if path.exists() else []
-
-
-def _json(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 if __name__ == "__main__":
-    verbs = {"versions": versions, "wheels": wheels, "resources": resources, "report": report}
-    sys.exit(verbs[sys.argv[1]](*sys.argv[2:]))
+    sys.exit(main(*sys.argv[1:]))

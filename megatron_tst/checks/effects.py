@@ -48,13 +48,6 @@ _BAGS_OUT = Need(
     lambda config, args: config.superpose,
     lambda config, args: config.superpose != "input",
 )
-_OUR_LOSS = Need(
-    "--tst-superpose both or output, --tst-kernel-in-recovery or --tst-fused-linear-loss",
-    lambda config, args: f"--tst-superpose {config.superpose} alone",
-    lambda config, args: (
-        config.superpose != "input" or config.kernel_in_recovery or config.fused_linear_loss
-    ),
-)
 _LOGITS = Need(
     "no --tst-fused-linear-loss, which computes recovery's loss too",
     lambda config, args: "both",
@@ -87,7 +80,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
     "switch_slope": (_BAGS, _AUTO),
     "switch_window": (_BAGS, _AUTO),
     "override": (_BAGS, _LOAD),
-    "kernel": (_BAGS, _OUR_LOSS),
+    "kernel": (_BAGS,),  # of the embedding with bags in, of the loss with bags out
     "kernel_in_recovery": (_BAGS, _LOGITS),
     "fused_linear_loss": (_BAGS,),
     "stock_index": (_BAGS, _TEXT),

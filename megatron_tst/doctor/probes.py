@@ -128,8 +128,8 @@ def probe_torch(found: dict) -> None:
 
 
 def probe_extension(found: dict) -> None:
-    """The extension, and what `--tst-kernel auto` chooses; that loss is computed once on every
-    device.
+    """The extension, and what `--tst-kernel auto` chooses; that loss, and the extension's embedding
+    with its gradient, are computed once on every device.
     """
     found["built"] = bool(folder_of("megatron_tst._C"))
     import torch
@@ -156,6 +156,11 @@ def probe_extension(found: dict) -> None:
                 torch.zeros(1, 2, dtype=torch.int64, device=device),
             )
             multi_hot_cross_entropy(logits, labels).item()
+            if extension.choose("auto", device.split(":")[0]) == "extension":
+                ops, table = torch.ops.megatron_tst, torch.zeros(4, 4, device=device)
+                mean = ops.superposed_embedding(table, labels, 0, len(table), table.dtype)
+                ops.superposed_embedding_gradient_(table, mean, labels, 0, len(table))
+                table.sum().item()
         except RuntimeError as error:
             found["errors"][device] = one_line(error)
 

@@ -83,10 +83,10 @@ def will_use(extension: dict, megatron: dict, gpus: list[dict]) -> dict[str, str
         on_gpu += ", compiled from PTX by the driver"
     certain = "uses" in megatron and not megatron["hidden"]
     return {
-        "superposed loss on CPU": (kernels | {"extension": "the extension's C++ kernels"})[
+        "embedding and loss on CPU": (kernels | {"extension": "the extension's C++ kernels"})[
             auto.get("cpu")
         ],
-        "superposed loss on GPU": (kernels | {"extension": on_gpu})[auto.get("cuda")],
+        "embedding and loss on GPU": (kernels | {"extension": on_gpu})[auto.get("cuda")],
         **(
             megatron["uses"]
             if certain

@@ -189,7 +189,7 @@ def _embedding(stock):
         if input_.shape[-1] == 1:
             # a bag of one is a token: Megatron's own code, so equal bit for bit in every layout
             return stock(self, input_.squeeze(-1))
-        return superposed_embedding(self, input_)
+        return superposed_embedding(self, input_, _state.config.kernel)
 
     return forward
 

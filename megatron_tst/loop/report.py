@@ -47,6 +47,7 @@ class Report:
             f"{s.train_samples} ({s.raw_tokens(s.train_samples)} raw tokens in all) | "
             f"{s.described} | switch: {self._switch()} | "
             f"loss {c.loss}, {c.target_weighting} weighting | loss kernel: {self._kernels()} | "
+            f"embedding kernel: {_chosen(c.kernel)} | "
             f"Megatron {compat.megatron_version()}, patched: {', '.join(patch.status().seams)}"
         )
 
@@ -66,9 +67,10 @@ class Report:
 
     def _kernels(self) -> str:
         asked = "torch" if self._config.loss in ABLATIONS else self._config.kernel
-        kernel = extension.choose(asked, "cuda" if torch.cuda.is_available() else "cpu")
         recovery = "extension" if self._config.kernel_in_recovery else "Megatron's"
-        return f"{kernel} (extension: {extension.load().description}), in recovery {recovery}"
+        return (
+            f"{_chosen(asked)} (extension: {extension.load().description}), in recovery {recovery}"
+        )
 
     def scalars(self, schedule: Schedule, phase: Phase, iteration: int) -> None:
         """Write bag size and raw tokens where Megatron writes its own figures."""
@@ -170,6 +172,11 @@ class Report:
             f" [tst] --tst-override at iteration {consumed // self._args.global_batch_size}: "
             f"{before.described} ({raw[0]}) -> {after.described} ({raw[1]})"
         )
+
+
+def _chosen(kernel: str) -> str:
+    """Which kernel a request gets in this process."""
+    return extension.choose(kernel, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _print_last(text: str) -> None:

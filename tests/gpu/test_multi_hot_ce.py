@@ -225,24 +225,3 @@ def test_label_outside_the_vocabulary_stops_the_process():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "device-side assert" in done.stderr, done.stderr[-500:]
-
-
-def test_embedding_gradient_of_frequent_tokens():
-    """How torch's own CUDA accumulation in bf16 does on Zipf-distributed ids, beside the fp32
-    accumulation of embedding.py.
-    """
-    torch.manual_seed(0)
-    ids = torch.multinomial(1 / torch.arange(1, 1001).double(), 65536, replacement=True).cuda()
-    upstream = (0.1 + torch.randn(65536, 64, device="cuda")).bfloat16()
-    exact = torch.zeros(1000, 64, dtype=torch.float64, device="cuda").index_add_(
-        0, ids, upstream.double()
-    )
-    ours = torch.zeros(1000, 64, device="cuda").index_add_(0, ids, upstream.float()).bfloat16()
-    table = torch.zeros(1000, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    (stock,) = torch.autograd.grad(torch.nn.functional.embedding(ids, table), table, upstream)
-    error = {
-        name: ((x.double() - exact).norm() / exact.norm()).item()
-        for name, x in (("fp32 sum", ours), ("torch bf16", stock))
-    }
-    print("relative error of the embedding's gradient:", error)
-    close(ours, exact, 2**-8)  # each element rounded once

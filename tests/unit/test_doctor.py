@@ -83,7 +83,8 @@ def test_a_healthy_environment_and_that_what_is_said_is_true(packages):
     )
     assert said("megatron-tst")[1] == str(ROOT / "megatron_tst")
     kernel = extension.choose("auto", "cpu")
-    assert ("extension" in " ".join(said(r"superposed loss on CPU"))) == (kernel == "extension")
+    uses = " ".join(said(r"embedding and loss on CPU"))
+    assert ("extension" in uses) == (kernel == "extension")
     assert said("Adam") == [f"torch.optim.{torch.optim.AdamW.__module__.split('.')[-1]}.AdamW"]
     assert set(said("flags for what is absent")) == {
         "--transformer-impl",
@@ -230,7 +231,7 @@ def test_an_extension_that_does_not_fit_this_torch(packages, tmp_path, source, s
         and row.found.startswith(said)
         and "Build it again: `pip install" in row.do
     )
-    assert report.will_use(found, {}, [])["superposed loss on CPU"].startswith("torch kernels")
+    assert report.will_use(found, {}, [])["embedding and loss on CPU"].startswith("torch kernels")
 
 
 def test_a_changed_seam_is_named(monkeypatch):
@@ -486,7 +487,8 @@ def test_whether_there_is_a_device_to_train_on(probe, cpu_asked, state, said):
 def test_whether_the_extension_runs_on_a_gpu(architectures, capability, way):
     assert judges.how_it_runs(architectures, list(capability)) == way
     row = judges.judge_extension(built(architectures), [gpu(capability)])
-    uses = report.will_use(built(architectures), {}, [gpu(capability)])["superposed loss on GPU"]
+    used = report.will_use(built(architectures), {}, [gpu(capability)])
+    uses = used["embedding and loss on GPU"]
     assert (row.state == "FAULT") == ("do not run here" in uses) == (way == "not")
     assert ("PTX by the driver" in uses) == (way == "PTX")
     if way == "not":
@@ -498,14 +500,15 @@ def test_an_extension_with_a_gpu_in_other_states():
     here = [gpu((9, 0))]
     broken = built(errors={"cuda:0": "RuntimeError: no kernel image"})
     assert judges.judge_extension(broken, here).found == "RuntimeError: no kernel image"
-    assert "do not run here" in report.will_use(broken, {}, here)["superposed loss on GPU"]
+    assert "do not run here" in report.will_use(broken, {}, here)["embedding and loss on GPU"]
     on_cpu = built("")
     assert (
         judges.judge_extension(on_cpu, here).state == "note"
         and "toolkit" in judges.judge_extension(on_cpu, here).found
     )
     assert judges.judge_extension(on_cpu, []).state == "ok"
-    assert report.will_use(on_cpu, {}, here)["superposed loss on GPU"].startswith("torch kernels")
+    uses = report.will_use(on_cpu, {}, here)["embedding and loss on GPU"]
+    assert uses.startswith("torch kernels")
     absent = built(
         "",
         built=False,

@@ -72,11 +72,6 @@ def test_without_bags(name, bag_size):
             "--tst-target-weighting: expected --tst-superpose both or output",
         ),
         (
-            dict(superpose="input", kernel="torch"),
-            {},
-            "--tst-kernel: expected .*in-recovery or --tst-fused.* got --tst-superpose input alone",
-        ),
-        (
             dict(kernel_in_recovery=True, fused_linear_loss=True),
             {},
             "--tst-kernel-in-recovery: expected no --tst-fused-linear-loss",
@@ -118,6 +113,7 @@ def test_combinations_without_effect(settings, changes, message):
         (dict(superpose="both", loss="mce-alt", target_weighting="exponential"), {}),
         (dict(superpose="output", kernel="torch"), {}),
         (dict(superpose="both", kernel="torch"), {}),
+        (dict(superpose="input", kernel="torch"), {}),
         (dict(superpose="input", kernel="torch", fused_linear_loss=True), {}),
         (dict(override=True), dict(load="x")),
         (dict(stock_index="x", max_epochs=9), {}),

@@ -8,9 +8,42 @@ import pytest
 import torch
 from support.close import close
 
+from megatron_tst import extension
+from megatron_tst.config import TSTConfig
 from megatron_tst.ops import embedding, reference
 
 pytestmark = pytest.mark.numeric
+
+FOUND = extension.load()
+needs_extension = pytest.mark.skipif(
+    not FOUND.loaded, reason=f"the extension is {FOUND.description}"
+)
+KERNELS = [pytest.param("extension", marks=needs_extension), "torch"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ALONE = SimpleNamespace(size=lambda: 1)
+
+
+def module_of(weight, start=0, vocab=None, group=ALONE, scatter=False):
+    """What superposed_embedding wants of Megatron's embedding."""
+    return SimpleNamespace(
+        weight=weight,
+        vocab_start_index=start,
+        num_embeddings=vocab or len(weight),
+        tp_group=group,
+        reduce_scatter_embeddings=scatter,
+    )
+
+
+def zipf(vocab, *shape):
+    probabilities = 1 / torch.arange(1, vocab + 1).double()
+    count = torch.Size(shape).numel()
+    draws = torch.multinomial(probabilities, max(count, 1), replacement=True)  # torch refuses 0
+    return draws[:count].view(shape)
+
+
+def ops_of(kernel):
+    """-> pool, add_gradient_"""
+    return embedding.KERNELS[kernel]()
 
 
 def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, group=None):
@@ -33,13 +66,23 @@ def build(megatron, vocab=64, width=32, dtype=torch.float32, scatter=False, grou
     )
 
 
-@pytest.mark.parametrize("s", [1, 2, 3, 7])
-def test_equals_the_reference(patched, megatron, s):
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("s", [2, 3, 7])
+def test_equals_the_reference(megatron, kernel, s):
+    from megatron_tst.loop import patch
+
     torch.manual_seed(0)
     module = build(megatron)
     tokens = torch.randint(0, 64, (3, 5, s))
     upstream = torch.randn(3, 5, 32)
-    out = module(tokens)
+    patch.apply(TSTConfig(kernel=kernel))
+    try:
+        out = module(tokens)
+        assert patch.status().superposed_embeddings == 1
+    finally:
+        patch.remove()
+    # the function's own bits: the setting reaches the kernel
+    assert torch.equal(out, embedding.superposed_embedding(module, tokens, kernel))
     (grad,) = torch.autograd.grad((out * upstream).sum(), module.weight)
     table = module.weight.detach().double().requires_grad_()
     want = reference.superposed_embedding(table, tokens)
@@ -47,7 +90,6 @@ def test_equals_the_reference(patched, megatron, s):
     assert out.shape == (3, 5, 32)
     close(out, want, 1e-6)  # largest seen 6e-8
     close(grad, want_grad, 1e-6)  # largest seen 4e-8
-    assert patched.status().superposed_embeddings == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,6 +124,175 @@ def test_order_in_a_bag_and_share_of_each_member(patched, megatron):
     )
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("s", [1, 3, 16, 37])
+@pytest.mark.parametrize("width", [1, 7, 64, 1500])
+def test_the_mean_is_the_same_bits_with_either_kernel(dtype, s, width):
+    torch.manual_seed(0)
+    table, tokens = torch.randn(50, width).to(dtype), torch.randint(0, 50, (9, s))
+    for rows, start in ((table, 0), (table[20:45], 20)):
+        for out in {dtype, torch.float32}:
+            got, want = (
+                ops_of(kernel)[0](rows, tokens, start, 50, out) for kernel in ("extension", "torch")
+            )
+            assert got.dtype == out and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 1500])
+def test_the_gradient_of_any_shape(kernel, dtype, width):
+    """fp32 into a buffer that has values: tokens that are in one bag, in several windows of the
+    kernel, in none, and on another rank.
+    """
+    torch.manual_seed(0)
+    for positions, s, vocab in ((0, 3, 50), (1, 1, 50), (40, 5, 50), (300, 16, 50), (70, 3, 9000)):
+        tokens, upstream = zipf(vocab, positions, s), torch.randn(positions, width).to(dtype)
+        before = torch.randn(vocab, width)
+        want = before.double()
+        share = upstream.double() / s
+        for place in range(s):
+            want.index_add_(0, tokens[:, place], share)
+        for first, last in ((0, vocab), (0, vocab // 3), (vocab // 3, vocab)):
+            buffer = before[first:last].clone()
+            ops_of(kernel)[1](buffer, upstream, tokens, first, vocab)
+            added, exact = buffer - before[first:last], want[first:last] - before[first:last]
+            # one after the other: the torch kernel's sum of a frequent token loses more
+            allowed = 1e-6 if kernel == "extension" else 2e-5
+            close(added, exact, allowed, terms=before.abs().max())
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_is_the_same_bits_in_every_run_and_with_any_number_of_threads(dtype):
+    torch.manual_seed(0)
+    tokens, upstream = zipf(700, 500, 16), torch.randn(500, 1100).to(dtype)
+    # with 2 and 4 threads, one begins with the first place of a row
+    even = torch.arange(8).repeat_interleave(1000).view(500, 16)
+    table = torch.randn(700, 1100).to(dtype)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 4, 3, 1):
+            torch.set_num_threads(count)
+            pool, add_gradient_ = ops_of("extension")
+            buffer, rounded = torch.ones(600, 1100), torch.zeros(600, 1100, dtype=dtype)
+            add_gradient_(buffer, upstream, tokens, 50, 700)
+            add_gradient_(rounded, upstream, tokens, 50, 700)
+            add_gradient_(at_borders := torch.ones(8, 1100), upstream, even, 0, 8)
+            mean = pool(table, tokens, 0, 700, dtype)
+            results.append((buffer, rounded, at_borders, mean))
+    finally:
+        torch.set_num_threads(threads)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, results[0]))
+
+
+@needs_extension
+def test_a_frequent_tokens_sum_is_made_of_windows():
+    """The order of additions that csrc/superposed_embedding.h promises, which the CUDA kernel
+    shares: 32 sorted places at a time, and then these sums.
+    """
+    torch.manual_seed(0)
+    upstream = torch.randn(150, 3)
+    tokens = torch.tensor([5] * 140 + [3] * 10).view(150, 1)  # sorted: 10 places of 3, 140 of 5
+    buffer = torch.zeros(7, 3)
+    ops_of("extension")[1](buffer, upstream, tokens, 0, 7)
+    for token, windows in ((3, [upstream[140:]]), (5, upstream[:140].split([22, 32, 32, 32, 22]))):
+        total = torch.zeros(3)
+        for window in windows:
+            of_window = torch.zeros(3)
+            for row in window:
+                of_window += row
+            total += of_window
+        assert torch.equal(buffer[token], total)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_row_stays_with_its_bags(kernel, bad):
+    """Row 0 of a shard is not what other ranks' tokens meet, nor is a bad upstream gradient."""
+    torch.manual_seed(0)
+    pool, add_gradient_ = ops_of(kernel)
+    table = torch.randn(10, 8)
+    table[5] = bad  # the second rank's row 0
+    tokens = torch.tensor([[0, 7], [5, 7], [1, 2], [4, 9]])
+    out = pool(table[5:], tokens, 5, 10, torch.float32)
+    assert out.isfinite().all(1).tolist() == [True, False, True, True] and (out[2] == 0).all()
+    upstream = torch.randn(4, 8)
+    upstream[2] = bad  # of tokens 1 and 2, the first rank's
+    gradient = torch.zeros(5, 8)
+    add_gradient_(gradient, upstream, tokens, 5, 10)
+    assert gradient.isfinite().all()
+    add_gradient_(first := torch.zeros(5, 8), upstream, tokens, 0, 10)
+    assert first.isfinite().all(1).tolist() == [True, False, False, True, True]
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    """Schema (what is mutated), fake tensors, dynamic shapes, tracing."""
+    torch.manual_seed(0)
+    table, tokens = torch.randn(20, 8).to(dtype), torch.randint(0, 20, (6, 3))
+    ops = torch.ops.megatron_tst
+    for out in (dtype, torch.float32):
+        args = (table, tokens, 0, 20, out)
+        torch.library.opcheck(ops.superposed_embedding.default, args)
+        args = (torch.zeros(20, 8, dtype=out), table[:6], tokens, 0, 20)
+        torch.library.opcheck(ops.superposed_embedding_gradient_.default, args)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(table=torch.zeros(9, 4).double()), r"expected table \[V, H\] in fp32, .* got Double"),
+        (dict(table=torch.zeros(4, 9).t()), r"table .* contiguous, got Float \[9, 4\], strides"),
+        (dict(tokens=torch.zeros(6, 2).int()), r"expected tokens \[N, S >= 1\], int64 .* got Int"),
+        (dict(tokens=torch.zeros(6, dtype=torch.int64)), r"tokens .* got Long \[6\]"),
+        (dict(tokens=torch.zeros(2, 6, dtype=torch.int64).t()), r"tokens .* strides \[1, 6\]"),
+        (dict(tokens=torch.zeros(6, 0, dtype=torch.int64)), r"S >= 1\].* got Long \[6, 0\]"),
+        (dict(tokens=torch.full((6, 2), 12)), r"expected token ids in 0..11, got 12\. Check that"),
+        (dict(tokens=torch.full((6, 2), -1)), "expected token ids in 0..11, got -1"),
+        (dict(tokens=torch.full((6, 2), 2**62)), "got 4611686018427387904"),
+        (dict(dtype=torch.bfloat16), "expected a result in fp32 or Float, got BFloat16"),
+        (dict(start=4), r"expected the rank's rows within 0..11, got 9 from 4 on"),
+        (dict(start=-1), "expected the rank's rows within 0..11, got 9 from -1 on"),
+        (dict(upstream=torch.zeros(5, 4)), r"expected upstream \[6, 4\] on cpu, got \[5, 4\]"),
+        (dict(upstream=torch.zeros(6, 3)), r"expected upstream \[6, 4\] on cpu, got \[6, 3\]"),
+        (dict(gradient=torch.zeros(9, 4).half()), "expected gradient in fp32 or Float, got Half"),
+    ],
+)
+def test_refusals_of_the_ops(change, message):
+    given = dict(
+        table=torch.zeros(9, 4),
+        tokens=torch.zeros(6, 2, dtype=torch.int64),
+        start=0,
+        dtype=torch.float32,
+        gradient=torch.zeros(9, 4),
+        upstream=torch.zeros(6, 4),
+    )
+    given |= change
+    pool, add_gradient_ = ops_of("extension")
+    with pytest.raises(ValueError, match=message):
+        pool(given["table"], given["tokens"], given["start"], 12, given["dtype"])
+        add_gradient_(given["gradient"], given["upstream"], given["tokens"], given["start"], 12)
+
+
+@needs_extension
+def test_compiles_in_one_graph(megatron):
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 20, (2, 3, 4))
+
+    def step(weight):
+        return embedding.superposed_embedding(module_of(weight), tokens, "extension").sum()
+
+    eager, compiled = (torch.ones(20, 8).requires_grad_() for _ in range(2))
+    step(eager).backward()
+    torch.compile(step, backend="aot_eager", fullgraph=True)(compiled).backward()
+    assert torch.equal(eager.grad, compiled.grad)
+
+
 def test_bf16_output_is_one_rounding_of_the_exact_mean(patched, megatron):
     torch.manual_seed(0)
     module = build(megatron, dtype=torch.bfloat16)
@@ -97,8 +308,7 @@ def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
     """
     torch.manual_seed(0)
     vocab, shape = 1000, (8, 512, 8)
-    probabilities = 1 / torch.arange(1, vocab + 1).double()
-    tokens = torch.multinomial(probabilities, 8 * 512 * 8, replacement=True).view(shape)
+    tokens = zipf(vocab, *shape)
     module = build(megatron, vocab=vocab, dtype=torch.bfloat16)
     upstream = (0.1 + torch.randn(*shape[:2], 32)).bfloat16()
     (grad,) = torch.autograd.grad(module(tokens), module.weight, upstream)
@@ -116,18 +326,24 @@ def test_bf16_gradient_of_frequent_tokens_survives(patched, megatron):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_gradient_goes_into_main_grad(patched, megatron, tied):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradient_goes_into_main_grad(megatron, kernel, tied):
     """Added in fp32 to what other micro-batches left there; a tied weight's dummy gradient is
     zeros, since the hook adds it.
     """
     torch.manual_seed(0)
     module = build(megatron, dtype=torch.bfloat16)
     tokens, upstream = torch.randint(0, 64, (4, 8, 6)), torch.randn(4, 8, 32).bfloat16()
-    (want,) = torch.autograd.grad(module(tokens), module.weight, upstream)
+
+    def gradient():
+        out = embedding.superposed_embedding(module, tokens, kernel)
+        return torch.autograd.grad(out, module.weight, upstream)[0]
+
+    want = gradient()
     before = torch.randn(module.weight.shape)
     module.weight.main_grad, module.weight.grad_added_to_main_grad = before.clone(), False
     module.weight.zero_out_wgrad = tied
-    (dummy,) = torch.autograd.grad(module(tokens), module.weight, upstream)
+    dummy = gradient()
     assert module.weight.grad_added_to_main_grad and (not tied or (dummy == 0).all())
     added, terms = module.weight.main_grad - before, before.abs().max()
     close(want, added, 1e-6, terms=terms, rounded=torch.bfloat16)
@@ -138,8 +354,9 @@ def test_gradient_goes_into_main_grad(patched, megatron, tied):
     close(added, exact, 1e-6, terms=terms)  # no rounding to bf16 on the way; largest seen 8e-8
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("scatter", [False, True])
-def test_the_parts_of_two_ranks(monkeypatch, scatter):
+def test_the_parts_of_two_ranks(monkeypatch, kernel, scatter):
     """Without the collectives, which get the embedding's own group: the parts add up to the mean,
     and each rank has the gradient of its rows.
     """
@@ -166,13 +383,8 @@ def test_the_parts_of_two_ranks(monkeypatch, scatter):
     for rank in (0, 1):
         group_of_rank = SimpleNamespace(size=lambda: 2)
         weight = table.detach().float().chunk(2)[rank].clone().requires_grad_()
-        module = SimpleNamespace(
-            weight=weight,
-            vocab_start_index=5 * rank,
-            tp_group=group_of_rank,
-            reduce_scatter_embeddings=scatter,
-        )
-        part = embedding.superposed_embedding(module, tokens)
+        module = module_of(weight, 5 * rank, 10, group_of_rank, scatter)
+        part = embedding.superposed_embedding(module, tokens, kernel)
         (grad,) = torch.autograd.grad((part * upstream.float()).sum(), weight)
         close(grad, want_grad.chunk(2)[rank], 1e-6)
         total = total + part.detach()
@@ -180,10 +392,14 @@ def test_the_parts_of_two_ranks(monkeypatch, scatter):
     close(total, want, 1e-6)
 
 
-def test_ids_outside_the_table_are_an_error(patched, megatron):
-    """One rank holds the whole table: no id may be taken for another rank's."""
-    with pytest.raises(IndexError):
-        build(megatron)(torch.full((1, 2, 3), 64))
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("wrong", [64, -1])
+@pytest.mark.parametrize("rows", [64, 16])
+def test_ids_outside_the_table_are_an_error(kernel, wrong, rows):
+    """On every rank: none may be taken for another rank's, and be nothing."""
+    module = module_of(torch.zeros(rows, 4), vocab=64)
+    with pytest.raises(ValueError, match=rf"expected token ids in 0\.\.63, got {wrong}\. Check"):
+        embedding.superposed_embedding(module, torch.full((1, 2, 3), wrong), kernel)
 
 
 def test_there_is_no_second_derivative(patched, megatron):

@@ -137,12 +137,13 @@ def test_the_embedding(monkeypatch):
     monkeypatch.setattr(embedding.mappings, "reduce_from_tensor_model_parallel_region", reduce)
     context, table = Context(), there(V, H)
     tokens = there(2, 3, S, dtype=torch.int64)
-    out = embedding._PoolBags.forward(context, table, tokens, 0, ALONE, False)
+    two = SimpleNamespace(size=lambda: 2)
+    out = embedding._PoolBags.forward(context, table, tokens, 0, 2 * V, two, False, "torch")
     assert_is(out, 2, 3, H, dtype=torch.bfloat16)
     with torch.no_grad():
         grad, *others = embedding._PoolBags.backward(context, out)
     assert_is(grad, V, H, dtype=torch.bfloat16)
-    assert others == [None] * 4
+    assert others == [None] * 6
 
 
 def test_the_embeddings_gradient(monkeypatch):
@@ -151,7 +152,7 @@ def test_the_embeddings_gradient(monkeypatch):
     monkeypatch.setattr(embedding.mappings, name, lambda mean, group: mean)
     context, table = Context(), torch.ones(V, H, dtype=torch.bfloat16)
     tokens = torch.zeros(2, 3, S, dtype=torch.int64)
-    out = embedding._PoolBags.forward(context, table, tokens, 0, ALONE, False)
+    out = embedding._PoolBags.forward(context, table, tokens, 0, V, ALONE, False, "torch")
     with torch.no_grad():
         grad = embedding._PoolBags.backward(context, out)[0]
     assert grad.dtype == torch.bfloat16 and grad.tolist() == [[6.0] * H] + [[0.0] * H] * (V - 1)

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+from megatron_tst import extension
 from megatron_tst.config import TSTConfig
 from megatron_tst.loop import patch
 from megatron_tst.loop.report import Report
@@ -40,8 +41,8 @@ def test_what_is_said_before_a_run(said, monkeypatch):
         r" \[tst\] on: bag size 4 \(both superposed\), 6 iterations of superposition \(24 samples, "
         r"3072 raw tokens\) then recovery to sample 40 \(3584 raw tokens in all\) \| bag size 4 "
         r"for 6 iterations, recovery for 4 \| switch: fixed \| loss mce, uniform weighting \| loss "
-        r"kernel: \w+ \(extension: [^|]*\), in recovery Megatron's \| Megatron 0.0, patched: a.b, "
-        r"c.d",
+        r"kernel: \w+ \(extension: [^|]*\), in recovery Megatron's \| embedding kernel: \w+ \| "
+        r"Megatron 0.0, patched: a.b, c.d",
         line,
     )
     config = TSTConfig(
@@ -62,7 +63,7 @@ def test_what_is_said_before_a_run(said, monkeypatch):
         "| switch: auto, when the loss falls by less than 0.25 nats in a hundredth of the run "
         "(smoothed over 4 iterations), at the latest after the iterations above |",
         "| loss bce, power-law weighting | loss kernel: torch (",  # ablations are in torch alone
-        "in recovery extension |",
+        f"in recovery extension | embedding kernel: {extension.choose('auto', 'cpu')} |",
     ):
         assert part in line, line
 
