@@ -18,6 +18,7 @@ GRAPHS = (
     "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 "
     "--no-check-for-nan-in-loss-and-grad"
 ).split()
+HEADS = re.compile(r"(mtp_\d[^:|]*: [\d.E+-]+)")  # Megatron's figures of multi-token prediction
 RESET = re.compile(r"full-iteration CUDA graph before iteration (\d+): that of ([^,]+?) is reset")
 
 
@@ -81,6 +82,8 @@ def test_graphs_change_no_bit_of_a_run_over_the_switch(
     run, got = figures(fork_server, tmp_path / "graphs", [*flags, *GRAPHS], GRAPHS_ON_CPU="1")
     same_bits(got, want)
     assert run.losses == plain.losses and run.phases == plain.phases
+    assert HEADS.findall(run.log) == HEADS.findall(plain.log)
+    assert bool(HEADS.findall(run.log)) == ("--mtp-num-layers" in flags)
     assert RESET.findall(run.log) == resets and not RESET.findall(plain.log)
     assert captures(run, "training") == 1 + len(resets) and captures(run, "validation") == 1
     # what Python knows of is the first step and the capture, of two micro-batches each
