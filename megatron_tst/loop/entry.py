@@ -196,8 +196,7 @@ def _superpose(args, config, given, found):
         }
     )
     if captures_whole_steps(args):
-        if not (config.exit_at_boundary and len(schedule.superposed_phases) == 1):
-            check_resettable()
+        check_resettable(config, schedule)
         patch.install({seams.FULL_GRAPH: run.full_iteration_graph})
     given["train_valid_test_dataset_provider"] = phased_provider(
         given["train_valid_test_dataset_provider"],

@@ -13,8 +13,9 @@ import inspect
 import torch
 
 from megatron_tst import compat
+from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse
-from megatron_tst.schedule import Phase
+from megatron_tst.schedule import Phase, Schedule
 
 STAGES = "training", "validation"
 
@@ -67,12 +68,15 @@ def described(name: str, bag_size: int) -> str:
     return f"bag size {bag_size}" if bag_size > 1 else name
 
 
-def check_resettable() -> None:
-    """Refuse a Megatron whose training graph cannot be reset.
+def check_resettable(config: TSTConfig, schedule: Schedule) -> None:
+    """Refuse a run whose processes see several phases, on a Megatron whose training graph cannot be
+    reset.
 
     Raises:
         TSTError: naming what is not there.
     """
+    if config.exit_at_boundary and len(schedule.superposed_phases) == 1:
+        return
     from megatron.core import full_cuda_graph
 
     wrapper = getattr(full_cuda_graph, "FullCudaGraphWrapper", None)

@@ -4,7 +4,8 @@ by a tape of torch's own operations.
 As on a GPU, a capture leaves every tensor that was there before it as it was, and a replay runs the
 same operations on the same tensors' memory: no Python of the captured function runs again, and
 nothing but the contents of its inputs can differ. Unlike on a GPU, a tensor that is made while
-capturing keeps its memory to itself.
+capturing keeps its memory to itself. Not for sequence parallelism over gloo, whose reduce-scatter
+works on copies that no operation of torch makes: stock Megatron is off with it too.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class CUDAGraph:
         with torch.no_grad():
             for operation, args, kwargs, results in self.tape:
                 again = tree_leaves(operation(*args, **kwargs))
+                for work in again if operation.namespace == "c10d" else ():
+                    if not torch.is_tensor(work):
+                        work.wait()
                 for old, new in zip(results, again, strict=True):
                     if torch.is_tensor(old) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)

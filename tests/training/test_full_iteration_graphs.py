@@ -18,12 +18,13 @@ GRAPHS = (
     "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 "
     "--no-check-for-nan-in-loss-and-grad"
 ).split()
+HEADS = re.compile(r"(mtp_\d[^:|]*: [\d.E+-]+)")  # Megatron's figures of multi-token prediction
 RESET = re.compile(r"full-iteration CUDA graph before iteration (\d+): that of ([^,]+?) is reset")
 
 
-def train(fork_server, folder, flags, env):
+def train(fork_server, folder, flags, env, nproc=1):
     folder.mkdir(exist_ok=True)
-    run = fork_server.train(folder, *TINY, *flags, script=SCRIPT, env=env)
+    run = fork_server.train(folder, *TINY, *flags, script=SCRIPT, env=env, nproc=nproc, seconds=60)
     assert run.ok, run.log[-3000:]
     return run
 
@@ -81,11 +82,31 @@ def test_graphs_change_no_bit_of_a_run_over_the_switch(
     run, got = figures(fork_server, tmp_path / "graphs", [*flags, *GRAPHS], GRAPHS_ON_CPU="1")
     same_bits(got, want)
     assert run.losses == plain.losses and run.phases == plain.phases
+    assert HEADS.findall(run.log) == HEADS.findall(plain.log)
+    assert bool(HEADS.findall(run.log)) == ("--mtp-num-layers" in flags)
     assert RESET.findall(run.log) == resets and not RESET.findall(plain.log)
     assert captures(run, "training") == 1 + len(resets) and captures(run, "validation") == 1
     # what Python knows of is the first step and the capture, of two micro-batches each
     said = f"outside of its CUDA graph's replays: {calls[0]} embedding and {calls[1]} loss calls"
     assert said in run.log and "replays" not in plain.log
+
+
+@pytest.mark.slow
+def test_two_ranks_reset_their_graphs_in_one_step(fork_server, corpus, tmp_path):
+    """Bags come to the second rank inside the graph."""
+    layout = "--tensor-model-parallel-size 2 --make-vocab-size-divisible-by 64"
+    flags = [*data(corpus), *TST, *layout.split()]
+    plain = train(fork_server, tmp_path / "plain", flags, {}, 2)
+    flags += GRAPHS
+    run = train(fork_server, tmp_path / "graphs", flags, {"GRAPHS_ON_CPU": "1"}, 2)
+    for rank in ("rank0.pt", "rank1.pt"):
+        want, got = (
+            torch.load(tmp_path / name / rank, weights_only=False) for name in ("plain", "graphs")
+        )
+        same_bits(got, want)
+    assert run.losses == plain.losses and len(run.losses) == 10
+    assert RESET.findall(run.log) == [("7", "bag size 4")]
+    assert captures(run, "training") == 2 * 2 and captures(run, "validation") == 2
 
 
 @pytest.mark.slow

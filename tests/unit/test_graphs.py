@@ -10,6 +10,7 @@ import torch
 from megatron.core import full_cuda_graph
 
 from megatron_tst.checks.conflicts import captures_whole_steps, routers_in_graphs
+from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
 from megatron_tst.loop.graphs import PhaseGraph, check_resettable
 from megatron_tst.schedule import Schedule
@@ -96,15 +97,20 @@ def test_a_run_after_another_in_one_process_uses_none_of_its_graphs(wrapper):
     ],
 )
 def test_a_megatron_that_cannot_reset_is_refused(monkeypatch, owner, name, changed, missing):
-    check_resettable()
+    several, one = Schedule((8, 4, 1), (8, 16, 16), 32, 4), Schedule((8, 1), (8, 16), 32, 4)
+    in_process = TSTConfig(8, iters=2)
+    at_boundary = TSTConfig(8, iters=2, exit_at_boundary=True)
+    check_resettable(in_process, one)
     owner = getattr(full_cuda_graph, owner)
     if changed is None:
         monkeypatch.delattr(owner, name)
     else:
         monkeypatch.setattr(owner, name, changed)
     expected = "--cuda-graph-impl full_iteration with a switch of phases in one process: expected "
-    with pytest.raises(TSTError, match=f"{expected}.*{missing}.*--tst-exit-at-boundary"):
-        check_resettable()
+    for config, schedule in ((in_process, one), (in_process, several), (at_boundary, several)):
+        with pytest.raises(TSTError, match=f"{expected}.*{missing}.*--tst-exit-at-boundary"):
+            check_resettable(config, schedule)
+    check_resettable(at_boundary, one)  # a process sees one phase
 
 
 def named(name):

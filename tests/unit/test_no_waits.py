@@ -159,20 +159,21 @@ def test_no_step_of_a_model_waits(build, config, superpose, buffers):
 TWO = SimpleNamespace(size=lambda: 2, rank=lambda: 0)
 
 
+@pytest.mark.parametrize("kernel", ["torch", "extension"])
 @pytest.mark.parametrize("scatter", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_embedding_of_a_shard_waits(scatter, dtype):
+def test_no_embedding_of_a_shard_waits(scatter, dtype, kernel):
     from megatron_tst.ops.embedding import superposed_embedding
 
     table = SimpleNamespace(
         weight=torch.nn.Parameter(there(V // 2, 16, dtype=dtype)),
         vocab_start_index=0,
-        vocab_end_index=V // 2,
+        num_embeddings=V,
         tp_group=TWO,
         reduce_scatter_embeddings=scatter,
     )
     with silent_collectives(), no_waits():
-        mean = superposed_embedding(table, there(B, L, S))
+        mean = superposed_embedding(table, there(B, L, S), kernel)
         mean.sum().backward()
     assert mean.shape == ((L // 2, B, 16) if scatter else (B, L, 16))
     assert table.weight.grad.dtype == dtype
