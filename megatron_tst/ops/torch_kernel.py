@@ -117,7 +117,8 @@ def gradient(
         upstream: fp32 [N], the gradient of each row's loss.
 
     Returns:
-        [N, V] of this rank's columns, in the logits' dtype.
+        [N, V] of this rank's columns, in the logits' dtype. Exact zeros in rows of no valid label
+        or an upstream of 0, whatever their logits are.
     """
     return _write_gradient(
         torch.empty_like(logits), logits, labels, weights, saved, upstream, vocab_start, alt
@@ -166,6 +167,7 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
         weight_NS = _normalised_weight(labels, weights) * owned_NS
         off_NS = torch.where(shared_NSS, weight_NS[:, None, :], 0.0).sum(2)
     scale_N = torch.where(carries_loss(labels, weights), upstream, 0.0)
+    zero_N = scale_N == 0  # exact zeros, whatever the logits are: 0 times a NaN would be a NaN
     fp32 = logits.dtype == torch.float32  # then it is made where it goes
     for chunk in row_chunks(logits):
         z = logits[chunk].float()
@@ -178,7 +180,7 @@ def _write_gradient(out_NV, logits, labels, weights, saved, upstream, vocab_star
             off = off_NS[chunk]
         p.exp_().div_(sum_exp_N[chunk, None])
         p.scatter_(1, index, p.gather(1, index) - off)
-        p.mul_(scale_N[chunk, None])
+        p.mul_(scale_N[chunk, None]).masked_fill_(zero_N[chunk, None], 0.0)
         if not fp32:
             out_NV[chunk] = p
     return out_NV

@@ -358,6 +358,21 @@ def test_fully_ignored_rows_are_exactly_zero():
         assert got[2] == 0 and (grad[2] == 0).all() and got[[0, 1, 3, 4]].all()
 
 
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_loss_get_exact_zeros_whatever_their_logits_are(dtype, loss, bad):
+    """No valid label, or an upstream of 0: a masked position."""
+    logits, labels = draw((4,), 20, 3, ignored=0)
+    labels[1], upstream = IGNORE, torch.tensor([1.0, 1.0, 0.0, 1.0])
+    logits[1:3, 7] = bad
+    got, grad = grad_of(
+        lambda z: multi_hot_cross_entropy(z, labels, loss=loss), logits.to(dtype), upstream
+    )
+    assert got[1] == 0 and not grad[1:3].any()
+    assert grad.isfinite().all() and grad[[0, 3]].any(-1).all()
+
+
 def test_a_nan_row_stays_alone_and_padded_columns_get_zero():
     logits, labels = draw((5,), 20, 3, ignored=0)
     labels.clamp_(max=15)
