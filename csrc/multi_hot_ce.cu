@@ -5,7 +5,7 @@
 // segment of columns; their results are combined in a fixed order: no atomics, the same bits in
 // every run.
 //
-// Compile-time choices for measurements (tools/gpu_check.sh --part hints):
+// Compile-time choices, to be measured:
 //   MHCE_PLAIN_FORWARD  forward leaves the logits in L2, backward begins with the last rows
 //   MHCE_PLAIN_STORE    backward leaves the gradient in L2
 
