@@ -30,7 +30,9 @@ constexpr float kLowest = -std::numeric_limits<float>::max();
 constexpr float kNats = 0.693147181f;  // in one unit of distance
 constexpr float kUnits = 1.44269504f;  // in one nat
 
-TST_INLINE float reference_of(float z) { return fmaxf(z * kUnits, kLowest); }
+// Not below -2^30: of a larger one the rounding is so many powers of two that columns which somebody
+// has filled with -1e20 would seem to lie far above it.
+TST_INLINE float reference_of(float z) { return fmaxf(z * kUnits, -0x1p30f); }
 
 TST_INLINE float above(float z, float reference) { return fmaf(z, kUnits, -reference); }
 

@@ -1,7 +1,7 @@
 """What can be said of the CUDA kernels without a GPU: counts, read in their machine code, and the
 times that follow from counts and assumed rates. No figure here was measured.
 
-    python tools/kernel_counts.py [--csv FILE] [--times FILE]
+    python tools/kernel_counts.py [--csv FILE] [--times FILE] [--embedding FILE]
 
 Needs nvcc and a disassembler: cuobjdump of the CUDA toolkit, or the one in triton's wheel.
 
@@ -10,9 +10,15 @@ holds, and of the hot loop instructions and exponentials an element and the 16-b
 thread before the first is used. The hot loop is the innermost one with the most exponentials.
 instructions_outside counts all the others once, slow paths too: more than a block runs.
 
-Times: the largest of what memory, exponentials and instructions need at the rates of RATES, half a
-block's time for the end of a kernel, where multiprocessors run out of blocks, and 2 us for each
-kernel that is started. share_of_copy is what benchmarks/bench_multi_hot_ce.py calls so.
+Of the embedding's kernels: registers (the most of any type), spilled bytes and blocks.
+
+Times of the loss: the largest of what memory, exponentials and instructions need at the rates of
+RATES, half a block's time for the end of a kernel, where multiprocessors run out of blocks, and 2
+us for each kernel that is started. share_of_copy is what benchmarks/bench_multi_hot_ce.py calls so.
+
+Times of the embedding, at Zipf-distributed ids: the larger of what the bytes to memory and those to
+L2 need, each distinct row of the table read once from memory. `apart_us` is their sum: if the two
+did not overlap at all.
 
 Exit code 1: a kernel spills, takes more than 5 instructions an element, or leaves room for fewer
 than 8 blocks. 2: no compiler or disassembler.
@@ -37,24 +43,31 @@ KERNELS = (*HOT_KERNELS, "row_statistics", "row_losses", "label_gradients")
 MOST_INSTRUCTIONS, FEWEST_BLOCKS = 5.0, 8
 BLOCK = 256  # threads, multi_hot_ce.cu
 # of a multiprocessor, sm_90 and sm_100 alike: CUDA C++ programming guide, compute capabilities
-REGISTERS, THREADS, EXPONENTIALS, INSTRUCTIONS = 65536, 2048, 16, 128  # the last two a clock
+REGISTERS, REGISTER_UNIT, THREADS = 65536, 8, 2048
+EXPONENTIALS, INSTRUCTIONS = 16, 128  # a clock
 LAUNCH_US = 2.0
+SORT_US = 40.0  # of 131072 keys of 32 bits, assumed
+EMBEDDING = {"pool": 256, "write_keys": 256, "add_windows": 128, "add_across": 128}  # threads
+WINDOW = 32  # sorted places, superposed_embedding.h
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Assumed for one GPU: clock in GHz, reading and copying (bytes read and written) in TB/s."""
+    """Assumed for one GPU: clock in GHz; reading, copying (bytes read and written) and reading from
+    L2 in TB/s.
+    """
 
     arch: str
     multiprocessors: int
     ghz: float
     read: float
     copy: float
+    l2: float
 
 
 RATES = {
-    "H100": Rates("90", 132, 1.755, 3.1, 2.95),
-    "B200": Rates("100", 148, 1.9, 7.3, 7.0),
+    "H100": Rates("90", 132, 1.755, 3.1, 2.95, 5.5),
+    "B200": Rates("100", 148, 1.9, 7.3, 7.0, 10.0),
 }
 _TYPES = {"BFloat16": "bf16", "Half": "fp16"}
 _LANES = {"fp32": 4, "bf16": 8, "fp16": 8}  # of a 16-byte load
@@ -138,9 +151,35 @@ def loads_in_flight(loop: list[str]) -> int:
 
 
 def counts(arch: str) -> list[dict]:
-    """A row for each hot kernel of each dtype."""
+    """A row for each kernel of the loss in each dtype, and for each of the embedding."""
+    rows = []
+    listing, said = _compiled("multi_hot_ce", arch)
+    for symbol, registers, spilled in said:
+        kernel = next(name for name in KERNELS if name in symbol)
+        dtype = next((_TYPES[t] for t in ("BFloat16", "Half") if t in symbol), "fp32")
+        row = _row(arch, kernel, dtype, registers, spilled, BLOCK)
+        if kernel in HOT_KERNELS:
+            hot = max(loops(listing[symbol]), key=lambda loop: _count(loop, r"MUFU\.EX2"))
+            elements = _LANES[dtype] * _count(hot, r"LDG\.\S*128")
+            row |= {
+                "instructions_an_element": round(len(hot) / elements, 2),
+                "exponentials_an_element": round(_count(hot, r"MUFU\.EX2") / elements, 3),
+                "loads_in_flight": loads_in_flight(hot),
+                "instructions_outside": len(listing[symbol]) - len(hot),
+            }
+        rows.append(row)
+    _, said = _compiled("superposed_embedding", arch)
+    for kernel, threads in EMBEDDING.items():
+        mine = [(registers, spilled) for symbol, registers, spilled in said if kernel in symbol]
+        most, spilled = max(r for r, _ in mine), sum(s for _, s in mine)
+        rows.append(_row(arch, kernel, "all", most, spilled, threads))
+    return sorted(rows, key=lambda row: (row["kernel"], row["dtype"]))
+
+
+def _compiled(source, arch):
+    """-> listings, and of each kernel (symbol, registers, spilled bytes)"""
     with tempfile.TemporaryDirectory() as folder:
-        cubin, said = compile_kernels("multi_hot_ce", arch, Path(folder))
+        cubin, said = compile_kernels(source, arch, Path(folder))
         listing = listings(cubin)
     found = re.findall(
         r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used "
@@ -148,36 +187,18 @@ def counts(arch: str) -> list[dict]:
         said,
         re.S,
     )
-    rows = []
-    for symbol, stores, loads, registers in found:
-        kernel = next(name for name in KERNELS if name in symbol)
-        dtype = next((_TYPES[t] for t in ("BFloat16", "Half") if t in symbol), "fp32")
-        if kernel not in HOT_KERNELS:
-            rows.append(_row(arch, kernel, dtype, registers, stores, loads))
-            continue
-        hot = max(loops(listing[symbol]), key=lambda loop: _count(loop, r"MUFU\.EX2"))
-        elements = _LANES[dtype] * _count(hot, r"LDG\.\S*128")
-        rows.append(
-            _row(arch, kernel, dtype, registers, stores, loads)
-            | {
-                "instructions_an_element": round(len(hot) / elements, 2),
-                "exponentials_an_element": round(_count(hot, r"MUFU\.EX2") / elements, 3),
-                "loads_in_flight": loads_in_flight(hot),
-                "instructions_outside": len(listing[symbol]) - len(hot),
-            }
-        )
-    return sorted(rows, key=lambda row: (row["kernel"], row["dtype"]))
+    return listing, [(name, int(used), int(a) + int(b)) for name, a, b, used in found]
 
 
-def _row(arch, kernel, dtype, registers, stores, loads):
-    registers = int(registers)
+def _row(arch, kernel, dtype, registers, spilled, threads):
+    of_warp = -(-registers // REGISTER_UNIT) * REGISTER_UNIT * 32
     return {
         "kernel": kernel,
         "dtype": dtype,
         "arch": f"sm_{arch}",
         "registers": registers,
-        "spilled_bytes": int(stores) + int(loads),
-        "blocks": min(THREADS // BLOCK, REGISTERS // (registers * BLOCK)),
+        "spilled_bytes": spilled,
+        "blocks": min(THREADS // threads, REGISTERS // (of_warp * threads // 32)),
         "instructions_an_element": "",
         "exponentials_an_element": "",
         "loads_in_flight": "",
@@ -252,12 +273,81 @@ def _pass(row, memory_us, n, v, rate):
     }
 
 
+def embedding_times(
+    positions: int = 8192, columns: int = 4096, s: int = 16, v: int = 128256
+) -> list[dict]:
+    """Predicted times of the superposed embedding in bf16 into fp32 main_grad, tp = 1."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    frequency = 1 / torch.arange(1, v + 1, dtype=torch.float64)
+    places = positions * s
+    ids = torch.multinomial(frequency, places, replacement=True, generator=generator)
+    moved = embedding_bytes(ids.bincount().tolist(), positions, columns, s)
+    rows = []
+    for gpu, rate in RATES.items():
+        steps = []
+        for step, (read, copied, l2) in moved.items():
+            memory_us, l2_us = read / rate.read / 1e6 + copied / rate.copy / 1e6, l2 / rate.l2 / 1e6
+            steps.append((step, memory_us, l2_us, LAUNCH_US * (2 if step != "pool" else 1)))
+        for step, memory_us, l2_us, launch in steps:
+            rows.append(_embedding_row(gpu, step, memory_us, l2_us, launch))
+        rows.append(_embedding_row(gpu, "keys and sort", 0.0, 0.0, SORT_US))
+        whole = [row for row in rows if row["gpu"] == gpu]
+        total = {
+            name: round(sum(row[name] for row in whole), 1) for name in whole[0] if "us" in name
+        }
+        rows.append({"gpu": gpu, "step": "forward and backward"} | total)
+    return rows
+
+
+def embedding_bytes(
+    run_lengths: list[int], positions: int, columns: int, s: int
+) -> dict[str, tuple[float, float, float]]:
+    """step -> bytes read from memory, bytes read and written there, bytes from L2.
+
+    Args:
+        run_lengths: how often each id occurs, in the order of ids; zeros do not matter.
+    """
+    distinct = across = partials = start = 0
+    for length in filter(None, run_lengths):
+        windows = (start + length - 1) // WINDOW - start // WINDOW + 1
+        distinct, start = distinct + 1, start + length
+        if windows > 1:
+            across, partials = across + 1, partials + windows
+    row16, row32 = 2 * columns, 4 * columns
+    places = positions * s
+    return {
+        # each distinct row once, and the result
+        "pool": (distinct * row16 + positions * row16, 0, places * row16),
+        # the gradient once; rows of main_grad and partial sums
+        "add_windows": (
+            positions * row16,
+            2 * (distinct - across) * row32 + partials * row32,
+            places * row16,
+        ),
+        "add_across": (0, (partials + 2 * across) * row32, 0),
+    }
+
+
+def _embedding_row(gpu, step, memory_us, l2_us, launch_us):
+    return {
+        "gpu": gpu,
+        "step": step,
+        "memory_us": round(memory_us, 1),
+        "l2_us": round(l2_us, 1),
+        "us": round(max(memory_us, l2_us) + launch_us, 1),
+        "apart_us": round(memory_us + l2_us + launch_us, 1),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--csv", type=Path, help="write the counts there")
-    parser.add_argument("--times", type=Path, help="write the predicted times there")
+    parser.add_argument("--times", type=Path, help="write the loss's predicted times there")
+    parser.add_argument("--embedding", type=Path, help="write the embedding's there")
     options = parser.parse_args(argv)
     if not shutil.which("nvcc") or disassembler() is None:
         print(
@@ -268,7 +358,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = [row for arch in ARCHITECTURES for row in counts(arch)]
     predicted = times(rows)
-    for path, table in ((options.csv, rows), (options.times, predicted)):
+    tables = (
+        (options.csv, rows),
+        (options.times, predicted),
+        (options.embedding, embedding_times()),
+    )
+    for path, table in tables:
         if path:
             _write(path, table)
         _print(table)

@@ -236,6 +236,19 @@ def test_rows_far_from_zero(dtype, loss):
         check([Case(2, 300, 4, dtype, loss, shift=shift, ranks=2, constants=constants)])
 
 
+@pytest.mark.parametrize("filler", [-6e4, -1e10, -1e20, -2.3e38, -3.3e38])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_padding_far_below(loss, filler):
+    """Threads, segments and a rank that see nothing else: as -inf would be."""
+    for ranks, constants in itertools.product((1, 2), (SMALL, SEGMENTS_OF_64)):
+        case = Case(3, 600, 4, torch.bfloat16, loss, few=40, ranks=ranks, constants=constants)
+        logits, labels, upstream = case.draw()
+        logits[:, 100:] = filler
+        got, grad = case.run(logits, labels, upstream)
+        logits[:, 100:] = -torch.inf
+        case.compare(got, grad, logits, labels, upstream)
+
+
 @pytest.mark.parametrize("constants", [SMALL, SEGMENTS_OF_64], ids=["", "segments"])
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("loss", LOSSES)

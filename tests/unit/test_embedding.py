@@ -393,13 +393,32 @@ def test_the_parts_of_two_ranks(monkeypatch, kernel, scatter):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("wrong", [64, -1])
+@pytest.mark.parametrize("wrong", [64, 70, -1])
 @pytest.mark.parametrize("rows", [64, 16])
 def test_ids_outside_the_table_are_an_error(kernel, wrong, rows):
-    """On every rank: none may be taken for another rank's, and be nothing."""
+    """On every rank: none may be taken for another rank's, and be nothing. The first is named."""
     module = module_of(torch.zeros(rows, 4), vocab=64)
+    tokens = torch.tensor([[[0, 1, wrong], [99, 2, 98]]])
     with pytest.raises(ValueError, match=rf"expected token ids in 0\.\.63, got {wrong}\. Check"):
-        embedding.superposed_embedding(module, torch.full((1, 2, 3), wrong), kernel)
+        embedding.superposed_embedding(module, tokens, kernel)
+
+
+@pytest.mark.parametrize("ranks, dtype", [(1, torch.bfloat16), (2, torch.float32)])
+def test_a_mean_that_is_whole_is_rounded_in_the_kernel(monkeypatch, ranks, dtype):
+    """No fp32 [N, H] on one rank. Parts of the mean stay fp32 until they are added up."""
+    asked = []
+
+    def pool(table, tokens, start, size, dtype):
+        asked.append(dtype)
+        return torch.zeros(len(tokens), table.shape[1], dtype=dtype)
+
+    monkeypatch.setitem(embedding.KERNELS, "torch", lambda: (pool, None))
+    name = "reduce_from_tensor_model_parallel_region"
+    monkeypatch.setattr(embedding.mappings, name, lambda tensor, group: tensor)
+    weight = torch.zeros(4, 8, dtype=torch.bfloat16)
+    module = module_of(weight, 0, 4 * ranks, SimpleNamespace(size=lambda: ranks))
+    mean = embedding.superposed_embedding(module, torch.zeros(1, 2, 3, dtype=torch.int64), "torch")
+    assert asked == [dtype] and mean.dtype == torch.bfloat16
 
 
 def test_there_is_no_second_derivative(patched, megatron):

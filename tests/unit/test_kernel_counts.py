@@ -58,6 +58,16 @@ def test_predicted_times_by_hand():
     assert first["us"] == pytest.approx(803.0 * (1 + 132 * 8 / 8192 / 2), abs=0.1)
 
 
+def test_bytes_of_the_embedding_by_hand():
+    """Two positions of 40 places: one id 33 times (two windows), 47 others once."""
+    moved = kernel_counts.embedding_bytes([33, 0, *[1] * 47], positions=2, columns=4, s=40)
+    assert moved == {
+        "pool": (48 * 8 + 2 * 8, 0, 80 * 8),
+        "add_windows": (2 * 8, 2 * 47 * 16 + 2 * 16, 80 * 8),
+        "add_across": (0, (2 + 2) * 16, 0),
+    }
+
+
 @pytest.mark.skipif(
     not shutil.which("nvcc") or kernel_counts.disassembler() is None,
     reason="NOT RUN: the kernels' machine code: no nvcc or no disassembler",
