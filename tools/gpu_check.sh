@@ -47,9 +47,9 @@ help() {
 }
 
 parts=() wheels="" extension="" rehearse="" factor=1 out=${OUT:-} asked="" listing="" only=""
-named=""
 python=${PYTHON:-python3} capability="" work="" failed=0
 want() { usage "$1: expected $2, got $3"; }
+named=""
 while (($#)); do
     case $1 in
         --part) parts+=("${2:-}"); shift 2 || want --part "a part" nothing ;;
