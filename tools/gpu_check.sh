@@ -50,6 +50,7 @@ help() {
 parts=() wheels="" extension="" rehearse="" factor=1 out=${OUT:-} asked="" listing="" only=""
 python=${PYTHON:-python3} capability="" work="" failed=0 said=""
 want() { usage "$1: expected $2, got $3"; }
+named=""
 while (($#)); do
     case $1 in
         --part) parts+=("${2:-}"); shift 2 || want --part "a part" nothing ;;
@@ -62,7 +63,8 @@ while (($#)); do
         --rehearse) rehearse=1; shift ;;
         --help | -h) asked=1; shift ;;
         -*) usage "expected an option that --help names, got $1" ;;
-        *) out=$1; shift ;;
+        *) [[ -z $named ]] || usage "expected one folder for the results, got $named and $1"
+            out=$1 named=$1; shift ;;
     esac
 done
 
@@ -82,7 +84,8 @@ step() {
         echo "no time was left" > "$log"; code=124 limit=0
     else
         timeout -k 5 "$limit" "$@" > "$log" 2>&1 < /dev/null || code=$?
-        ((code != 137)) || code=124 # it did not end when it was told to
+        # it did not end when it was told to; sooner, something else has killed it
+        ((code != 137 || SECONDS - start < limit)) || code=124
     fi
     if ((code == 0)); then echo "   ok, $((SECONDS - start)) s"; else
         echo "   FAILED ($code) after $((SECONDS - start)) s:"; tail -n 5 "$log"

@@ -48,7 +48,8 @@ class PhaseGraph:
         if now == self._of:
             return None
         before, self._of = self._of, now
-        if not wrapper.curr_iter("training"):  # a fresh process, or one that has only validated
+        # an earlier run may have validated alone, and this one has not validated yet
+        if not any(map(wrapper.curr_iter, STAGES if before is None else ("training",))):
             return None
         from megatron.core.full_cuda_graph import StaticBufferLoader
 

@@ -47,9 +47,9 @@ def run(*command, **environment):
     )
 
 
-def gpu_check(*arguments):
+def gpu_check(*arguments, **named):
     environment = dict(PYTHON=sys.executable, OUT="", CUDA_VISIBLE_DEVICES="", MAX_JOBS="2")
-    return run("tools/gpu_check.sh", *arguments, **environment)
+    return run("tools/gpu_check.sh", *arguments, **environment | named)
 
 
 @needs_nvcc
@@ -126,6 +126,10 @@ def test_a_kernel_that_spills_is_found(tmp_path):
         (["--slow"], "--slow: expected a whole number, got nothing"),
         (["--fast"], "expected an option that --help names, got --fast"),
         (["--part", "build"], "expected a folder for the results, got none"),
+        (
+            ["--part", "build", "OUT", "OUT"],
+            "expected one folder for the results, got .*out and .*out",
+        ),
         (["--part", "build", "README.md"], "expected a folder for the results, got README.md"),
     ],
 )
@@ -143,6 +147,20 @@ def test_without_a_gpu_it_says_what_there_is(tmp_path):
     said = "--part build fp8: expected an NVIDIA GPU that torch can use, got none. Without one "
     assert done.returncode == 2 and f"{said}there are --part build and --rehearse" in done.stderr
     assert not (tmp_path / "out/steps.jsonl").exists()
+
+
+def test_a_step_that_is_killed_has_not_run_out_of_time(tmp_path):
+    """By the machine for its memory, say, long before its time is over."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\ncase $1 in *check_kernels.py) kill -9 $$ ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    out = tmp_path / "two words"
+    done = gpu_check("--rehearse", "--part", "first-kernels", out, PYTHON=str(python))
+    report = (out / "report.md").read_text()
+    assert done.returncode == 1 and "FAILED (137) after" in done.stdout
+    assert "first-kernels (exit code 137)" in report and "OUT OF TIME" not in report
 
 
 def test_a_rehearsal_and_a_gpu_do_not_share_a_folder(tmp_path):

@@ -51,11 +51,12 @@ NEW = 0, None, None, []
 
 
 def test_each_phase_has_a_graph_of_its_own_and_validation_keeps_its(wrapper):
-    graph = PhaseGraph()
-    run(wrapper, "validation")  # before the first step of training
+    graph, dropped = PhaseGraph(), [None]
+    graph.follow(wrapper, EIGHT)
+    for stage in STAGES:
+        run(wrapper, stage)
     validated = state(wrapper, "validation")
-    dropped = []
-    for phase in (EIGHT, EIGHT, FOUR, RECOVERY, RECOVERY):
+    for phase in (EIGHT, FOUR, RECOVERY, RECOVERY):
         dropped.append(graph.follow(wrapper, phase))
         if dropped[-1]:
             assert state(wrapper, "training") == NEW
@@ -78,9 +79,10 @@ def test_the_memory_of_the_old_graph_is_free_before_the_new_one_is_captured(wrap
     assert happened == ["synchronize", "training", "empty_cache"]
 
 
-def test_a_run_after_another_in_one_process_uses_none_of_its_graphs(wrapper):
-    PhaseGraph().follow(wrapper, RECOVERY)
-    for stage in STAGES:
+@pytest.mark.parametrize("stages", [STAGES, ("training",), ("validation",)])
+def test_a_run_after_another_in_one_process_uses_none_of_its_graphs(wrapper, stages):
+    """Not even of one that only validated (--skip-train): its graph holds its own weights."""
+    for stage in stages:
         run(wrapper, stage)
     assert PhaseGraph().follow(wrapper, RECOVERY) == "an earlier run"
     assert state(wrapper, "training") == state(wrapper, "validation") == NEW
