@@ -13,6 +13,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,13 +130,12 @@ def peak_tflops() -> float | None:
 
 def where() -> dict:
     """Device, versions, commit: the last columns of every row."""
-    import megatron.core
     import torch
 
     return {
         "device": torch.cuda.get_device_name() if has_gpu() else _processor(),
         "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": version("megatron-core"),
         "commit": _commit(),
     }
 

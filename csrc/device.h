@@ -24,7 +24,7 @@ constexpr float kLowest = -std::numeric_limits<float>::max();
 // overflows. `above` is a logit's distance from it, `exp_nonpositive` the exponential of such a
 // distance (or of the distance of two references), `log_positive` its inverse. On CPU distances are
 // in nats. On CUDA they are in powers of two, so that `above` is one FMA and the exponential one
-// instruction; the rounding of the reference itself then cancels.
+// instruction; the rounding of the reference itself then cancels, for logits of magnitude below 1e9.
 #if defined(__CUDA_ARCH__)
 
 constexpr float kNats = 0.693147181f;  // in one unit of distance

@@ -13,7 +13,8 @@
 #                        Without one, or where it does not fit, the extension is compiled
 #     --slow FACTOR      every part and step may take so many times as long
 #     --rehearse         on a CPU with small shapes, to see that it all runs; measures no GPU
-#     OUT                default $OUT; keeps what other parts left there
+#     OUT                default $OUT; keeps what other parts left there. After a check that was
+#                        ended from outside, `python tools/gpu_report.py OUT` sums up again
 #
 # Needs Python 3.12 with torch for CUDA, nvcc of the same major version, megatron-core and pytest.
 # PYTHON=python3.12 chooses the interpreter. Exit code: the number of failed steps; 2 with a message

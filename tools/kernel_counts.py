@@ -13,8 +13,8 @@ instructions_outside counts all the others once, slow paths too: more than a blo
 Of the embedding's kernels: registers (the most of any type), spilled bytes and blocks.
 
 Times of the loss: the largest of what memory, exponentials and instructions need at the rates of
-RATES, half a block's time for the end of a kernel, where multiprocessors run out of blocks, and 2
-us for each kernel that is started. share_of_copy is what benchmarks/bench_multi_hot_ce.py calls so.
+RATES, half a block's time for the end of a kernel, where multiprocessors run out of blocks, 2 us
+for each kernel that is started, and 3 us for the work of each of the three that look at rows. share_of_copy is what benchmarks/bench_multi_hot_ce.py calls so.
 
 Times of the embedding, at Zipf-distributed ids: the larger of what the bytes to memory and those to
 L2 need, each distinct row of the table read once from memory. `apart_us` is their sum: if the two
@@ -46,6 +46,7 @@ BLOCK = 256  # threads, multi_hot_ce.cu
 REGISTERS, REGISTER_UNIT, THREADS = 65536, 8, 2048
 EXPONENTIALS, INSTRUCTIONS = 16, 128  # a clock
 LAUNCH_US = 2.0
+ROWS_US = 3.0  # three loads that wait for each other, all rows at once
 SORT_US = 40.0  # of 131072 keys of 32 bits, assumed
 EMBEDDING = {"pool": 256, "write_keys": 256, "add_windows": 128, "add_across": 128}  # threads
 WINDOW = 32  # sorted places, superposed_embedding.h
@@ -242,7 +243,7 @@ def times(rows: list[dict], n: int = 8192, vocabularies=(151936, 18992)) -> list
             for kernel, row in passes.items():
                 predicted.append({"gpu": gpu, "N": n, "V": v, "kernel": kernel, **row})
             # two kernels in `statistics`, one in `loss`, two in `gradient`
-            whole = sum(row["us"] for row in passes.values()) + 5 * LAUNCH_US
+            whole = sum(row["us"] for row in passes.values()) + 5 * LAUNCH_US + 3 * ROWS_US
             predicted.append(
                 {
                     "gpu": gpu,
