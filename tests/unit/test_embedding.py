@@ -421,6 +421,15 @@ def test_a_mean_that_is_whole_is_rounded_in_the_kernel(monkeypatch, ranks, dtype
     assert asked == [dtype] and mean.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_shard_of_one_row(kernel):
+    pool, add_gradient_ = ops_of(kernel)
+    table, tokens = torch.full((1, 4), 3.0), torch.tensor([[1, 0], [1, 1]])
+    assert pool(table, tokens, 1, 2, torch.float32).tolist() == [[1.5] * 4, [3.0] * 4]
+    add_gradient_(table, torch.ones(2, 4), tokens, 1, 2)
+    assert table.tolist() == [[4.5] * 4]
+
+
 def test_there_is_no_second_derivative(patched, megatron):
     module = build(megatron)
     out = module(torch.randint(0, 64, (3, 5, 2))).square().sum()

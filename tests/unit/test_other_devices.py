@@ -146,6 +146,14 @@ def test_the_embedding(monkeypatch):
     assert others == [None] * 6
 
 
+def test_tokens_are_looked_at_without_waiting(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "_assert_async", seen.append)
+    embedding._pool(there(V, H), labels(), 0, V, torch.bfloat16)
+    (asserted,) = seen
+    assert_is(asserted, dtype=torch.bool)
+
+
 def test_the_embeddings_gradient(monkeypatch):
     """Six positions of three places name row 0. fp32 is added up in fp32 alone."""
     name = "reduce_from_tensor_model_parallel_region"
