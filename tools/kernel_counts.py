@@ -14,7 +14,8 @@ Of the embedding's kernels: registers (the most of any type), spilled bytes and 
 
 Times of the loss: the largest of what memory, exponentials and instructions need at the rates of
 RATES, half a block's time for the end of a kernel, where multiprocessors run out of blocks, 2 us
-for each kernel that is started, and 3 us for the work of each of the three that look at rows. share_of_copy is what benchmarks/bench_multi_hot_ce.py calls so.
+for each kernel that is started, and 3 us for the work of each of the three that look at rows.
+share_of_copy is what benchmarks/bench_multi_hot_ce.py calls so.
 
 Times of the embedding, at Zipf-distributed ids: the larger of what the bytes to memory and those to
 L2 need, each distinct row of the table read once from memory. `apart_us` is their sum: if the two
