@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "multi_hot_ce.h"
+#include "on_device.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -107,13 +108,6 @@ Problem<const T> problem(const Tensor& logits, const Tensor& labels, const Tenso
   };
 }
 
-// The kernels of both devices have the same names and arguments.
-#if defined(MHCE_WITH_CUDA)
-#define MHCE_ON_DEVICE(tensor, call) ((tensor).is_cuda() ? cuda::call : cpu::call)
-#else
-#define MHCE_ON_DEVICE(tensor, call) cpu::call
-#endif
-
 // Memory that a call of a kernel needs, from torch's allocator.
 Tensor scratch_of(const Tensor& logits, int64_t floats) {
   return empty_like_logits(logits, {floats}, at::kFloat);
@@ -125,10 +119,10 @@ Tensor statistics(const Tensor& logits, const Tensor& labels, const Tensor& weig
   dispatch(logits, [&](auto zero) {
     const auto rows = problem<decltype(zero)>(logits, labels, weights, vocab_start, alt);
     const Tensor memory =
-        scratch_of(logits, MHCE_ON_DEVICE(logits, statistics_scratch(rows.rows, rows.columns)));
+        scratch_of(logits, TST_ON_DEVICE(logits, statistics_scratch(rows.rows, rows.columns)));
     float* scratch = memory.mutable_data_ptr<float>();
     float* statistics_4N = out.mutable_data_ptr<float>();
-    MHCE_ON_DEVICE(logits, statistics(rows, vocab_size, scratch, statistics_4N));
+    TST_ON_DEVICE(logits, statistics(rows, vocab_size, scratch, statistics_4N));
   });
   return out;
 }
@@ -152,7 +146,7 @@ std::tuple<Tensor, Tensor> loss(
   const float* statistics_R4N = statistics.const_data_ptr<float>();
   float* loss_N = out.mutable_data_ptr<float>();
   float* saved_3N = saved.mutable_data_ptr<float>();
-  MHCE_ON_DEVICE(statistics, loss(rows, statistics.size(0), statistics_R4N, loss_N, saved_3N));
+  TST_ON_DEVICE(statistics, loss(rows, statistics.size(0), statistics_R4N, loss_N, saved_3N));
   return {out, saved};
 }
 
@@ -165,9 +159,9 @@ void write_gradient(const Tensor& logits, const Tensor& labels, const Tensor& we
     const float* upstream_N = upstream.const_data_ptr<float>();
     T* out_NV = out.mutable_data_ptr<T>();
     const Tensor memory =
-        scratch_of(logits, MHCE_ON_DEVICE(logits, gradient_scratch(rows.rows, rows.bag_size)));
+        scratch_of(logits, TST_ON_DEVICE(logits, gradient_scratch(rows.rows, rows.bag_size)));
     float* scratch = memory.mutable_data_ptr<float>();
-    MHCE_ON_DEVICE(logits, gradient(rows, saved_3N, upstream_N, scratch, out_NV, out.stride(0)));
+    TST_ON_DEVICE(logits, gradient(rows, saved_3N, upstream_N, scratch, out_NV, out.stride(0)));
   });
 }
 

@@ -5,18 +5,16 @@
 // waits for the GPU.
 
 #include "checks.h"
+#include "on_device.h"
 #include "superposed_embedding.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sort.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include <limits>
 #include <type_traits>
-
-#if defined(MHCE_WITH_CUDA)
-#include <c10/cuda/CUDAGuard.h>
-#endif
 
 namespace megatron_tst {
 namespace {
@@ -113,14 +111,18 @@ Bags bags_of(const Tensor& tokens, int64_t vocab_start, const Tensor& table) {
   };
 }
 
-Tensor pool_cpu(const Tensor& table, const Tensor& tokens, int64_t vocab_start, int64_t vocab_size,
+Tensor pool(const Tensor& table, const Tensor& tokens, int64_t vocab_start, int64_t vocab_size,
     at::ScalarType dtype) {
   Tensor out = pool_meta(table, tokens, vocab_start, vocab_size, dtype);
+  if (out.numel() == 0) return out;
+  const c10::DeviceGuard guard(table.device());
+  const Bags bags = bags_of(tokens, vocab_start, table);
   dispatch(table, out, [&](auto t, auto o) {
     using T = decltype(t);
     using Out = decltype(o);
-    cpu::pool_bags(bags_of(tokens, vocab_start, table), vocab_size, table.const_data_ptr<T>(),
-        out.mutable_data_ptr<Out>());
+    const T* rows = table.const_data_ptr<T>();
+    Out* means = out.mutable_data_ptr<Out>();
+    TST_ON_DEVICE(table, pool_bags(bags, vocab_size, rows, means));
   });
   return out;
 }
@@ -137,25 +139,11 @@ void add_gradient_cpu(Tensor& gradient, const Tensor& upstream, const Tensor& to
 }
 
 #if defined(MHCE_WITH_CUDA)
-Tensor pool_cuda(const Tensor& table, const Tensor& tokens, int64_t vocab_start, int64_t vocab_size,
-    at::ScalarType dtype) {
-  Tensor out = pool_meta(table, tokens, vocab_start, vocab_size, dtype);
-  if (out.numel() == 0) return out;
-  const c10::cuda::CUDAGuard guard(table.device());
-  dispatch(table, out, [&](auto t, auto o) {
-    using T = decltype(t);
-    using Out = decltype(o);
-    cuda::pool_bags(bags_of(tokens, vocab_start, table), vocab_size, table.const_data_ptr<T>(),
-        out.mutable_data_ptr<Out>());
-  });
-  return out;
-}
-
 void add_gradient_cuda(Tensor& gradient, const Tensor& upstream, const Tensor& tokens,
     int64_t vocab_start, int64_t vocab_size) {
   add_gradient_meta(gradient, upstream, tokens, vocab_start, vocab_size);
   if (gradient.numel() == 0 || tokens.numel() == 0) return;
-  const c10::cuda::CUDAGuard guard(gradient.device());
+  const c10::DeviceGuard guard(gradient.device());
   const Bags bags = bags_of(tokens, vocab_start, gradient);
   // half the passes of a sort of int64
   const Tensor keys = at::empty({bags.places()}, tokens.options().dtype(at::kInt));
@@ -186,12 +174,12 @@ TORCH_LIBRARY_FRAGMENT(megatron_tst, m) {
       "int vocab_start, int vocab_size) -> ()");
 }
 
-#define EMBEDDING_REGISTER(suffix)                             \
-  m.impl("superposed_embedding", megatron_tst::pool_##suffix); \
-  m.impl("superposed_embedding_gradient_", megatron_tst::add_gradient_##suffix);
+#define EMBEDDING_REGISTER(pool, add_gradient)         \
+  m.impl("superposed_embedding", megatron_tst::pool);  \
+  m.impl("superposed_embedding_gradient_", megatron_tst::add_gradient);
 
-TORCH_LIBRARY_IMPL(megatron_tst, CPU, m) { EMBEDDING_REGISTER(cpu) }
+TORCH_LIBRARY_IMPL(megatron_tst, CPU, m) { EMBEDDING_REGISTER(pool, add_gradient_cpu) }
 #if defined(MHCE_WITH_CUDA)
-TORCH_LIBRARY_IMPL(megatron_tst, CUDA, m) { EMBEDDING_REGISTER(cuda) }
+TORCH_LIBRARY_IMPL(megatron_tst, CUDA, m) { EMBEDDING_REGISTER(pool, add_gradient_cuda) }
 #endif
-TORCH_LIBRARY_IMPL(megatron_tst, Meta, m) { EMBEDDING_REGISTER(meta) }
+TORCH_LIBRARY_IMPL(megatron_tst, Meta, m) { EMBEDDING_REGISTER(pool_meta, add_gradient_meta) }

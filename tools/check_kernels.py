@@ -279,11 +279,12 @@ def captured(logits, labels, upstream) -> Found:
 
     want = step()
     if logits.is_cuda:
-        return same(*zip(_in_a_graph(step), want))
+        return same(*zip(in_a_graph(step), want))
     return same(*zip(step(), want))
 
 
-def _in_a_graph(step):
+def in_a_graph(step: Callable[[], tuple]) -> tuple:
+    """What a captured step gives when it is replayed. Raises if the step waits for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -298,7 +299,7 @@ def _in_a_graph(step):
     with torch.cuda.graph(graph):
         out = step()
     for tensor in out:
-        tensor.zero_()
+        tensor.detach().zero_()
     graph.replay()
     torch.cuda.synchronize()
     return out

@@ -20,10 +20,11 @@ pytestmark = [
 
 
 def run(*arguments):
+    env = cuda_on_cpu.sanitized_environment()
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=cuda_on_cpu.sanitized_environment(),
+        env=env | {"PYTHONPATH": f"{env['PYTHONPATH']}:{HERE}"},
         capture_output=True,
         text=True,
     )
@@ -49,7 +50,6 @@ def test_nothing_is_found(file):
 
 ONE = """
 import sys, pathlib
-sys.path.insert(0, "tests/kernels")
 import test_cuda_on_cpu as tiny
 kernels = tiny.build_tiny(pathlib.Path(sys.argv[1]), sanitized=True)
 for what in tiny.RIGHT:
