@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.checkpoint.inspect import OPTIMIZER
+from megatron_tst.checkpoint.inspect import is_flat, parameter_of, state_of
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.rewrite import Changes, rewrite
 from megatron_tst.errors import refuse
@@ -26,6 +26,9 @@ EXPERT_NORM = {
     "transformer_engine": "pre_mlp_layernorm.weight",
 }
 ENDS = {"embedding": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
+# What an optimizer's state begins with is zeros: of Adam, of Lion, SGD and Muon, of adaptive Muon.
+_AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer", "moment2_buffer"}
+_COPIES = {"fp32_param", "param", "master_param"}  # of the weights, in fp32
 
 
 def convert(
@@ -49,8 +52,8 @@ def convert(
         target: a new folder, for --load.
         drop_optimizer: without its state (load it with --no-load-optim); others measured that this
             loses TST's gain.
-        reset_optimizer: its averages zeroed and its step 0, as at the start of a run; schedule,
-            iteration and data position stay.
+        reset_optimizer: its averages (Muon's momentum among them) zeroed and its step 0, as at the
+            start of a run; schedule, iteration and data position stay.
         reinit: of "embedding" and "head" (the output layer): new normal values as the run drew them
             (--embedding-init-method-std, --init-method-std), their optimizer state zeroed (paper,
             table 2: both).
@@ -78,11 +81,12 @@ def convert(
     new_ends = _of_ends(source, reinit)
     kept = [name for name in source.tensors if name not in dropped]
     edited = frozenset(name for name in kept if name.endswith(new_ends))
-    if edited or reset_optimizer:
-        _check_editable(source, drop_optimizer, reset_optimizer)
     if reset_optimizer:
-        edited |= {name for name in source.tensors if _is_average(name)}
-        _first_step(common)
+        edited |= {name for name in source.tensors if state_of(name) not in (None, *_COPIES)}
+    if edited or reset_optimizer:
+        _check_editable(source, edited, drop_optimizer, reset_optimizer)
+    if reset_optimizer:
+        common["optimizer"] = _first_step(common["optimizer"])
     std = {
         ENDS["head"]: source.args.init_method_std,
         ENDS["embedding"]: _embedding_std(source.args),
@@ -90,7 +94,7 @@ def convert(
     dropped |= {name for name in source.objects if drop_fp8_state and "._extra_state" in name}
 
     def fresh(name, offset, shard):
-        if _is_average(name):
+        if state_of(name) in _AVERAGES:
             return torch.zeros_like(shard)
         # the same values in the weight and in the optimizer's fp32 copy of it
         end = next(end for end in new_ends if name.endswith(end))
@@ -143,7 +147,7 @@ def drop_optimizer_state(source: Checkpoint, common: dict) -> set[str]:
     for name in ("optimizer", "opt_param_scheduler"):
         common.pop(name, None)
     common["args"].no_save_optim = True
-    return {name for name in source.metadata.state_dict_metadata if name.startswith(OPTIMIZER)}
+    return {name for name in source.metadata.state_dict_metadata if state_of(name)}
 
 
 def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]:
@@ -167,13 +171,9 @@ def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]
         )
     new = EXPERT_NORM[layer_spec]
     (old,) = set(EXPERT_NORM.values()) - {new}
-    layers = {
-        name.removesuffix("mlp.router.weight")
-        for name in source.tensors
-        if name.endswith("mlp.router.weight")
-    }
-    names = {layer + old: layer + new for layer in layers}
-    return lambda name: names.get(name, name)
+    routers = {parameter_of(name) for name in source.tensors if name.endswith("mlp.router.weight")}
+    norms = {router.removesuffix("mlp.router.weight") + old for router in routers}
+    return lambda name: name.removesuffix(old) + new if parameter_of(name) in norms else name
 
 
 def _of_ends(source, reinit):
@@ -194,11 +194,10 @@ def _of_ends(source, reinit):
     return ends
 
 
-def _check_editable(source, drop_optimizer, reset_optimizer):
+def _check_editable(source, edited, drop_optimizer, reset_optimizer):
     if reset_optimizer and drop_optimizer:
         refuse("--reset-optimizer and --drop-optimizer", "one of the two", "both", "Leave one out.")
-    flat = any(name.startswith("optimizer.distributed.") for name in source.tensors)
-    if flat and not drop_optimizer:
+    if any(map(is_flat, source.tensors)) and not drop_optimizer:
         refuse(
             "new values",
             "optimizer state by parameter",
@@ -206,25 +205,29 @@ def _check_editable(source, drop_optimizer, reset_optimizer):
             "Save with --dist-ckpt-optim-fully-reshardable; for --reinit alone --drop-optimizer "
             "will do.",
         )
+    if reset_optimizer and "optimizer" not in source.common:
+        do = "It is of weights alone: leave the flag out."
+        refuse("--reset-optimizer", "an optimizer's state in the checkpoint", "none", do)
+    states = {state_of(name) for name in edited}
+    if unknown := states - _AVERAGES - _COPIES - {None}:
+        refuse(
+            "new values",
+            f"optimizer state of {', '.join(sorted(_AVERAGES))}",
+            f"{', '.join(sorted(unknown))} of --optimizer {source.args.optimizer}",
+            "Use --drop-optimizer: the run then begins its optimizer anew.",
+        )
 
 
-def _is_average(name):
-    return name.startswith(OPTIMIZER) and ".exp_avg" in name
-
-
-def _first_step(common):
-    """Adam's step, in a copy of the common state: with another one its bias correction would take
-    the zeroed averages for settled ones.
+def _first_step(part):
+    """A copy of an optimizer's common state, or of a part of it, with every step at 0: with another
+    one Adam's bias correction would take the zeroed averages for settled ones.
     """
-    common["optimizer"] = optimizer = copy.deepcopy(common["optimizer"])
-    parts = [optimizer, *(value for value in optimizer.values() if isinstance(value, dict))]
-    for part in parts:
-        state = part.get("state", {})
-        if "common_step" in state:
-            state["common_step"] = state["common_step"] * 0
-        for group in part.get("param_groups", ()):
-            if "step" in group:
-                group["step"] = group["step"] * 0
+    if isinstance(part, (list, tuple)):
+        return type(part)(map(_first_step, part))
+    if not isinstance(part, dict):
+        return part
+    steps = "common_step", "step"
+    return {k: v * 0 if k in steps else _first_step(v) for k, v in part.items()}
 
 
 def _embedding_std(args):

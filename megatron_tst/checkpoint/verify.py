@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.checkpoint.inspect import OPTIMIZER
+from megatron_tst.checkpoint.inspect import state_of
 
 
 def differences(
@@ -37,8 +37,7 @@ def differences(
             if item.name in objects:
                 checkpoint.check(item)
     ours, others = (
-        {name for name in c.tensors if optimizer or not name.startswith(OPTIMIZER)}
-        for c in (one, other)
+        {name for name in c.tensors if optimizer or not state_of(name)} for c in (one, other)
     )
     found = dict.fromkeys(ours - others, f"only in {one.path}")
     found |= dict.fromkeys(others - ours, f"only in {other.path}")

@@ -23,7 +23,7 @@ import torch
 from megatron_tst import compat, cpu
 from megatron_tst.checkpoint.atomic import new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
-from megatron_tst.checkpoint.inspect import OPTIMIZER
+from megatron_tst.checkpoint.inspect import state_of
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import optional, refuse
 from megatron_tst.export.calibration import ends_of
@@ -88,7 +88,7 @@ def quantize(
         torch.from_numpy(part) for part in ends_of(data, samples, length, vocab)
     )
     entries = source.tensors.items()
-    weights = sum(math.prod(e.size) for name, e in entries if not name.startswith(OPTIMIZER))
+    weights = sum(math.prod(e.size) for name, e in entries if not state_of(name))
     passes = 0
 
     def batches(rows) -> Iterator[torch.Tensor]:

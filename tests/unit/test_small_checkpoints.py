@@ -342,6 +342,7 @@ def test_everything_that_inspect_shows(tmp_path):
         "format": "torch_dist, common_state (>= 0.19)",
         "iteration": 1,
         "consumed samples": 4,
+        "model": "GPTModel",
         "global batch size": 4,
         "sequence length": 8,
         "phase": "superposition",
@@ -353,6 +354,7 @@ def test_everything_that_inspect_shows(tmp_path):
         "tst settings": {"bag_size": 4, "plan": plan, "planned": plan},
         "layout when saved": {"tensor_model_parallel_size": 2},
         "optimizer": True,
+        "optimizer state": {"exp_avg": ROWS * WIDTH},
         "parameters": 2 * ROWS * WIDTH,
         "tensors": {
             "a": {"dtype": "float32"} | shapes,
@@ -473,6 +475,73 @@ def test_an_optimizer_as_at_the_start(tmp_path):
     }
     assert source.common["optimizer"]["param_groups"][0]["step"] == 6  # which is as it was
     assert new.common["opt_param_scheduler"] == {"num_steps": 24}
+
+
+def of_a_muon_run(tmp_path, **states):
+    """Muon for the router, Adam for the rest, each with its prefix, as dist_muon saves them."""
+    torch.manual_seed(0)
+    states = {ROUTER: ["momentum_buffer"]} | states
+    tensors = {}
+    for name in (HEAD, EMBEDDING, ROUTER, NORM):
+        of = f"chained_{0 if name == ROUTER else 1}.optimizer.state"
+        kept = ["fp32_param", *states.get(name, ["exp_avg", "exp_avg_sq"])]
+        tensors |= {name: torch.randn(ROWS, WIDTH)}
+        tensors |= {f"{of}.{state}.{name}": torch.randn(ROWS, WIDTH) for state in kept}
+    parts = {
+        0: {"optimizer": {"param_groups": [{"lr": 0.1, "momentum": 0.9}]}},
+        1: {"optimizer": {"param_groups": [{"step": 6}], "state": {"common_step": 6}}},
+    }
+    source = written(tmp_path / "written", tensors)
+    args = {"optimizer": "muon"}
+    return with_common(source, tmp_path / "source", args=args, optimizer=parts)
+
+
+def test_a_muon_run_s_state(tmp_path):
+    """Found under any prefix; its momentum is zeroed with Adam's averages and steps."""
+    source = of_a_muon_run(tmp_path)
+    about, size = describe(source), ROWS * WIDTH
+    assert about["parameters"] == 4 * size and about["optimizer state"] == {
+        "exp_avg": 3 * size,
+        "exp_avg_sq": 3 * size,
+        "fp32_param": 4 * size,
+        "momentum_buffer": size,
+    }
+    convert(source, tmp_path / "reset", reset_optimizer=True)
+    reset = Checkpoint(tmp_path / "reset")
+    changed = differences(source, reset)
+    assert {*changed} == {n for n in source.tensors if "momentum_buffer" in n or "exp_avg" in n}
+    assert not any(whole(reset, name).any() for name in changed)
+    assert reset.common["optimizer"] == {
+        0: {"optimizer": {"param_groups": [{"lr": 0.1, "momentum": 0.9}]}},
+        1: {"optimizer": {"param_groups": [{"step": 0}], "state": {"common_step": 0}}},
+    }
+    assert differences(source, reset, optimizer=False) == {}
+    convert(source, tmp_path / "bare", drop_optimizer=True)
+    assert {*Checkpoint(tmp_path / "bare").tensors} == {HEAD, EMBEDDING, ROUTER, NORM}
+    convert(source, tmp_path / "te", layer_spec="transformer_engine")
+    other = NORM.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    assert {*Checkpoint(tmp_path / "te").tensors} == {
+        name.replace(NORM, other) for name in source.tensors
+    }
+    convert(source, tmp_path / "ends", reinit=("embedding", "head"))
+    assert {*differences(source, Checkpoint(tmp_path / "ends"))} == {
+        name for name in source.tensors if name.endswith((HEAD, EMBEDDING))
+    }
+
+
+def test_state_that_does_not_begin_with_zeros_is_refused(tmp_path):
+    source = of_a_muon_run(tmp_path, **{ROUTER: ["momentum_buffer", "GG", "Q"]})
+    assert said(lambda: convert(source, tmp_path / "new", reset_optimizer=True)) == (
+        "new values: expected optimizer state of exp_avg, exp_avg_sq, moment2_buffer, "
+        "momentum_buffer, got GG, Q of --optimizer muon. Use --drop-optimizer: the run then begins "
+        "its optimizer anew."
+    )
+    convert(source, tmp_path / "ends", reinit=("embedding",))  # whose own state is Adam's
+    bare = written(tmp_path / "bare", {"a": rows()})
+    assert said(lambda: convert(bare, tmp_path / "new", reset_optimizer=True)) == (
+        "--reset-optimizer: expected an optimizer's state in the checkpoint, got none. It is of "
+        "weights alone: leave the flag out."
+    )
 
 
 def test_one_end_anew(tmp_path):
