@@ -18,6 +18,7 @@ from megatron_tst.loop.expert_load import ExpertLoad
 from megatron_tst.schedule import Schedule
 
 WATCHED = 5  # iterations on either side
+_NO_STEP = -(1 << 62)
 
 
 class BoundaryLog:
@@ -134,6 +135,7 @@ class BoundaryLog:
         first, now = facts["sample"] // batch, done // batch
         losses = [self.losses.get(i) for i in range(first + 1, now + 1) if i in self.losses]
         losses, (load, entropy) = _from_last(losses), self._experts()
+        steps = _steps(optimizer)
         if self.args.rank:
             return
         rows = {
@@ -142,7 +144,9 @@ class BoundaryLog:
             "the end",
             "learning rate": f"{_figure(facts['learning rate'], 'E')} at the boundary, "
             f"{_figure(self.rate, 'E')} now",
-            "optimizer": _kept(facts["optimizer step"], _steps(optimizer), now - first),
+            "optimizer": _kept(
+                facts["optimizer step"], steps, now - first, _without_steps(optimizer)
+            ),
             "data": _next_data(schedule, done),
         }
         if facts["imbalance"] or load:
@@ -192,23 +196,63 @@ def _from_last(values) -> list[float]:
     return figures.tolist()
 
 
-def _steps(optimizer) -> int | None:
-    """How many steps the optimizer's state says that it has made; None where it does not say."""
+def _steps(optimizer) -> int | list[int] | None:
+    """How many steps the optimizer's state says that it has made, over all ranks; the least and the
+    most where its parts do not agree; None where no part says it. Called by all ranks.
+
+    Muon, Lion and SGD do not count. Beside Muon, Adam does, for embedding, output layer and norms.
+    """
     steps = []
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
-        if inner is None:
-            continue
-        steps += [group["step"] for group in inner.param_groups if "step" in group]
+    for inner in _inner(optimizer):
+        # a rank without parameters in a group does not go on counting in it
+        steps += [g["step"] for g in inner.param_groups if g.get("params", 1) and "step" in g]
         steps += [state["step"] for state in inner.state.values() if "step" in state]
-    return max(map(int, steps)) if steps else None
+    steps = list(map(int, steps))
+    most = torch.tensor([max(steps, default=-1), max((-s for s in steps), default=_NO_STEP)])
+    most = most.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    high, low = most.tolist()
+    if high < 0:
+        return None
+    return high if high == -low else [-low, high]
 
 
-def _kept(before, now, iterations) -> str:
+def _without_steps(optimizer) -> list[str]:
+    """Names of the optimizers that do not count their steps."""
+    names = {
+        type(inner).__name__.removeprefix("TensorParallel")
+        for inner in _inner(optimizer)
+        if any(state and "step" not in state for state in inner.state.values())
+        and not any("step" in group for group in inner.param_groups)
+    }
+    return sorted(names)
+
+
+def _inner(optimizer):
+    """The torch optimizers in one of Megatron's, which may be chained in several depths."""
+    if parts := getattr(optimizer, "chained_optimizers", None):
+        return [inner for part in parts for inner in _inner(part)]
+    inner = getattr(optimizer, "optimizer", None)
+    return [] if inner is None else [inner]
+
+
+def _kept(before, now, iterations, without=()) -> str:
+    """What the row says. `before`, `now`: _steps's, at the boundary and so many iterations later;
+    `without`: _without_steps's.
+    """
+    names, count = " and ".join(without), "counts" if len(without) == 1 else "count"
     if before is None or now is None:
-        return "does not say how many steps it has made"
-    kept = "state kept" if now == before + iterations else "state NOT kept, or steps were skipped"
-    return f"{kept}: step {before} at the boundary, {now} now"
+        known = f": {names} {count} none" if without else ""
+        return f"does not say how many steps it has made{known}"
+    (first, last), (low, high) = (x if isinstance(x, list) else [x, x] for x in (before, now))
+    kept = (low, high) == (first + iterations, last + iterations) and first == last
+    text = "state kept" if kept else "state NOT kept, or steps were skipped"
+    text += f": step {_range(before)} at the boundary, {_range(now)} now"
+    return f"{text} ({names} {count} none)" if without else text
+
+
+def _range(steps) -> str:
+    return " to ".join(map(str, steps)) if isinstance(steps, list) else str(steps)
 
 
 def _spread(imbalance) -> str:

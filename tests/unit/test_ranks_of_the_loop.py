@@ -25,6 +25,14 @@ def rank_figures():
     value, none = boundary_log._from_last(mine)
     assert value == 2.5 and none != none  # NaN: the last rank does not know it
 
+    # the other rank has made three more; a third optimizer has nothing on this one
+    parts = [types.SimpleNamespace(param_groups=[{"step": 4 + 3 * rank}], state={})]
+    parts += [types.SimpleNamespace(param_groups=[{"step": 9 * rank, "params": []}], state={})]
+    parts = [types.SimpleNamespace(optimizer=inner) for inner in parts]
+    assert boundary_log._steps(types.SimpleNamespace(chained_optimizers=parts)) == [4, 7]
+    only = parts[0] if rank else types.SimpleNamespace()
+    assert boundary_log._steps(only) == 7
+
     load = ExpertLoad()  # layer 1 here and there, layer 2 on the last rank alone
     load.counts = {1: torch.tensor([6, 0]) if rank else torch.tensor([0, 2])}
     load.entropies = {1: torch.tensor([3.0, 6.0] if rank else [2.0, 2.0], dtype=torch.float64)}
@@ -158,10 +166,29 @@ def test_a_batch_of_another_phase_is_named(megatron, name, change):
         (6, 10, 5, "state NOT kept, or steps were skipped: step 6 at the boundary, 10 now"),
         (None, 5, 5, "does not say how many steps it has made"),
         (6, None, 5, "does not say how many steps it has made"),
+        (
+            6,
+            [5, 11],
+            5,
+            "state NOT kept, or steps were skipped: step 6 at the boundary, 5 to 11 now",
+        ),
+        (
+            [5, 6],
+            11,
+            5,
+            "state NOT kept, or steps were skipped: step 5 to 6 at the boundary, 11 now",
+        ),
     ],
 )
 def test_whether_the_optimizer_was_kept(before, now, iterations, said):
     assert boundary_log._kept(before, now, iterations) == said
+
+
+def test_what_does_not_count_its_steps_is_named():
+    kept = boundary_log._kept(6, 11, 5, ["Muon"])
+    assert kept == "state kept: step 6 at the boundary, 11 now (Muon counts none)"
+    none = boundary_log._kept(None, None, 5, ["Lion", "Muon"])
+    assert none == "does not say how many steps it has made: Lion and Muon count none"
 
 
 def test_figures_of_several_layers():
@@ -171,7 +198,7 @@ def test_figures_of_several_layers():
     assert boundary_log._figure(None, "E") == "none"
 
 
-def test_steps_of_an_optimizer_of_several_parts():
+def test_steps_of_an_optimizer_of_several_parts(megatron):
     """As Megatron chains one for the experts to one for the rest: parts that hold nothing here, a
     part whose optimizer does not say, and steps in the state or in the group.
     """
@@ -194,6 +221,20 @@ def test_steps_of_an_optimizer_of_several_parts():
     assert boundary_log._steps(chained(without, part(3))) == 3
     assert boundary_log._steps(types.SimpleNamespace(optimizer=group)) == 7
     assert boundary_log._steps(chained(part(0))) is None is boundary_log._steps(without)
+    assert boundary_log._steps(chained(part(4), chained(part(6)))) == [4, 6]
+    whole = chained(part(4), chained(part(6)), part(0), types.SimpleNamespace(optimizer=group))
+    assert boundary_log._without_steps(whole) == []
+
+    class TensorParallelMuon(torch.optim.SGD):
+        """Keeps a momentum and counts no steps."""
+
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    muon = TensorParallelMuon([weight], lr=1.0, momentum=0.9)
+    assert boundary_log._without_steps(chained(types.SimpleNamespace(optimizer=muon))) == []
+    muon.step()
+    whole = chained(chained(types.SimpleNamespace(optimizer=muon)), part(4))
+    assert boundary_log._without_steps(whole) == ["Muon"] and boundary_log._steps(whole) == 4
 
 
 def test_the_whole_block(megatron, capsys):
