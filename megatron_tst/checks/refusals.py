@@ -14,6 +14,7 @@ from collections.abc import Callable
 from megatron_tst import cpu, extension
 from megatron_tst.checks.conflicts import check_conflicts, check_fused_linear_loss
 from megatron_tst.checks.effects import check_effects
+from megatron_tst.checks.optimizer import check_optimizer_choice
 from megatron_tst.checks.precision import check_precision, recipe_of
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
@@ -64,6 +65,7 @@ def check_arguments(
         )
     _check_sequence_length(config, args)
     check_conflicts(args)
+    check_optimizer_choice(args)
     if config.fused_linear_loss:
         check_fused_linear_loss(args)
     _check_ablation(config)

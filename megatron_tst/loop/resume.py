@@ -8,9 +8,11 @@ import os
 
 from megatron_tst import cpu
 from megatron_tst.checkpoint.format import TRACKER, checkpoint_to_load
+from megatron_tst.checkpoint.inspect import layer_pattern
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse
+from megatron_tst.loop.model_class import check_model_class
 from megatron_tst.schedule import Schedule
 
 # The data's order and the objective depend on these.
@@ -127,24 +129,33 @@ def _same(name, default, args, checkpoint_args, do):
 
 
 def check_restorable(args: argparse.Namespace) -> None:
-    """Refuse a resume whose optimizer state Megatron would not restore: a traceback at best, with
-    torch's Adam wrong steps at worst.
+    """Refuse a resume whose model or optimizer state Megatron would not restore: a traceback at
+    best, with torch's Adam wrong steps at worst.
 
     Args:
         args: Megatron's; looked at on every rank, before a model is built.
 
     Raises:
-        TSTError: a checkpoint that is absent, incomplete or damaged, check_optimizer's, or the
-            distributed optimizer over torch's Adam (megatron/core/optimizer/distrib_optimizer.py;
-            on CPU cpu.py mends it).
+        TSTError: a checkpoint that is absent, incomplete or damaged, check_model_class's,
+            check_optimizer's, or the distributed optimizer over torch's Adam
+            (megatron/core/optimizer/distrib_optimizer.py; on CPU cpu.py mends it).
     """
-    weights_alone = getattr(args, "no_load_optim", False) or getattr(args, "finetune", False)
-    if not getattr(args, "load", None) or weights_alone:
+    if not getattr(args, "load", None):
         return
-    checkpoint = checkpoint_to_load(_iteration(args))
+    weights_alone = getattr(args, "no_load_optim", False) or getattr(args, "finetune", False)
+    hybrid = layer_pattern(args) is not None
+    checkpoint = checkpoint_to_load(_iteration(args)) if hybrid or not weights_alone else None
+    if checkpoint is not None:
+        check_model_class(args, checkpoint)
+    if weights_alone:
+        return
     if checkpoint is not None:
         check_optimizer(args, checkpoint.args)
-    if not getattr(args, "use_distributed_optimizer", False) or cpu.asked_for():
+    # with Muon in layers it is the optimizer of the embedding, the output layer and the norms
+    in_layers = getattr(args, "use_layer_wise_distributed_optimizer", False)
+    in_layers = in_layers and getattr(args, "use_layer_wise_param_layout", True)
+    distributed = getattr(args, "use_distributed_optimizer", False) or in_layers
+    if not distributed or cpu.asked_for():
         return
     from megatron.core.optimizer import distrib_optimizer
 
@@ -196,6 +207,17 @@ def check_optimizer(args: argparse.Namespace, checkpoint_args: argparse.Namespac
     """
     if getattr(args, "no_load_optim", False):
         return
+    both = [_optimizer_of(x) for x in (args, checkpoint_args)]
+    for name in both[0].keys() & both[1].keys():
+        ours, theirs = (found[name] for found in both)
+        if ours != theirs:
+            refuse(
+                f"--{name.replace('_', '-')} with the optimizer's state",
+                f"{theirs}, as in the checkpoint",
+                ours,
+                "Megatron does not load the state of one into another. Keep to the checkpoint's, "
+                "or add --no-load-optim.",
+            )
     ep, kept = (getattr(x, "expert_model_parallel_size", 1) for x in (args, checkpoint_args))
     if (ep == 1) != (kept == 1):
         refuse(
@@ -216,3 +238,12 @@ def check_optimizer(args: argparse.Namespace, checkpoint_args: argparse.Namespac
             "Megatron loads neither optimizer's state into the other. Keep to the checkpoint's, "
             "or add --no-load-optim.",
         )
+
+
+def _optimizer_of(args):
+    """Argument -> which optimizer has the matrices, and with Muon which one has the rest."""
+    name = (getattr(args, "optimizer", None) or "").removeprefix("dist_")
+    found = {"optimizer": name} if name else {}
+    if "muon" in name:
+        found["muon_scalar_optimizer"] = getattr(args, "muon_scalar_optimizer", "adam")
+    return found
