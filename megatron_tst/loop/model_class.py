@@ -73,8 +73,9 @@ def _check_translation(args, theirs, checkpoint):
     if any(name.startswith("decoder.layers.0.") for name in names):
         expected, got = "layers of one kind", "dense layers beside experts"
         refuse(f"{_FLAG} over a GPTModel's checkpoint", expected, got, _STAY)
-    own_spec = getattr(args, "spec", None)
-    if "decoder.layers.mlp.router.weight" in names and _LOCAL_NORM in names and not own_spec:
+    spec = getattr(args, "spec", None) or ["megatron.core"]  # another one may name it as it likes
+    local = "decoder.layers.mlp.router.weight" in names and _LOCAL_NORM in names
+    if local and str(spec[0]).startswith("megatron."):
         refuse(
             f"{_FLAG} over a GPTModel's checkpoint",
             "the norm before experts as Transformer Engine's layers name it",
