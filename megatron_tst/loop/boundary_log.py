@@ -204,9 +204,11 @@ def _steps(optimizer) -> int | list[int] | None:
     """
     steps = []
     for inner in _inner(optimizer):
-        # a rank without parameters in a group does not go on counting in it
-        steps += [g["step"] for g in inner.param_groups if g.get("params", 1) and "step" in g]
-        steps += [state["step"] for state in inner.state.values() if "step" in state]
+        # torch's Adam counts by parameter; a step in its groups is one that was loaded (Megatron's
+        # distributed optimizer), and stays. A group without parameters here does not go on either.
+        counted = [state["step"] for state in inner.state.values() if "step" in state]
+        of_groups = [g["step"] for g in inner.param_groups if g.get("params", 1) and "step" in g]
+        steps += counted or of_groups
     steps = list(map(int, steps))
     most = torch.tensor([max(steps, default=-1), max((-s for s in steps), default=_NO_STEP)])
     most = most.to(torch.cuda.current_device())

@@ -222,6 +222,9 @@ def test_steps_of_an_optimizer_of_several_parts(megatron):
     assert boundary_log._steps(types.SimpleNamespace(optimizer=group)) == 7
     assert boundary_log._steps(chained(part(0))) is None is boundary_log._steps(without)
     assert boundary_log._steps(chained(part(4), chained(part(6)))) == [4, 6]
+    loaded = part(4)  # as Megatron's distributed optimizer leaves a group of torch's Adam
+    loaded.optimizer.param_groups[0]["step"] = 2
+    assert boundary_log._steps(loaded) == 4
     whole = chained(part(4), chained(part(6)), part(0), types.SimpleNamespace(optimizer=group))
     assert boundary_log._without_steps(whole) == []
 
