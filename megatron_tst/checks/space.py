@@ -2,7 +2,8 @@
 first checkpoint loses everything until then.
 
 The size of a checkpoint is arithmetic: the weights in the run's precision and, unless
---no-save-optim, the optimizer's fp32 weights and moments. megatron_tst/model_size.py counts the
+--no-save-optim, the optimizer's fp32 weights and moments: two of Adam; one of SGD, Lion and Muon,
+beside which Adam has the embedding and the output layer. megatron_tst/model_size.py counts the
 weights.
 """
 
@@ -28,8 +29,10 @@ def checkpoint_bytes(args: argparse.Namespace) -> int | None:
     mixed = getattr(args, "moe_layer_freq", 1) != 1 or getattr(args, "mtp_num_layers", None)
     if mixed or any(getattr(args, name, None) for name in uncounted):
         return None
-    each = args.params_dtype.itemsize
+    each, more = args.params_dtype.itemsize, 0
     if not getattr(args, "no_save_optim", False):
+        if args.optimizer == "soap":  # whose matrices for each weight are not counted
+            return None
         aware = getattr(args, "use_precision_aware_optimizer", False)
 
         def size(name):
@@ -38,8 +41,19 @@ def checkpoint_bytes(args: argparse.Namespace) -> int | None:
         if args.params_dtype.itemsize < 4:  # else the weights are the optimizer's own
             each += size("main_params_dtype")
         each += size("exp_avg_dtype")
-        each += size("exp_avg_sq_dtype") if args.optimizer == "adam" else 0
-    return parameters(args)[0] * each
+        if args.optimizer in ("adam", "adaptive_muon"):
+            each += size("exp_avg_sq_dtype")
+        elif args.optimizer == "muon" and getattr(args, "muon_scalar_optimizer", "adam") == "adam":
+            more = size("exp_avg_sq_dtype") * _tables(args)
+    return parameters(args)[0] * each + more
+
+
+def _tables(args):
+    """Weights of embedding and output layer, which Adam has beside Muon. (Norms are Adam's too, and
+    so few that they are counted as Muon's.)
+    """
+    tables = 2 if args.untie_embeddings_and_output_weights else 1
+    return tables * args.hidden_size * args.padded_vocab_size
 
 
 def check_space(args: argparse.Namespace) -> None:

@@ -53,6 +53,10 @@ WEIGHTS = 3 * (4 * 128 * 128 + 2 * 128 + 2 * 128 * 512) + 128 + 2 * 128 * 2048
         (dict(no_save_optim=True), 4),
         (dict(params_dtype=torch.float16, no_save_optim=True), 2),
         (dict(optimizer="sgd"), 8),
+        (dict(optimizer="lion"), 8),
+        (dict(optimizer="adaptive_muon"), 12),
+        (dict(optimizer="muon", muon_scalar_optimizer="lion"), 8),
+        (dict(optimizer="muon", no_save_optim=True), 4),
         (
             dict(
                 params_dtype=torch.bfloat16,
@@ -67,6 +71,18 @@ WEIGHTS = 3 * (4 * 128 * 128 + 2 * 128 + 2 * 128 * 512) + 128 + 2 * 128 * 2048
 )
 def test_bytes_of_a_checkpoint(tmp_path, changes, each):
     assert space.checkpoint_bytes(arguments(tmp_path, **changes)) == each * WEIGHTS
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype, each", [(torch.float32, 8), (torch.bfloat16, 10)])
+def test_beside_muon_the_tables_have_two_moments(tmp_path, dtype, each, tied):
+    weights, tables = WEIGHTS - tied * 128 * 2048, (2 - tied) * 128 * 2048
+    changes = dict(optimizer="muon", params_dtype=dtype)
+    changes["untie_embeddings_and_output_weights"] = not tied
+    args = arguments(tmp_path, **changes)
+    assert space.checkpoint_bytes(args) == each * weights + 4 * tables
+    args.muon_scalar_optimizer = "adam"
+    assert space.checkpoint_bytes(args) == each * weights + 4 * tables
 
 
 def test_every_expert_is_in_a_checkpoint(tmp_path):
@@ -87,6 +103,7 @@ def test_every_expert_is_in_a_checkpoint(tmp_path):
         dict(moe_layer_freq=[0, 1, 1]),
         dict(mtp_num_layers=1),
         dict(heterogeneous_block_specs=True),
+        dict(optimizer="soap"),
     ],
 )
 def test_models_that_are_not_counted_are_let_through(tmp_path, changes, monkeypatch):
