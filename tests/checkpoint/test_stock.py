@@ -33,6 +33,8 @@ LAYOUTS = {
         2,
         [*MOE, "--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", "2"],
     ),
+    "one process, moe, muon": (1, [*MOE, "--optimizer", "muon"]),
+    "dp2, dist_muon": (2, ["--optimizer", "dist_muon", "--bf16"]),
 }
 
 
@@ -122,6 +124,45 @@ def test_three_ways_over_the_boundary(fork_server, corpus, stock_script, tmp_pat
     assert a.validation[10] == b.validation[10] == c.validation[10]
     ends = [Checkpoint(tmp_path / way / "iter_0000010") for way in "abc"]
     assert not differences(ends[0], ends[1]) and not differences(ends[0], ends[2])
+
+
+CLASSES = {
+    "dense": ([], "*-*-", []),
+    "experts": (MOE, "*E*E", []),
+    "muon": (["--optimizer", "muon"], "*-*-", []),
+    # as HybridModel's own layer specs name the norm before experts
+    "experts, renamed": (
+        [*MOE, "--optimizer", "muon"],
+        "*E*E",
+        ["--layer-spec", "transformer_engine"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", tiers(CLASSES, set()))
+def test_a_hybrid_model_goes_on_from_a_conversion(
+    fork_server, corpus, stock_script, tmp_path, name
+):
+    """A GPTModel's superposition phase, converted, and the recovery phase by stock Megatron with
+    HybridModel: the digits of GPTModel throughout.
+    """
+    flags, pattern, renamed = CLASSES[name]
+    flags = [*TINY, *data(corpus), *flags]
+    save = ["--save", tmp_path / "a", "--save-interval", "6"]
+    whole = fork_server.train(*flags, *TST, *save, "--tst-stock-index", tmp_path / "index")
+    assert whole.ok, whole.log[-3000:]
+    source = boundary_alone(tmp_path / "a", tmp_path / "boundary")
+    assert cli.main(["boundary", str(source), str(tmp_path / "c"), *renamed]) == 0
+    del flags[(at := flags.index("--num-layers")) : at + 2]
+    spec = "support.hybrid_spec" if renamed else "support.hybrid_local_names"
+    hybrid = ["--spec", spec, "hybrid_stack_spec", "--hybrid-layer-pattern", pattern]
+    read = ["--load", tmp_path / "c", "--data-cache-path", tmp_path / "index"]
+    run = fork_server.train(*flags, *hybrid, *read, script=stock_script)
+    assert run.ok and "[tst]" not in run.log, run.log[-3000:]
+    got, want = shown(run), shown(whole)
+    for i in (7, 9, 10):  # the line of 8 averages 7 and 8 after a start
+        assert got[i] == want[i], i
+    assert run.validation[10] == whole.validation[10]
 
 
 def test_without_the_index_other_text_is_read(fork_server, corpus, stock_script, tmp_path):
