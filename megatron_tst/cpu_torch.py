@@ -148,8 +148,16 @@ def _memory_queries(torch) -> None:
 
 def _uneven_collectives(torch) -> None:
     """gloo has no all_gather or reduce_scatter of unequal parts
-    (core/tensor_parallel/mappings.py:154 and :197, MoE).
+    (core/tensor_parallel/mappings.py:154 and :197, MoE; with async_op
+    core/distributed/param_and_grad_buffer.py:472, Muon).
     """
+
+    class Done:
+        """Of a collective that is over when it is begun."""
+
+        def wait(self, *args):
+            return True
+
     dist = torch.distributed
     gather, scatter = dist.all_gather, dist.reduce_scatter
 
@@ -157,7 +165,7 @@ def _uneven_collectives(torch) -> None:
         return len({t.shape[0] for t in tensors if t.dim()}) > 1
 
     def all_gather(outputs, tensor, group=None, async_op=False):
-        if async_op or not uneven(outputs):
+        if not uneven(outputs):
             return gather(outputs, tensor, group=group, async_op=async_op)
         padded = tensor.new_zeros(max(o.shape[0] for o in outputs), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
@@ -165,6 +173,7 @@ def _uneven_collectives(torch) -> None:
         gather(parts, padded, group=group)
         for output, part in zip(outputs, parts):
             output.copy_(part[: len(output)])
+        return Done() if async_op else None
 
     def reduce_scatter(output, inputs, op=dist.ReduceOp.SUM, group=None, async_op=False):
         if async_op or not uneven(inputs):

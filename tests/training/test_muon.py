@@ -2,8 +2,7 @@
 and layouts against one process, each measured without TST too. tests/unit/test_muon.py has which
 parameters are Muon's.
 
-Megatron's Muon needs nothing on CPU that cpu.py does not give Adam; --overlap-param-gather with the
-distributed form alone gathers parts of unequal lengths, which gloo cannot.
+Megatron's Muon needs nothing on CPU that cpu.py does not give Adam too.
 """
 
 import re
@@ -131,6 +130,7 @@ DISTRIBUTED = {
     "dp2": (2, []),
     "dp2, by parameter": (2, ["--dist-ckpt-optim-fully-reshardable"]),
     "dp2, one buffer": (2, ["--no-use-layer-wise-param-layout"]),
+    "dp2, overlap": (2, ["--overlap-grad-reduce", "--overlap-param-gather"]),
     "dp2 tp2": (4, MODES["duplicated"]),
     "one process": (1, []),
 }
