@@ -95,7 +95,7 @@ def _row(case: dict, letters: dict[str, str]) -> str:
     letter = letters.setdefault(options, _letter(len(letters))) if options else ""
     same = "stock, bit for bit" if "bag_of_one" in case["test"] else "one process"
     cells = [
-        case["layout"],
+        case["layout"].replace("|", r"\|"),  # of the stages of a pipeline; not a cell's end
         case["model"],
         letter,
         str(case["s"]),
