@@ -22,7 +22,7 @@ gated_delta_net = sys.modules[GatedDeltaNet.__mro__[1].__module__]
 
 def install():
     """Let DotProductAttention take context parallelism and multi-latent attention, in this
-    process.
+    process. -> a function that takes it back
     """
     build, attend = DotProductAttention.__init__, DotProductAttention.forward
 
@@ -67,6 +67,11 @@ def install():
 
     DotProductAttention.__init__, DotProductAttention.forward = __init__, forward
     _let_gated_delta_nets_build()
+
+    def remove():
+        DotProductAttention.__init__, DotProductAttention.forward = build, attend
+
+    return remove
 
 
 def _let_gated_delta_nets_build():
