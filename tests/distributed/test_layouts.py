@@ -96,8 +96,7 @@ def test_bag_of_one_is_stock_megatron(trainer, report, case):
     assert passed, found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("without", WITHOUT)
+@pytest.mark.parametrize("without", tiers(WITHOUT, {"--moe-router-num-groups 1"}))
 def test_every_part_of_deepseek_is_seen(trainer, without):
     """A layout that left one out would differ from one process by far more than is allowed."""
     if trainer.fork_server.nodes > 1:
