@@ -26,6 +26,16 @@ _norm = _gpt.input_layernorm
 _mla = get_gpt_layer_local_spec(
     normalization="RMSNorm", multi_latent_attention=True, qk_layernorm=True
 ).submodules
+_mla_layer = {}
+if hasattr(HybridStackSubmodules, "mla_layer"):  # not in 0.18
+    _mla_layer["mla_layer"] = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=_mla.input_layernorm,
+            self_attention=_mla.self_attention,
+            self_attn_bda=_mla.self_attn_bda,
+        ),
+    )
 # the number is the configuration's
 _moe = get_gpt_layer_local_spec(num_experts=2, normalization="RMSNorm").submodules
 
@@ -58,14 +68,7 @@ hybrid_stack_spec = ModuleSpec(
                 self_attn_bda=_gpt.self_attn_bda,
             ),
         ),
-        mla_layer=ModuleSpec(
-            module=TransformerLayer,
-            submodules=TransformerLayerSubmodules(
-                input_layernorm=_mla.input_layernorm,
-                self_attention=_mla.self_attention,
-                self_attn_bda=_mla.self_attn_bda,
-            ),
-        ),
+        **_mla_layer,
         mlp_layer=ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(

@@ -113,17 +113,11 @@ def deepseek(vocab=96, seed=0, mtp=0, **changes):
 
 def forget_metrics():
     """Of earlier models of the process: Megatron's logs keep the depth of the first."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     MTPLossLoggingHelper.tracker.clear()
-    try:
-        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
-    except ImportError:  # 0.18
-        from megatron.core.transformer.moe import moe_utils
-
-        moe_utils.get_moe_layer_wise_logging_tracker().clear()
-    else:
-        destroy_moe_metrics_tracker()
+    destroy_moe_metrics_tracker()
 
 
 def hybrid(vocab=96, seed=0, **changes):
