@@ -272,7 +272,7 @@ def test_the_loss_gets_the_models_group(monkeypatch, bags):
     config = TSTConfig(3, iters=1, loss="mce-alt", kernel="torch", kernel_in_recovery=True)
     patch.apply(config)
     model = gpt()
-    model.tp_group = "the model's own"
+    group = model.tp_group = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     labels, logits = (
         torch.zeros((2, 4, 3) if bags else (2, 4), dtype=torch.int64),
         torch.ones(4, 2, 9),
@@ -283,7 +283,7 @@ def test_the_loss_gets_the_models_group(monkeypatch, bags):
         (
             (4, 2, 3 if bags else 1),
             dict(
-                tp_group="the model's own",
+                tp_group=group,
                 loss="mce-alt" if bags else "mce",  # recovery has the ordinary loss
                 inplace_backward=True,
                 kernel="torch",
