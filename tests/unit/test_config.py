@@ -1,6 +1,7 @@
 """Every refusal: the flag, what was expected, what was got, what to do; and the warnings."""
 
 import argparse
+import re
 import warnings
 
 import pytest
@@ -268,27 +269,44 @@ def test_layouts_that_divide_are_let_through():
         check_arguments(FINE, arguments(**changes))
 
 
+CP2, TP2 = dict(context_parallel_size=2), dict(tensor_model_parallel_size=2)
+MASKED, PER_TOKEN = dict(eod_mask_loss=True), dict(calculate_per_token_loss=True)
+ADD_PER_TOKEN = "weighs a label by how many its rank has. Add --calculate-per-token-loss to weigh "
+NO_FLAG_HELPS = (
+    "averages the heads' losses over each rank's own labels, .* weigh up to 0.008 more, .* "
+    "--calculate-per-token-loss does not change that, fewer context-parallel ranks do"
+)
+HEADS = dict(mtp_num_layers=1)
+
+
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, messages",
     [
-        (
-            dict(eod_mask_loss=True),
-            "weighs a label by how many its rank has. Add --calculate-per-token-loss",
-        ),
-        (dict(mtp_num_layers=1), "averages the heads' losses over each rank's own positions"),
+        (CP2 | MASKED, [f"{ADD_PER_TOKEN}all alike$"]),
+        (CP2 | MASKED | PER_TOKEN, []),
+        (CP2 | PER_TOKEN, []),
+        (CP2, []),
+        (CP2 | HEADS, [NO_FLAG_HELPS]),
+        (CP2 | HEADS | PER_TOKEN, [NO_FLAG_HELPS]),
+        (CP2 | HEADS | MASKED, [f"{ADD_PER_TOKEN}all alike, those of the heads", NO_FLAG_HELPS]),
+        (CP2 | HEADS | MASKED | PER_TOKEN, [NO_FLAG_HELPS]),
+        (HEADS | MASKED, []),
+        (MASKED, []),
+        (TP2 | dict(multi_latent_attention=True), ["rotary part, .* Add --sequence-parallel"]),
+        (TP2 | dict(multi_latent_attention=True, sequence_parallel=True), []),
+        (dict(multi_latent_attention=True), []),
+        (TP2 | dict(experimental_attention_variant="gated_delta_net"), ["gated delta net .* Add"]),
+        (TP2 | dict(hybrid_layer_pattern="G-*-"), ["gated delta net .* Add --sequence-parallel"]),
+        (TP2 | dict(experimental_attention_variant="dsa", hybrid_layer_pattern="M-*-"), []),
+        (TP2, []),
     ],
 )
-def test_averages_that_hang_on_context_parallelism_are_named(changes, message):
-    with pytest.warns(UserWarning, match=message):
-        check_arguments(FINE, arguments(context_parallel_size=2, **changes))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_arguments(FINE, arguments(**changes))
-        check_arguments(FINE, arguments(context_parallel_size=2))
-        check_arguments(
-            FINE,
-            arguments(context_parallel_size=2, calculate_per_token_loss=True, eod_mask_loss=True),
-        )
+def test_what_megatron_computes_otherwise_in_this_layout(changes, messages):
+    """tests/distributed/test_megatron_faults.py measures it, and that each remedy helps."""
+    got = warned(FINE, **vars(arguments(**changes)))
+    assert len(got) == len(messages), got
+    for text, message in zip(got, messages):
+        assert re.search(message, text), text
 
 
 @pytest.mark.parametrize("size", [4, 8])
