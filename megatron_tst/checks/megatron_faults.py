@@ -21,6 +21,14 @@ def warn_of_faults(args: argparse.Namespace) -> None:
     """
     if getattr(args, "context_parallel_size", 1) > 1:
         _warn_of_unequal_ranks(args)
+    tied = not getattr(args, "untie_embeddings_and_output_weights", True)
+    pipeline = getattr(args, "pipeline_model_parallel_size", 1) > 1
+    if tied and pipeline and getattr(args, "mtp_num_layers", None):
+        warn(
+            "--mtp-num-layers with --pipeline-model-parallel-size and tied embeddings: Megatron "
+            "ends in an assertion where it saves or loads a checkpoint. Add "
+            "--untie-embeddings-and-output-weights"
+        )
     tensor_parallel = getattr(args, "tensor_model_parallel_size", 1) > 1
     if tensor_parallel and not getattr(args, "sequence_parallel", False):
         _warn_of_replicated_weights(args)

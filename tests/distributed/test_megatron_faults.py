@@ -451,3 +451,135 @@ def rank_counts_tokens():
 
 def test_a_padding_mask_counts_all_ranks_tokens_as_ones_own(fork_server):
     fork_server.call(rank_counts_tokens, nproc=2)
+
+
+def attached_losses(monkeypatch, router, valid, with_padding_mask):
+    """The global balancing losses that a router attaches to micro-batches of 8 tokens, of which so
+    many are no padding, spread evenly over its 4 experts.
+    """
+    from megatron.core.transformer.moe import router as module
+
+    seen = []
+    monkeypatch.setattr(
+        module.MoEAuxLossAutoScaler,
+        "apply",
+        staticmethod(lambda activation, loss: (seen.append(float(loss)), activation)[1]),
+    )
+    router.reset_global_aux_loss_tracker()
+    for tokens in valid:
+        scores = torch.full((8, 4), 0.25)
+        scores[tokens:] = 0
+        routed = torch.zeros(8, 4, dtype=torch.bool)
+        for token in range(tokens):
+            routed[token, [token % 4, (token + 1) % 4]] = True
+        router._apply_global_aux_loss(scores, scores, routed, with_padding_mask)
+    return seen
+
+
+def test_global_balancing_of_unequal_micro_batches(monkeypatch, megatron):
+    """Counts of experts are averaged over micro-batches, and divided by the last one's tokens."""
+    from support.models import gpt
+
+    balancing = dict(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.01)
+    router = gpt(experts=4, **balancing).decoder.layers[0].mlp.router
+    close(torch.tensor(attached_losses(monkeypatch, router, (8, 8), False)), [0.01, 0.01], 1e-6)
+    close(torch.tensor(attached_losses(monkeypatch, router, (4, 4), True)), [0.01, 0.01], 1e-6)
+    unequal = attached_losses(monkeypatch, router, (8, 4), True)
+    assert abs(unequal[1] / 0.01 - 1) > 0.1, MENDED
+    close(torch.tensor(unequal), [0.01, 0.015], 1e-6)
+
+
+def test_no_batch_of_pre_training_has_a_padding_mask(monkeypatch):
+    """The rows above reach no run: the script hands the model none, nor do Megatron's own."""
+    from megatron_tst import pretrain_gpt
+
+    given = []
+
+    def model(*_, **named):
+        given.append(set(named))
+
+    model.vp_stage = None
+    monkeypatch.setattr(pretrain_gpt, "get_attr_wrapped_model", getattr)
+    monkeypatch.setattr(pretrain_gpt, "get_batch", lambda *_: [torch.zeros(1, 2)] * 5)
+    pretrain_gpt.forward_step(iter(()), model)
+    assert given == [{"labels", "loss_mask"}]
+
+
+# Row: --calculate-per-token-loss, masked labels and the router's balancing loss
+
+
+def test_balancing_weighs_all_positions_by_the_labels_that_count(monkeypatch, megatron):
+    """Gradients are divided by the labels that count, the balancing loss is multiplied by all
+    positions: it is positions / labels larger, in every layout alike.
+    """
+    from support.models import gpt
+
+    balancing = dict(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.01)
+    model = gpt(experts=4, calculate_per_token_loss=True, **balancing)
+    router = model.decoder.layers[0].mlp.router
+    close(torch.tensor(attached_losses(monkeypatch, router, (8,), False)), [8 * 0.01], 1e-6)
+
+
+def test_global_balancing_is_an_average_over_the_micro_batches_so_far(monkeypatch, megatron):
+    """So a step that is cut into other micro-batches has another loss."""
+    from megatron.core.transformer.moe import router as module
+    from support.models import gpt
+
+    seen = []
+    monkeypatch.setattr(
+        module.MoEAuxLossAutoScaler,
+        "apply",
+        staticmethod(lambda activation, loss: (seen.append(float(loss)), activation)[1]),
+    )
+    balancing = dict(moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=0.01)
+    router = gpt(experts=4, **balancing).decoder.layers[0].mlp.router
+    halves = torch.zeros(2, 4, 4)
+    halves[0, :, :2] = halves[1, :, 2:] = 0.5  # each half of the tokens has experts of its own
+    router.reset_global_aux_loss_tracker()
+    for half in (halves.flatten(0, 1), *halves):
+        router._apply_global_aux_loss(half, half, half > 0)
+        if len(seen) == 1:
+            router.reset_global_aux_loss_tracker()
+    assert abs(seen[1] / seen[0] - 1) > 0.1, MENDED
+    close(torch.tensor(seen), [0.01, 0.02, 0.01], 1e-6)
+
+
+# Row: multi-token prediction, tied embeddings and a pipeline
+
+
+def rank_describes_its_weights():
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from support.models import config
+
+    start(pipeline_model_parallel_size=2)
+    settings = config(
+        mtp_num_layers=1, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32
+    )
+    layer, last = get_gpt_layer_local_spec(normalization="RMSNorm"), dist.get_rank() == 1
+    heads = get_gpt_mtp_block_spec(settings, layer, use_transformer_engine=False)
+    for tied in (False, True):
+        model = GPTModel(
+            config=settings,
+            transformer_layer_spec=layer,
+            vocab_size=V,
+            max_sequence_length=64,
+            pre_process=not last,
+            post_process=last,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+            mtp_block_spec=heads,
+        )
+        if tied and last:
+            with pytest.raises(AssertionError):
+                model.sharded_state_dict()
+                pytest.fail(f"{MENDED}, and its warning in checks/megatron_faults.py")
+        else:
+            assert model.sharded_state_dict()
+
+
+def test_tied_heads_on_a_pipeline_cannot_be_saved(fork_server):
+    fork_server.call(rank_describes_its_weights, nproc=2)

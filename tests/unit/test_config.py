@@ -277,6 +277,7 @@ NO_FLAG_HELPS = (
     "--calculate-per-token-loss does not change that, fewer context-parallel ranks do"
 )
 HEADS = dict(mtp_num_layers=1)
+TIED = dict(untie_embeddings_and_output_weights=False, pipeline_model_parallel_size=2)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +293,9 @@ HEADS = dict(mtp_num_layers=1)
         (CP2 | HEADS | MASKED | PER_TOKEN, [NO_FLAG_HELPS]),
         (HEADS | MASKED, []),
         (MASKED, []),
+        (TIED | HEADS, ["tied embeddings: Megatron .* Add --untie-embeddings-and-output-weights$"]),
+        (TIED, []),
+        (TIED | HEADS | dict(pipeline_model_parallel_size=1), []),
         (TP2 | dict(multi_latent_attention=True), ["rotary part, .* Add --sequence-parallel"]),
         (TP2 | dict(multi_latent_attention=True, sequence_parallel=True), []),
         (dict(multi_latent_attention=True), []),
