@@ -5,6 +5,7 @@ A test that shows a fault of Megatron's fails when Megatron mends it, and then s
 """
 
 import math
+import re
 import types
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from support.close import close
 from support.layouts import PER_TOKEN, Case, Layout
+from support.paths import ROOT
 
 pytestmark = pytest.mark.numeric
 
@@ -583,3 +585,16 @@ def rank_describes_its_weights():
 
 def test_tied_heads_on_a_pipeline_cannot_be_saved(fork_server):
     fork_server.call(rank_describes_its_weights, nproc=2)
+
+
+def test_every_row_of_the_page_has_its_test():
+    """But one, which is read alone: it needs Transformer Engine and two GPUs."""
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    section = page.partition("## What Megatron itself")[2].partition("## The matrix")[0]
+    rows = [int(number) for number in re.findall(r"^\| (\d+) \|", section, re.M)]
+    notes = re.split(r"^(\d+)\. ", section, flags=re.M)[1:]
+    assert [int(number) for number in notes[::2]] == rows == list(range(1, len(rows) + 1))
+    named = [set(re.findall(r"`(test_\w+)`", note)) for note in notes[1::2]]
+    assert [number for number, tests in zip(rows, named) if not tests] == [15]
+    here = {name for name in globals() if name.startswith("test_")}
+    assert set().union(*named) == here - {"test_every_row_of_the_page_has_its_test"}
