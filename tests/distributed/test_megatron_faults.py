@@ -36,16 +36,46 @@ def whole_model(kind, gathered):
     """A model over two tensor-parallel ranks, and the further argument of its forward."""
     from support.models import gpt, hybrid
 
-    model = (gpt if kind == "gpt" else hybrid)(vocab=V, tensor_model_parallel_size=2)
+    make = {"gpt": gpt, "hybrid": hybrid, "heads": with_heads}[kind]
+    model = make(vocab=V, tensor_model_parallel_size=2)
     if gathered == "parallel_output":  # what parallel_output=False builds
         model.output_layer.gather_output = True
     return model, {"runtime_gather_output": True} if gathered == "runtime_gather_output" else {}
+
+
+def with_heads(vocab, tied=False, pre_process=True, post_process=True, **settings):
+    """GPTModel with one head of multi-token prediction."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+    from support.models import config
+
+    MTPLossLoggingHelper.tracker.clear()
+    torch.manual_seed(0)
+    settings = config(mtp_num_layers=1, mtp_loss_scaling_factor=0.3, **settings)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    return GPTModel(
+        config=settings,
+        transformer_layer_spec=layer,
+        vocab_size=vocab,
+        max_sequence_length=64,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+        mtp_block_spec=get_gpt_mtp_block_spec(settings, layer, use_transformer_engine=False),
+    )
 
 
 def loss_and_gradients(kind, gathered, s):
     from support.models import batch
 
     model, further = whole_model(kind, gathered)
+    if kind == "heads":
+        further["loss_mask"] = torch.ones(B, L)
     torch.manual_seed(3)
     loss = model(**batch(torch.randint(0, V, (B, L * (s or 1) + 1)), s), **further)
     loss.sum().backward()
@@ -80,7 +110,7 @@ def rank_takes_its_own_columns(kind):
     megatron_tst.remove()
 
 
-@pytest.mark.parametrize("kind", ["gpt", "hybrid"])
+@pytest.mark.parametrize("kind", ["gpt", "hybrid", "heads"])
 def test_gathered_logits_have_the_loss_of_split_ones(fork_server, kind):
     """In both phases. Without TST the loss is log(tp) too large, and the gradient lacks labels."""
     fork_server.call(rank_takes_its_own_columns, kind, nproc=2)
@@ -550,31 +580,12 @@ def test_global_balancing_is_an_average_over_the_micro_batches_so_far(monkeypatc
 
 
 def rank_describes_its_weights():
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_mtp_block_spec,
-    )
-    from support.models import config
-
     start(pipeline_model_parallel_size=2)
-    settings = config(
-        mtp_num_layers=1, pipeline_model_parallel_size=2, pipeline_dtype=torch.float32
-    )
-    layer, last = get_gpt_layer_local_spec(normalization="RMSNorm"), dist.get_rank() == 1
-    heads = get_gpt_mtp_block_spec(settings, layer, use_transformer_engine=False)
+    last = dist.get_rank() == 1
+    stage = dict(pre_process=not last, post_process=last)
+    sizes = dict(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
     for tied in (False, True):
-        model = GPTModel(
-            config=settings,
-            transformer_layer_spec=layer,
-            vocab_size=V,
-            max_sequence_length=64,
-            pre_process=not last,
-            post_process=last,
-            share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
-            mtp_block_spec=heads,
-        )
+        model = with_heads(V, tied, **stage, **sizes)
         if tied and last:
             with pytest.raises(AssertionError):
                 model.sharded_state_dict()
