@@ -67,8 +67,7 @@ def _warn_of_replicated_weights(args):
     if getattr(args, "multi_latent_attention", False):
         warn(
             f"--multi-latent-attention {add} leaves the gradient of the keys' rotary part, which "
-            "all heads share, to each rank's own heads, and multiplies that of the queries' "
-            "compressed norm by the ranks. Add --sequence-parallel"
+            "all heads share, to each rank's own heads. Add --sequence-parallel"
         )
     if variant == "gated_delta_net" or "G" in pattern:
         warn(
