@@ -157,7 +157,7 @@ def _others(args):
     yield "ModelOpt", of("modelopt_enabled"), "off", "on", quantised
     for tensor in "tensor_model_parallel_size", "expert_tensor_parallel_size":
         flag = f"{tensor.replace('model_', '').removesuffix('size')}num_weight_shards"
-        shards, ranks = of(flag), of(tensor) or 1
+        shards, ranks = of(flag), of(tensor)
         yield (
             _flag(flag),
             shards not in (None, ranks),

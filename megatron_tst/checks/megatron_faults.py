@@ -19,19 +19,21 @@ def warn_of_faults(args: argparse.Namespace) -> None:
     Args:
         args: Megatron's, validated.
     """
-    if getattr(args, "context_parallel_size", 1) > 1:
+    if _spread(args, "context_parallel"):
         _warn_of_unequal_ranks(args)
     tied = not getattr(args, "untie_embeddings_and_output_weights", True)
-    pipeline = getattr(args, "pipeline_model_parallel_size", 1) > 1
-    if tied and pipeline and getattr(args, "mtp_num_layers", None):
+    if tied and _spread(args, "pipeline_model_parallel") and getattr(args, "mtp_num_layers", None):
         warn(
             "--mtp-num-layers with --pipeline-model-parallel-size and tied embeddings: Megatron "
             "ends in an assertion where it saves or loads a checkpoint. Add "
             "--untie-embeddings-and-output-weights"
         )
-    tensor_parallel = getattr(args, "tensor_model_parallel_size", 1) > 1
-    if tensor_parallel and not getattr(args, "sequence_parallel", False):
+    if _spread(args, "tensor_model_parallel") and not getattr(args, "sequence_parallel", False):
         _warn_of_replicated_weights(args)
+
+
+def _spread(args, kind):
+    return getattr(args, f"{kind}_size", None) not in (None, 1)
 
 
 def _warn_of_unequal_ranks(args):

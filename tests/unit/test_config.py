@@ -9,6 +9,7 @@ import torch
 
 from megatron_tst.checkpoint.phases import store
 from megatron_tst.checks import conflicts, refusals
+from megatron_tst.checks.megatron_faults import warn_of_faults
 from megatron_tst.checks.refusals import check_arguments
 from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.errors import TSTError
@@ -210,6 +211,7 @@ def test_what_tst_does_not_work_with(changes, message):
 def test_every_kind_of_cuda_graphs_is_taken(impl):
     steps = 3 if impl == "full_iteration" else 0
     check_arguments(FINE, arguments(cuda_graph_impl=impl, cuda_graph_warmup_steps=steps))
+    check_arguments(FINE, arguments(cuda_graph_impl=impl))  # a Megatron without that flag
 
 
 @pytest.mark.parametrize("loss", ["bce", "hinge"])
@@ -291,10 +293,12 @@ TIED = dict(untie_embeddings_and_output_weights=False, pipeline_model_parallel_s
         (CP2 | HEADS | PER_TOKEN, [NO_FLAG_HELPS]),
         (CP2 | HEADS | MASKED, [f"{ADD_PER_TOKEN}all alike, those of the heads", NO_FLAG_HELPS]),
         (CP2 | HEADS | MASKED | PER_TOKEN, [NO_FLAG_HELPS]),
+        (dict(context_parallel_size=4, mtp_num_layers=2), ["weigh up to 0.05 more"]),
         (HEADS | MASKED, []),
         (MASKED, []),
         (TIED | HEADS, ["tied embeddings: Megatron .* Add --untie-embeddings-and-output-weights$"]),
         (TIED, []),
+        (HEADS | dict(pipeline_model_parallel_size=2), []),
         (TIED | HEADS | dict(pipeline_model_parallel_size=1), []),
         (TP2 | dict(multi_latent_attention=True), ["rotary part, .* Add --sequence-parallel"]),
         (TP2 | dict(multi_latent_attention=True, sequence_parallel=True), []),
@@ -311,6 +315,13 @@ def test_what_megatron_computes_otherwise_in_this_layout(changes, messages):
     assert len(got) == len(messages), got
     for text, message in zip(got, messages):
         assert re.search(message, text), text
+
+
+def test_a_layout_that_nobody_names_is_one_process():
+    faults = dict(multi_latent_attention=True, untie_embeddings_and_output_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_faults(argparse.Namespace(**HEADS, **MASKED, **faults))
 
 
 @pytest.mark.parametrize("size", [4, 8])
