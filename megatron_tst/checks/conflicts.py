@@ -131,7 +131,7 @@ def _others(args):
     yield (
         "--cross-entropy-fusion-impl",
         fusion == "linear",
-        "native or te",
+        "native",
         fusion,
         "It takes one label a position, and the output layer's work with it. Drop it, or use "
         "--tst-fused-linear-loss.",

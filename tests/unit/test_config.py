@@ -165,7 +165,7 @@ def test_settings_out_of_range(settings, message):
         (dict(decrease_batch_size_if_needed=True), "--decrease-batch-size-if-needed with TST"),
         (
             dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"),
-            "--cross-entropy-fusion-impl with TST: expected native or te, got linear",
+            "--cross-entropy-fusion-impl with TST: expected native, got linear",
         ),
         (
             dict(cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
