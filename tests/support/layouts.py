@@ -360,7 +360,7 @@ REFUSED = [
         "tests/unit/test_config.py::test_what_tst_does_not_work_with",
     ),
     (
-        "--gtp-weight-remat-size above 1",
+        "--tensor-parallel-num-weight-shards above the tensor-parallel size",
         "any",
         "tests/unit/test_config.py::test_what_tst_does_not_work_with",
     ),
