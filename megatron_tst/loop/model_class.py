@@ -73,6 +73,9 @@ def _check_translation(args, theirs, checkpoint):
     if any(name.startswith("decoder.layers.0.") for name in names):
         expected, got = "layers of one kind", "dense layers beside experts"
         refuse(f"{_FLAG} over a GPTModel's checkpoint", expected, got, _STAY)
+    if any("linear_kv_up_proj" in name for name in names):
+        expected, got = "attention with keys and values of its own", "multi-latent attention"
+        refuse(f"{_FLAG} over a GPTModel's checkpoint", expected, got, _STAY)
     spec = getattr(args, "spec", None) or ["megatron.core"]  # another one may name it as it likes
     local = "decoder.layers.mlp.router.weight" in names and _LOCAL_NORM in names
     if local and str(spec[0]).startswith("megatron."):

@@ -105,6 +105,16 @@ def test_dense_layers_beside_experts(tmp_path):
     )
 
 
+def test_latent_attention(tmp_path):
+    """Its symbol is no other's, and Megatron translates none of it."""
+    checkpoint = saved(tmp_path, "decoder.layers.self_attention.linear_kv_up_proj.weight")
+    assert said(run("*-*-"), checkpoint) == (
+        f"{OVER}: expected attention with keys and values of its own, got multi-latent attention. "
+        f"{STAY}"
+    )
+    assert said(run("+-+-"), checkpoint).startswith(f"{OVER}: expected a pattern of * with one of")
+
+
 def test_the_norm_before_experts(tmp_path):
     """Dense layers of either spec name their norm alike."""
     local = saved(tmp_path, ROUTER, LOCAL_NORM)
