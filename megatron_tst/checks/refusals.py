@@ -14,11 +14,8 @@ from collections.abc import Callable
 from megatron_tst import cpu, extension
 from megatron_tst.checks.conflicts import check_conflicts, check_fused_linear_loss
 from megatron_tst.checks.effects import check_effects
-<<<<<<< HEAD
-from megatron_tst.checks.optimizer import check_optimizer_choice
-=======
 from megatron_tst.checks.megatron_faults import warn_of_faults
->>>>>>> main
+from megatron_tst.checks.optimizer import check_optimizer_choice
 from megatron_tst.checks.precision import check_precision, recipe_of
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
