@@ -246,8 +246,7 @@ def _kept(before, now, iterations, without=()) -> str:
     if before is None or now is None:
         known = f": {names} {count} none" if without else ""
         return f"does not say how many steps it has made{known}"
-    (first, last), (low, high) = (x if isinstance(x, list) else [x, x] for x in (before, now))
-    kept = (low, high) == (first + iterations, last + iterations) and first == last
+    kept = isinstance(before, int) and now == before + iterations
     text = "state kept" if kept else "state NOT kept, or steps were skipped"
     text += f": step {_range(before)} at the boundary, {_range(now)} now"
     return f"{text} ({names} {count} none)" if without else text
