@@ -1,5 +1,5 @@
 """A run that goes on with another class of model than its checkpoint has: GPTModel's weights and
-optimizer in a HybridModel, which Megatron translates on load (0.19.2: checkpointing.py,
+optimizer in a HybridModel, which Megatron translates on load (from 0.19 on: checkpointing.py,
 _maybe_setup_gpt_to_hybrid_load). What it does not translate ends there in a traceback, or is left
 out without a word, and is looked at here.
 """
@@ -54,7 +54,7 @@ def _check_translation(args, theirs, checkpoint):
         )
     except ImportError:
         got = f"megatron-core {compat.megatron_version()}"
-        refuse(f"{_FLAG} over a GPTModel's checkpoint", "megatron-core >= 0.19.2", got, _STAY)
+        refuse(f"{_FLAG} over a GPTModel's checkpoint", "megatron-core >= 0.19", got, _STAY)
     pattern = layer_pattern(args)
     try:
         layers = gpt_compatible_layer_maps(pattern).num_gpt_layers

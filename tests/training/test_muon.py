@@ -17,6 +17,7 @@ from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.inspect import parameter_of, state_of
 
 pytestmark = pytest.mark.numeric
+pytest.importorskip("emerging_optimizers")
 
 MUON = ["--optimizer", "muon"]
 # Newton-Schulz's products are bf16 unless told otherwise: sums that are cut differently are then
@@ -29,7 +30,9 @@ MOE = (
     "alltoall"
 ).split()
 EP2 = ["--expert-model-parallel-size", "2"]
-MODES = {mode: [*TP2, "--muon-tp-mode", mode] for mode in ("duplicated", "distributed")}
+MODES = {
+    mode: [*TP2, "--muon-tp-mode", mode] for mode in ("duplicated", "distributed", "blockwise")
+}
 LAYOUTS = {
     "dp2": (2, []),
     "tp2": (2, MODES["duplicated"]),
@@ -116,12 +119,11 @@ def test_a_layout_equals_one_process(fork_server, corpus, whole, name, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_megatron_s_default_for_tensor_parallelism_is_another_algorithm(
-    fork_server, corpus, whole, kind
-):
-    """--muon-tp-mode blockwise orthogonalises each rank's part by itself."""
+def test_blockwise_is_another_algorithm(fork_server, corpus, whole, kind):
+    """Each rank's part of a matrix is orthogonalised by itself: the default of 0.18 and 0.19."""
     want, folder = whole(kind)
-    run = go_on(fork_server, corpus, folder, 4, *KINDS[kind], *EXACT, *TP2, nproc=2)
+    flags = [*KINDS[kind], *EXACT, *MODES["blockwise"]]
+    run = go_on(fork_server, corpus, folder, 4, *flags, nproc=2)
     (got, _), (one, _) = (figures(it, (5, 7, 8, 9, 10)) for it in (run, want))
     assert 5e-5 < max(abs(a / b - 1) for a, b in zip(got, one)) < 1e-3
 
@@ -132,6 +134,7 @@ DISTRIBUTED = {
     "dp2, one buffer": (2, ["--no-use-layer-wise-param-layout"]),
     "dp2, overlap": (2, ["--overlap-grad-reduce", "--overlap-param-gather"]),
     "dp2 tp2": (4, MODES["duplicated"]),
+    "ep2": (2, [*MOE, *EP2]),
     "one process": (1, []),
 }
 

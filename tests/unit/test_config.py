@@ -751,6 +751,13 @@ def test_a_resume_whose_optimizer_state_megatron_would_not_restore(monkeypatch, 
         dict(use_distributed_optimizer=False),
     ):
         check_restorable(argparse.Namespace(**vars(args) | changes))
+    # Muon in layers, beside which Adam's part is in the distributed optimizer, or is not
+    in_layers = dict(use_distributed_optimizer=False, use_layer_wise_distributed_optimizer=True)
+    in_layers = argparse.Namespace(**vars(args) | in_layers)
+    with pytest.raises(TSTError, match="expected the Adam of Transformer Engine or Apex"):
+        check_restorable(in_layers)
+    in_layers.use_layer_wise_param_layout = False
+    check_restorable(in_layers)
     monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
     check_restorable(args)
 

@@ -8,6 +8,7 @@ import torch
 from support.models import batch, config
 
 pytestmark = pytest.mark.numeric
+pytest.importorskip("emerging_optimizers")
 
 V, L, S = 96, 8, 3
 # 1-D parameters, the tables and nothing else are Adam's (emerging_optimizers.py,
