@@ -78,7 +78,7 @@ def _run(options):
             force=options.force,
             progress=progress,
         )
-    named = ("iteration", "consumed samples", "raw tokens", "phase")
+    named = ("iteration", "consumed samples", "raw tokens", "phase", "model")
     about = {name: value for name, value in describe(source).items() if name in named}
     flags = load_flags(
         options.target,
@@ -88,7 +88,7 @@ def _run(options):
     )
     text = (
         f"{folder}: iteration {about['iteration']}, {about['consumed samples']} samples, "
-        f"{about['raw tokens']} raw tokens, phase {about['phase']}\n"
+        f"{about['raw tokens']} raw tokens, phase {about['phase']}, {about['model']}\n"
         f"  stock Megatron goes on with {' '.join(flags)}"
     )
     answer(options.json, {"written": str(folder), **about, "load": flags}, text)

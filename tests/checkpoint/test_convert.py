@@ -122,7 +122,7 @@ def test_dropping_the_optimizer(dense, tmp_path, capsys):
     assert tool(*call, "--json") == 0
     about = json.loads(capsys.readouterr().out)
     assert about["written"] == str(Checkpoint(tmp_path / "out").path)
-    assert (about["iteration"], about["raw tokens"]) == (6, 3072)
+    assert (about["iteration"], about["raw tokens"], about["model"]) == (6, 3072, "GPTModel")
     load = f"--load {tmp_path / 'out'} --ckpt-format torch_dist --no-load-optim"
     assert " ".join(about["load"]) == f"{load} --dist-ckpt-strictness log_all"
     after = Checkpoint(tmp_path / "out")
