@@ -131,6 +131,11 @@ def _check_rest(tensors: Tensors, arch: Architecture):
     for name in tensors.checkpoint.tensors:
         if name.startswith(parts) and name not in known and "_extra_state" not in name:
             do = "The model is of another kind than its arguments say."
+            if name.endswith("linear_q_proj.layer_norm_weight"):
+                do = (
+                    "Megatron-Core 0.19 gives multi-latent attention without --q-lora-rank a norm "
+                    "of its own there, which DeepSeek-V3 does not have: train with --q-lora-rank."
+                )
             refuse(tensors.checkpoint.path, f"the tensors of {arch.name}", f"{name} too", do)
 
 
