@@ -121,6 +121,39 @@ def test_the_turns_are_transformers_own(name):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(
+    "mscale, all_dim", [(1.0, 1.0), (1.0, 0.0), (0.7, 0.0), (0.7, 0.9), (0.0, 0.8), (0.0, 0.0)]
+)
+def test_the_turns_are_megatrons(mscale, all_dim):
+    """Angles, and what cosines and the softmax are multiplied by, of Megatron's own module."""
+    import torch
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding as ours
+    from transformers import AutoConfig
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as theirs
+
+    scaled = dict(rope_type="yarn", rotary_scaling_factor=40.0, rotary_base=50000)
+    args = run(mscale=mscale, mscale_all_dim=all_dim, **scaled)
+    config = architecture_of(args, 96, "float32").config
+    made = AutoConfig.for_model(**config)
+    turns = theirs.DeepseekV3RotaryEmbedding(made)
+    want, factor = ours.YarnRotaryEmbedding(
+        args.qk_pos_emb_head_dim,
+        rotary_base=args.rotary_base,
+        use_cpu_initialization=True,
+        scaling_factor=args.rotary_scaling_factor,
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+    ).get_emb(64)
+    angles = torch.outer(torch.arange(64.0), turns.inv_freq)
+    torch.testing.assert_close(angles.repeat(1, 2), want[:, 0, 0], rtol=1e-6, atol=0)
+    assert turns.attention_scaling == pytest.approx(factor, rel=1e-9)
+    softmax = ours._yarn_get_mscale(args.rotary_scaling_factor, all_dim) ** 2
+    assert theirs.yarn_apply_mscale(made.rope_parameters, 1.0) == pytest.approx(softmax, rel=1e-9)
+    again = arguments(config)  # and an import finds the same
+    assert (again.mscale, again.mscale_all_dim) in ((mscale, all_dim), (1.0, all_dim))
+    assert ours._yarn_get_concentration_factor(40.0, again.mscale, all_dim) == pytest.approx(factor)
+
+
 REFUSED = {
     "attention bias": (dict(attention_bias=True), "attention_bias: expected false or null"),
     "softmax scores": (dict(scoring_func="softmax"), 'scoring_func: expected "sigmoid"'),
