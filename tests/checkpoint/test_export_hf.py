@@ -368,6 +368,28 @@ def test_the_card_says_how_it_was_made(runs, tmp_path):
     assert f"{parameters:,} parameters" in card and json.loads(config)["eos_token_id"] is None
 
 
+def test_the_card_of_a_model_with_latents(runs, tmp_path):
+    export(Checkpoint(runs("deepseek, tp2 ep2") / "ck"), tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    sizes = (
+        "| architecture | `DeepseekV3ForCausalLM`: 3 layers x 32, 4 heads of multi-latent "
+        "attention (rank 16 of keys and values), 8 experts, 4 of them active, and 2 shared, 1 of "
+        "multi-token prediction, "
+    )
+    assert sizes in card, card
+    kinds = dtypes(tmp_path / "hf" / "model.safetensors")
+    assert {name for name, kind in kinds.items() if kind != "BF16"} == {
+        f"model.layers.{n}.mlp.gate.e_score_correction_bias" for n in (1, 2, 3)
+    }
+
+
+def dtypes(file):
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+
+
 def shapes(file):
     from safetensors import safe_open
 
