@@ -485,6 +485,8 @@ def flags(args: argparse.Namespace) -> list[str]:
         on.append("multi_latent_attention")
         names += ["kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"]
         names += ["rotary_scaling_factor", "mscale", "mscale_all_dim"]
+        if args.rope_type == "rope":  # Megatron fuses YaRN alone
+            on.append("no_rope_fusion")
     else:
         on.append("group_query_attention")
         names.append("num_query_groups")
