@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 
-_MOST = 1 << 16  # layers of a layout that is looked at
+_MOST = 1 << 18  # letters that repeating makes; more are no layers of a model
 _CHANGE = "Change one of them."
 
 
@@ -22,12 +22,15 @@ def stages(layout: str) -> list[str]:
     Args:
         layout: as "Et*3|(tt|)*29,mL": commas say nothing, x*n and (...)*n repeat.
     """
-    text = layout.replace(",", "")
+    text, left = layout.replace(",", ""), _MOST
+
+    def repeated(match):
+        nonlocal left
+        count = min(int(match[2][:9]), left // len(match[1]))
+        left -= count * len(match[1])
+        return match[1] * count
+
     for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-
-        def repeated(match):
-            return match[1] * min(int(match[2]), _MOST)
-
         text = re.sub(pattern, repeated, text)
     return text.split("|")
 

@@ -9,6 +9,7 @@ import ast
 import math
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 from megatron_tst import model_size
@@ -440,7 +441,9 @@ def _of_hugging_face(file: Path) -> hf_shapes.Shape:
     if kind not in (*hf_config.DEFAULTS,):
         return hf_shapes.read(config, file, hf_config.DEFAULTS)
     try:
-        args = hf_config.arguments(config, file)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            args = hf_config.arguments(config, file)
     except TSTError as error:
         if kind not in (*hf_shapes.KINDS,):
             raise
@@ -449,7 +452,8 @@ def _of_hugging_face(file: Path) -> hf_shapes.Shape:
         shape.notes.append(f"import-hf and export-hf refuse it: {error}")
         return shape
     flags = shlex.split(" ".join(hf_config.flags(args)))
-    return hf_shapes.Shape(flags, args.vocab_size, False, [])
+    notes = [str(warning.message).removeprefix("megatron_tst: ") for warning in caught]
+    return hf_shapes.Shape(flags, args.vocab_size, False, notes)
 
 
 def paste(

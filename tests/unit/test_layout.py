@@ -315,6 +315,13 @@ PIPELINES = (
 ON_FOUR = [changes for changes in PIPELINES if changes.get(LAYOUT, "|||").count("|") == 3]
 
 
+@pytest.mark.parametrize("text", ["t*" + "9" * 5000, "(t*65536)*65536", "((t", "t**", "*", "|" * 9])
+def test_a_layout_that_is_none(text):
+    args = arguments(**ONE, pipeline_model_parallel_layout=text)
+    assert [fault for _, _, fault in pipeline.rules(args) if fault]
+    assert sum(map(len, pipeline.stages(text))) < 1 << 20
+
+
 @pytest.mark.parametrize(
     "pp, changes", [*((2, c) for c in PIPELINES), *((4, c) for c in ON_FOUR)], ids=str
 )
