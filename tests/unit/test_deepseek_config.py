@@ -242,7 +242,7 @@ def run(**changes):
         dict(kv_channels=None, num_query_groups=2, group_query_attention=True),
         dict(rope_type="yarn", rotary_scaling_factor=1.0, mscale=0.5, mscale_all_dim=0.7),
         dict(rope_type=None),
-        dict(mtp_num_layers=0),
+        dict(mtp_num_layers=0, mtp_use_repeated_layer=True),
     ],
 )
 def test_arguments_that_make_no_other_model(changes):
@@ -287,6 +287,10 @@ def test_groups_without_a_limit():
         (
             dict(moe_shared_expert_glu_interleave_size=8),
             "--moe-shared-expert-glu-interleave-size: expected None",
+        ),
+        (
+            dict(mtp_num_layers=2, mtp_use_repeated_layer=True),
+            "--mtp-use-repeated-layer: expected none with --mtp-num-layers above 1, got 2",
         ),
         (dict(experimental_attention_variant="dsa"), "--experimental-attention-variant: expected"),
     ],
