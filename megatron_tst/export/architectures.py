@@ -446,6 +446,7 @@ def _layers(args) -> tuple[int, str, frozenset[int]]:
         do = "Its layers are written +."
         refuse("--multi-latent-attention", "none with layers *", "both", do)
     spec = getattr(args, "spec", None) or ()
+    spec = [spec] if isinstance(spec, str) else spec
     if not str(spec[-1] if spec else "").endswith("stack_spec"):
         do = "A spec of one's own may compute something else."
         refuse("--spec", "Megatron's hybrid_stack_spec", " ".join(spec) or "none", do)

@@ -333,9 +333,13 @@ def test_other_patterns_are_refused(pattern):
         architecture_of(given, 96, "float32")
 
 
-def test_a_hybrid_spec_of_ones_own_is_refused():
-    given = run(hybrid_layer_pattern="+-+E", **HYBRID | dict(spec=["my", "layers"]))
-    with pytest.raises(TSTError, match="--spec: expected Megatron's hybrid_stack_spec, got my lay"):
+@pytest.mark.parametrize(
+    "spec, got", [(["my", "layers"], "my layers"), ("local", "local"), (None, "none"), ([], "none")]
+)
+def test_a_hybrid_spec_of_ones_own_is_refused(spec, got):
+    given = run(hybrid_layer_pattern="+-+E", **HYBRID | dict(spec=spec))
+    message = f"--spec: expected Megatron's hybrid_stack_spec, got {got}. A spec of"
+    with pytest.raises(TSTError, match=message):
         architecture_of(given, 96, "float32")
 
 
