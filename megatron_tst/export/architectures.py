@@ -53,7 +53,7 @@ _PLAIN = {
     "linear_attention_freq": (None,),
     "experimental_attention_variant": (None,),
     "attention_output_gate": (False,),
-    "no_rope_freq": (None,),
+    "no_rope_freq": (None, 0),
     "qk_l2_norm": (False,),
     "activation_func_clamp_value": (None,),
     "glu_linear_offset": (0.0,),
@@ -407,6 +407,8 @@ def yarn_attention(factor: float, mscale: float, all_dim: float) -> tuple[float,
 def _check(args, allowed):
     for name, values in allowed.items():
         given = getattr(args, name, values[0])
+        if name == "moe_expert_capacity_factor" and given is not None and given < 0:
+            continue  # Megatron takes it for none
         # a list has one for each of several load-balancing types
         for got in given if isinstance(given, (list, tuple)) else [given]:
             if got not in values:
