@@ -43,7 +43,6 @@ _PLAIN = {
     "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
     "rotary_percent": (1.0,),
-    "position_embedding_type": ("rope",),
     "rotary_interleaved": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "use_mup": (False,),
@@ -163,6 +162,9 @@ def architecture_of(
     _check(args, _PLAIN if hybrid else _PLAIN | _GPT)
     layers, attention, expert_layers = _layers(args)
     latent = attention == "+"
+    # multi-latent attention has rotary positions of its own beside "none"
+    positions = ("rope", "none") if latent else ("rope",)
+    _check(args, {"position_embedding_type": positions})
     experts = args.num_experts if expert_layers else 0
     qk_norm = bool(getattr(args, "qk_layernorm", False))
     if expert_layers:

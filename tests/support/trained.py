@@ -72,7 +72,7 @@ RUNS = {  # name: (processes, flags, class)
         2,
         [
             *[*TINY, *LATENTS, "--q-lora-rank", "24", *SIGMOID, *GROUPS, *EP2],
-            *[*HYBRID, "+-+E/+E", "--mtp-num-layers", "1"],
+            *[*HYBRID, "+-+E/+E", "--mtp-num-layers", "1", "--position-embedding-type", "none"],
         ],
         "DeepseekV3ForCausalLM",
     ),

@@ -242,6 +242,7 @@ def run(**changes):
         dict(kv_channels=None, num_query_groups=2, group_query_attention=True),
         dict(rope_type="yarn", rotary_scaling_factor=1.0, mscale=0.5, mscale_all_dim=0.7),
         dict(rope_type=None),
+        dict(position_embedding_type="none"),
         dict(mtp_num_layers=0, mtp_use_repeated_layer=True),
     ],
 )
@@ -283,6 +284,10 @@ def test_groups_without_a_limit():
             "--mscale-all-dim: expected 0 with --rope-type rope, got 0.5",
         ),
         (dict(rotary_interleaved=True), "--rotary-interleaved: expected False"),
+        (
+            dict(position_embedding_type="learned_absolute"),
+            "--position-embedding-type: expected rope or none, got learned_absolute",
+        ),
         (dict(moe_latent_size=8), "--moe-latent-size: expected None"),
         (
             dict(moe_shared_expert_glu_interleave_size=8),
