@@ -1,6 +1,7 @@
 """DeepSeek-V3's config.json and Megatron's arguments, each as its own side reads them."""
 
 import argparse
+import math
 
 import pytest
 from support.hf_folder import config_of
@@ -378,3 +379,22 @@ def test_llama_has_no_layers_of_multi_token_prediction():
     with pytest.warns(UserWarning, match="prediction .--mtp-num-layers. are left out: LlamaFor"):
         arch = architecture_of(argparse.Namespace(**given), 96, "float32")
     assert arch.mtp_layers == 0 and "num_nextn_predict_layers" not in arch.config
+
+
+def test_deepseek_v3_has_the_size_that_its_makers_state():
+    """671B, and a layer of multi-token prediction with 11.5B of its own and copies of embedding and
+    head, 0.9B each (DeepSeek-V3's README_WEIGHTS.md).
+    """
+    arch = architecture_of(arguments(V3), V3["vocab_size"], "bfloat16")
+    own, shared, main = 0, 0, 0
+    for pair in pairs(arch):
+        for name, shape in pair.theirs:
+            size = math.prod(shape)
+            if pair.copy:
+                shared += size
+            elif name.startswith("model.layers.61."):
+                own += size
+            else:
+                main += size
+    assert round(main / 1e9) == 671 and round(shared / 2e9, 1) == 0.9
+    assert own / 1e9 == pytest.approx(11.5, rel=1e-2)
