@@ -43,7 +43,6 @@ _PLAIN = {
     "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
     "rotary_percent": (1.0,),
-    "position_embedding_type": ("rope",),
     "rotary_interleaved": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "use_mup": (False,),
@@ -53,7 +52,7 @@ _PLAIN = {
     "linear_attention_freq": (None,),
     "experimental_attention_variant": (None,),
     "attention_output_gate": (False,),
-    "no_rope_freq": (None,),
+    "no_rope_freq": (None, 0),
     "qk_l2_norm": (False,),
     "activation_func_clamp_value": (None,),
     "glu_linear_offset": (0.0,),
@@ -163,6 +162,9 @@ def architecture_of(
     _check(args, _PLAIN if hybrid else _PLAIN | _GPT)
     layers, attention, expert_layers = _layers(args)
     latent = attention == "+"
+    # multi-latent attention has rotary positions of its own beside "none"
+    positions = ("rope", "none") if latent else ("rope",)
+    _check(args, {"position_embedding_type": positions})
     experts = args.num_experts if expert_layers else 0
     qk_norm = bool(getattr(args, "qk_layernorm", False))
     if expert_layers:
@@ -201,6 +203,9 @@ def architecture_of(
         config |= _latent(args, config["rms_norm_eps"]) | _deepseek_experts(
             args, layers, expert_layers
         )
+        if mtp > 1 and getattr(args, "mtp_use_repeated_layer", False):
+            do = "DeepSeek-V3 has a layer for each further token."
+            refuse("--mtp-use-repeated-layer", "none with --mtp-num-layers above 1", mtp, do)
         config["num_nextn_predict_layers"] = mtp
     else:
         groups, head_dim = _heads(args, qk_norm)
@@ -404,6 +409,8 @@ def yarn_attention(factor: float, mscale: float, all_dim: float) -> tuple[float,
 def _check(args, allowed):
     for name, values in allowed.items():
         given = getattr(args, name, values[0])
+        if name == "moe_expert_capacity_factor" and given is not None and given < 0:
+            continue  # Megatron takes it for none
         # a list has one for each of several load-balancing types
         for got in given if isinstance(given, (list, tuple)) else [given]:
             if got not in values:
@@ -443,6 +450,7 @@ def _layers(args) -> tuple[int, str, frozenset[int]]:
         do = "Its layers are written +."
         refuse("--multi-latent-attention", "none with layers *", "both", do)
     spec = getattr(args, "spec", None) or ()
+    spec = [spec] if isinstance(spec, str) else spec
     if not str(spec[-1] if spec else "").endswith("stack_spec"):
         do = "A spec of one's own may compute something else."
         refuse("--spec", "Megatron's hybrid_stack_spec", " ".join(spec) or "none", do)

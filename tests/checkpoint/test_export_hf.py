@@ -51,7 +51,7 @@ def without_shims(script, *arguments):
 
 
 FAST = set(RUNS) - {
-    "deepseek, tied, no rank of queries, yarn",
+    "deepseek, tied, no rank of queries, yarn, tp2 ep2",
     "llama, hybrid, tp2",
     "qwen3 moe, hybrid",
     "deepseek, hybrid, ep2",

@@ -1,6 +1,7 @@
 """DeepSeek-V3's config.json and Megatron's arguments, each as its own side reads them."""
 
 import argparse
+import math
 
 import pytest
 from support.hf_folder import config_of
@@ -242,7 +243,8 @@ def run(**changes):
         dict(kv_channels=None, num_query_groups=2, group_query_attention=True),
         dict(rope_type="yarn", rotary_scaling_factor=1.0, mscale=0.5, mscale_all_dim=0.7),
         dict(rope_type=None),
-        dict(mtp_num_layers=0),
+        dict(position_embedding_type="none"),
+        dict(mtp_num_layers=0, mtp_use_repeated_layer=True),
     ],
 )
 def test_arguments_that_make_no_other_model(changes):
@@ -283,10 +285,18 @@ def test_groups_without_a_limit():
             "--mscale-all-dim: expected 0 with --rope-type rope, got 0.5",
         ),
         (dict(rotary_interleaved=True), "--rotary-interleaved: expected False"),
+        (
+            dict(position_embedding_type="learned_absolute"),
+            "--position-embedding-type: expected rope or none, got learned_absolute",
+        ),
         (dict(moe_latent_size=8), "--moe-latent-size: expected None"),
         (
             dict(moe_shared_expert_glu_interleave_size=8),
             "--moe-shared-expert-glu-interleave-size: expected None",
+        ),
+        (
+            dict(mtp_num_layers=2, mtp_use_repeated_layer=True),
+            "--mtp-use-repeated-layer: expected none with --mtp-num-layers above 1, got 2",
         ),
         (dict(experimental_attention_variant="dsa"), "--experimental-attention-variant: expected"),
     ],
@@ -329,9 +339,13 @@ def test_other_patterns_are_refused(pattern):
         architecture_of(given, 96, "float32")
 
 
-def test_a_hybrid_spec_of_ones_own_is_refused():
-    given = run(hybrid_layer_pattern="+-+E", **HYBRID | dict(spec=["my", "layers"]))
-    with pytest.raises(TSTError, match="--spec: expected Megatron's hybrid_stack_spec, got my lay"):
+@pytest.mark.parametrize(
+    "spec, got", [(["my", "layers"], "my layers"), ("local", "local"), (None, "none"), ([], "none")]
+)
+def test_a_hybrid_spec_of_ones_own_is_refused(spec, got):
+    given = run(hybrid_layer_pattern="+-+E", **HYBRID | dict(spec=spec))
+    message = f"--spec: expected Megatron's hybrid_stack_spec, got {got}. A spec of"
+    with pytest.raises(TSTError, match=message):
         architecture_of(given, 96, "float32")
 
 
@@ -365,3 +379,22 @@ def test_llama_has_no_layers_of_multi_token_prediction():
     with pytest.warns(UserWarning, match="prediction .--mtp-num-layers. are left out: LlamaFor"):
         arch = architecture_of(argparse.Namespace(**given), 96, "float32")
     assert arch.mtp_layers == 0 and "num_nextn_predict_layers" not in arch.config
+
+
+def test_deepseek_v3_has_the_size_that_its_makers_state():
+    """671B, and a layer of multi-token prediction with 11.5B of its own and copies of embedding and
+    head, 0.9B each (DeepSeek-V3's README_WEIGHTS.md).
+    """
+    arch = architecture_of(arguments(V3), V3["vocab_size"], "bfloat16")
+    own, shared, main = 0, 0, 0
+    for pair in pairs(arch):
+        for name, shape in pair.theirs:
+            size = math.prod(shape)
+            if pair.copy:
+                shared += size
+            elif name.startswith("model.layers.61."):
+                own += size
+            else:
+                main += size
+    assert round(main / 1e9) == 671 and round(shared / 2e9, 1) == 0.9
+    assert own / 1e9 == pytest.approx(11.5, rel=1e-2)
