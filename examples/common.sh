@@ -15,7 +15,7 @@ fail() { echo "$NAME: $*" >&2; exit 2; }
 # PARALLEL_FLAGS, PRECISION_FLAGS and VOCABULARY.
 given=()
 for variable in GPU STEPS TST_STEPS BAG_SIZE BATCH_TOKENS LR SEQ MICRO_BATCH PRECISION \
-    TP PP CP EP; do
+    TP PP CP EP LAYOUT; do
     [[ -z ${!variable:-} ]] || given+=("$variable=${!variable}")
 done
 recipe=$(PYTHONPATH=$HERE/..${PYTHONPATH:+:$PYTHONPATH} \
@@ -77,7 +77,8 @@ if [[ -n ${DRY_RUN:-} ]]; then
     [[ $DRY_RUN == print ]] ||
         PYTHONPATH=${MEGATRON_LM:+$MEGATRON_LM${PYTHONPATH:+:}}${PYTHONPATH:-} \
             python "$HERE/dry_run.py" \
-            --world-size $((NNODES * GPUS_PER_NODE)) --gpu "$GPU" -- "${FLAGS[@]}"
+            --world-size $((NNODES * GPUS_PER_NODE)) --gpu "$GPU" --vocabulary "$VOCABULARY" \
+            -- "${FLAGS[@]}"
 else
     exec "${LAUNCHER[@]}" "${PROGRAM[@]}" "${FLAGS[@]}"
 fi

@@ -29,7 +29,12 @@ from megatron_tst.checks import refusals
 from megatron_tst.config import TSTConfig, add_tst_arguments, check_spelling
 from megatron_tst.errors import TSTError
 from megatron_tst.hardware import ASSUMED_CUDA, GPUS
-from megatron_tst.model_size import LLAMA_3_VOCABULARY, padded_vocabulary, parameters
+from megatron_tst.model_size import (
+    LLAMA_3_VOCABULARY,
+    padded_vocabulary,
+    parameters,
+    uncounted,
+)
 
 # assumed where there is none; its own floors: tensorwise 2.2, mxfp8 2.1, blockwise 2.3
 TRANSFORMER_ENGINE = "2.14.0"
@@ -39,13 +44,16 @@ class Refused(Exception):
     """The flags were refused; the text is the message of whoever refused them."""
 
 
-def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
+def validate(
+    flags: list[str], world_size: int, gpu: str, vocabulary: int = LLAMA_3_VOCABULARY
+) -> argparse.Namespace:
     """Megatron's arguments of a command, after every check that needs no GPU.
 
     Args:
         flags: of the training script.
         world_size: processes, one for each GPU.
         gpu: kind, one of hardware.GPUS.
+        vocabulary: ids of the tokenizer, which is not opened; --vocab-size counts before it.
 
     Raises:
         Refused: with the message of Megatron's parser, of Megatron's validation, or of TST.
@@ -65,7 +73,7 @@ def validate(flags: list[str], world_size: int, gpu: str) -> argparse.Namespace:
                 refusals.check_sizes(config, args)
                 arguments.validate_args(args)
                 args.padded_vocab_size = padded_vocabulary(  # as building the tokenizer does
-                    args.vocab_size or LLAMA_3_VOCABULARY,
+                    args.vocab_size or vocabulary,
                     args.make_vocab_size_divisible_by,
                     args.tensor_model_parallel_size,
                 )
@@ -149,9 +157,10 @@ def report(args: argparse.Namespace, gpu: str) -> str:
     positions = args.global_batch_size * args.seq_length
     assumed = f"compute capability {'.'.join(map(str, GPUS[gpu].capability))}, CUDA {ASSUMED_CUDA}"
     engine = _installed() or f"{TRANSFORMER_ENGINE} assumed"
+    others = " and ".join(uncounted(args))
+    size = f"not counted, with {others}" if others else f"{parameters(args)[0] / 1e6:,.1f} M"
     rows = {
-        "model": f"{parameters(args)[0] / 1e6:,.1f} M parameters, "
-        f"vocabulary {args.padded_vocab_size}",
+        "model": f"{size}{' parameters' * (not others)}, vocabulary {args.padded_vocab_size}",
         "machine": f"{args.world_size} {gpu} as {layout}; {precision}",
         "batch": f"{args.global_batch_size} samples x {args.seq_length} positions = "
         f"{positions:,}, in {micro} micro-batches of {args.micro_batch_size}",
@@ -177,6 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--world-size", type=int, required=True, help="processes, one for each GPU")
     parser.add_argument("--gpu", choices=GPUS, required=True, help="kind")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=LLAMA_3_VOCABULARY,
+        help="ids of the tokenizer, which is not opened (default: Llama 3's)",
+    )
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: the flags to validate")
     options = parser.parse_args(argv)
     logging.disable(logging.WARNING)  # torch on a machine without CUDA
@@ -184,7 +199,10 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # of what is not installed here
         try:
             args = validate(
-                [flag for flag in options.flags if flag != "--"], options.world_size, options.gpu
+                [flag for flag in options.flags if flag != "--"],
+                options.world_size,
+                options.gpu,
+                options.vocabulary,
             )
         except Refused as refused:
             print(f"dry run: REFUSED: {refused}", file=sys.stderr)

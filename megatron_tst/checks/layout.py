@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import math
 import warnings
 from collections.abc import Callable, Iterator
 
-from megatron_tst.checks import refusals
+from megatron_tst.checks import pipeline, refusals
 from megatron_tst.checks.precision import check_precision, recipe_of
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import TSTError
+from megatron_tst.model_size import blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ def _of_megatron(args) -> Iterator[Check]:
         {"micro-batch": args.micro_batch_size, "DP": dp},
         change,
     )
-    yield _divides("--num-layers", args.num_layers, {"PP": pp}, change)
+    for row in pipeline.rules(args):
+        yield Check(*row)
     yield _divides("--num-attention-heads", heads, {"TP": tp}, change)
     if (groups := args.num_query_groups) != heads:
         yield _divides("--num-attention-heads", heads, {"query groups": groups}, change)
@@ -108,8 +109,13 @@ def _of_megatron(args) -> Iterator[Check]:
             else ""
         )
         yield Check(f"--num-query-groups {groups}", rule, fault)
-    if not args.num_experts:
+    if getattr(args, "multi_latent_attention", False):
+        rule = "none with --multi-latent-attention"
+        fault = f"--group-query-attention: expected {rule}, got it. Leave it out."
+        yield Check("--group-query-attention", rule, fault if args.group_query_attention else "")
+    if blocks(args)[0].dense:
         yield _divides("--ffn-hidden-size", args.ffn_hidden_size, {"TP": tp}, change)
+    if not args.num_experts:
         if ep > 1:
             fault = (
                 f"--expert-model-parallel-size: expected 1 without --num-experts, got {ep}. "
@@ -118,6 +124,10 @@ def _of_megatron(args) -> Iterator[Check]:
             yield Check("--expert-model-parallel-size", "1 without --num-experts", fault)
         return
     yield _divides("--num-experts", args.num_experts, {"EP": ep}, change)
+    if shared := getattr(args, "moe_shared_expert_intermediate_size", None):
+        what = "--moe-shared-expert-intermediate-size"
+        yield _divides(what, shared, {"TP": tp}, change)
+    yield from _of_groups(args, change)
     yield _divides("--moe-ffn-hidden-size", args.moe_ffn_hidden_size, {"expert TP": etp}, change)
     yield _divides("--gpus", args.gpus, {"EP": ep, "expert TP": etp, "PP": pp}, change)
     if tp > 1:
@@ -132,16 +142,25 @@ def _of_megatron(args) -> Iterator[Check]:
         )
 
 
+def _of_groups(args, change) -> Iterator[Check]:
+    """A router that first chooses groups of experts (moe_utils.py, group_limited_topk)."""
+    if not (chosen := getattr(args, "moe_router_group_topk", None)):
+        return
+    groups, what = getattr(args, "moe_router_num_groups", None), "--moe-router-group-topk"
+    fault = f"{what}: expected --moe-router-num-groups beside it, got none. Add it."
+    yield Check(what, "--moe-router-num-groups beside it", "" if groups else fault)
+    if groups:
+        rule = f"at most --moe-router-num-groups = {groups}"
+        fault = f"{what}: expected {rule}, got {chosen}. Lower it."
+        yield Check(f"{what} {chosen}", rule, fault if chosen > groups else "")
+        yield _divides("--num-experts", args.num_experts, {"router groups": groups}, change)
+    # of each chosen group so many experts make its score; none of them is no score
+    parts = {"groups of a token": chosen}
+    yield _divides("--moe-router-topk", args.moe_router_topk, parts, change)
+
+
 def _divides(what: str, value: int, parts: dict[str, int], do: str) -> Check:
-    divisor = math.prod(parts.values())
-    names = " x ".join(parts)
-    numbers = " x ".join(map(str, parts.values())) + (f" = {divisor}" if len(parts) > 1 else "")
-    fault = (
-        f"{what}: expected a multiple of {names} = {numbers}, got {value}. {do}"
-        if value % divisor
-        else ""
-    )
-    return Check(f"{what} {value}", f"a multiple of {names} = {numbers}", fault)
+    return Check(*pipeline.divides(what, value, parts, do))
 
 
 def _asked(what: str, rule: str, ask: Callable[[], None]) -> Check:

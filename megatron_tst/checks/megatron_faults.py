@@ -9,6 +9,7 @@ run of megatron.training.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from megatron_tst.errors import warn
 
@@ -30,6 +31,19 @@ def warn_of_faults(args: argparse.Namespace) -> None:
         )
     if _spread(args, "tensor_model_parallel") and not getattr(args, "sequence_parallel", False):
         _warn_of_replicated_weights(args)
+    latent = getattr(args, "multi_latent_attention", False) and getattr(args, "qk_layernorm", False)
+    if latent and not getattr(args, "q_lora_rank", None) and _norms_whole_queries():
+        warn(
+            "--multi-latent-attention with --qk-layernorm and without --q-lora-rank: this Megatron "
+            "puts a norm of its own before linear_q_proj (Megatron-Bridge#5261). Released models "
+            "have none, and export-hf refuses such a run. Add --q-lora-rank, or use megatron-core "
+            "0.18"
+        )
+
+
+def _norms_whole_queries() -> bool:
+    """From 0.19 on, where the norms of latent attention are resolved in a module of their own."""
+    return importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config") is not None
 
 
 def _spread(args, kind):

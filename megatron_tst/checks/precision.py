@@ -14,6 +14,11 @@ from megatron_tst.errors import refuse, warn
 from megatron_tst.hardware import LOW_PRECISION, recipes, why_not
 from megatron_tst.model_size import query_groups
 
+# The product into the latent of keys and values. It is 576 wide in DeepSeek-V3, whose published
+# runs on H100 are in blockwise: there a partial block is taken.
+_DOWN = "--kv-lora-rank + --qk-pos-emb-head-dim"
+_DOWN_BLOCKWISE = 16
+
 
 def check_precision(
     config: TSTConfig, args: argparse.Namespace, gpu: tuple[tuple[int, int], str] | None
@@ -106,10 +111,12 @@ def _check_shapes(flag, recipe, args):
             f"need a multiple of {needs.faster_tokens}"
         )
     for what, size in _widths(args, tp).items():
-        if size % needs.widths:
+        partial = what == _DOWN and recipe == "blockwise"
+        wanted = _DOWN_BLOCKWISE if partial else needs.widths
+        if size % wanted:
             refuse(
                 f"{flag}: {what}",
-                f"a multiple of {needs.widths}",
+                f"a multiple of {wanted}",
                 size,
                 "Use another recipe or another layout.",
             )
@@ -134,15 +141,56 @@ def _check_shapes(flag, recipe, args):
 
 
 def _widths(args, tp) -> dict[str, int]:
-    """Widths of the quantised weights of a rank, by what they follow from."""
-    heads, channels = args.num_attention_heads, args.kv_channels
-    queries_keys_values = heads + 2 * query_groups(args)
-    widths = {
-        "--hidden-size": args.hidden_size,
-        "queries, keys and values of a rank": queries_keys_values * channels // tp,
-        "--num-attention-heads x --kv-channels of a rank": heads * channels // tp,
-    }
+    """Widths of the quantised weights of a rank, by what they follow from. All of them: a layer
+    whose MLP is dense has another than one with experts.
+    """
+
+    def of(name):
+        return getattr(args, name, None)
+
+    widths = {"--hidden-size": args.hidden_size}
+    if of("mtp_num_layers"):  # its product of the two hidden states
+        widths["--hidden-size of a rank, in multi-token prediction"] = args.hidden_size // tp
+    if of("multi_latent_attention"):
+        widths |= _of_latent_attention(args, tp)
+    else:
+        heads, channels = args.num_attention_heads, args.kv_channels
+        all_heads = heads + 2 * query_groups(args) + (heads if of("attention_output_gate") else 0)
+        widths["queries, keys and values of a rank"] = all_heads * channels // tp
+        widths["--num-attention-heads x --kv-channels of a rank"] = heads * channels // tp
+    if _has_dense(args):
+        widths["--ffn-hidden-size of a rank"] = args.ffn_hidden_size // tp
     if args.num_experts:
         width = args.moe_ffn_hidden_size // args.expert_tensor_parallel_size
-        return widths | {"--moe-ffn-hidden-size of a rank": width}
-    return widths | {"--ffn-hidden-size of a rank": args.ffn_hidden_size // tp}
+        widths["--moe-ffn-hidden-size of a rank"] = width
+        if shared := of("moe_shared_expert_intermediate_size"):
+            widths["--moe-shared-expert-intermediate-size of a rank"] = shared // tp
+        if latent := of("moe_latent_size"):
+            widths["--moe-latent-size"] = latent
+    return widths
+
+
+def _of_latent_attention(args, tp) -> dict[str, int]:
+    """Of multi-latent attention's products; each rank has the latents whole."""
+    heads, rope = args.num_attention_heads, args.qk_pos_emb_head_dim
+    widths = {
+        "--num-attention-heads x (--qk-head-dim + --qk-pos-emb-head-dim) of a rank": heads
+        * (args.qk_head_dim + rope)
+        // tp,
+        "--num-attention-heads x (--qk-head-dim + --v-head-dim) of a rank": heads
+        * (args.qk_head_dim + args.v_head_dim)
+        // tp,
+        "--num-attention-heads x --v-head-dim of a rank": heads * args.v_head_dim // tp,
+        "--kv-lora-rank": args.kv_lora_rank,
+        _DOWN: args.kv_lora_rank + rope,
+    }
+    return widths | ({"--q-lora-rank": args.q_lora_rank} if args.q_lora_rank else {})
+
+
+def _has_dense(args) -> bool:
+    """Whether some layer has an MLP that every token goes through."""
+    if pattern := getattr(args, "hybrid_layer_pattern", None):
+        return "-" in pattern
+    frequency = getattr(args, "moe_layer_freq", 1)
+    mixed = frequency > 1 if isinstance(frequency, int) else not all(frequency)
+    return not args.num_experts or mixed

@@ -15,7 +15,7 @@ import re
 import shutil
 
 from megatron_tst.errors import refuse, warn
-from megatron_tst.model_size import parameters
+from megatron_tst.model_size import parameters, uncounted
 from megatron_tst.sizes import sizes
 
 
@@ -25,9 +25,7 @@ def checkpoint_bytes(args: argparse.Namespace) -> int | None:
     Args:
         args: Megatron's, validated, with padded_vocab_size.
     """
-    uncounted = ("hybrid_layer_pattern", "multi_latent_attention", "heterogeneous_block_specs")
-    mixed = getattr(args, "moe_layer_freq", 1) != 1 or getattr(args, "mtp_num_layers", None)
-    if mixed or any(getattr(args, name, None) for name in uncounted):
+    if uncounted(args):
         return None
     each, more = args.params_dtype.itemsize, 0
     if not getattr(args, "no_save_optim", False):

@@ -36,16 +36,12 @@ def show(plan: dict) -> None:
         _not_used(plan)
         return
     run, model = plan["run"], plan["model"]
-    active = (
-        f", {tokens(model['active_parameters'])} active"
-        if model["active_parameters"] != model["parameters"]
-        else ""
-    )
     print(
-        f"{model['preset'] or 'model'}: {tokens(model['parameters'])} parameters{active}, "
+        f"{model['preset'] or 'model'}: {tokens(model['parameters'])} parameters{_active(model)}, "
         f"{run['gpus']} x {run['gpu']}, {run['steps']:,} steps of "
-        f"{tokens(run['positions_a_step'])} positions\n"
+        f"{tokens(run['positions_a_step'])} positions"
     )
+    _parts(model)
     _print(_phases(plan))
     rows = Table.grid(padding=(0, 2))
     rows.add_column(min_width=12)
@@ -55,6 +51,7 @@ def show(plan: dict) -> None:
     _print(rows)
     _lines("What speaks against it", plan["against"])
     _lines("Warnings at start-up", plan["warnings"])
+    _lines("Of config.json", plan["notes"])
     _not_used(plan)
     if "sweep" in plan:
         print()
@@ -65,6 +62,30 @@ def show(plan: dict) -> None:
         + ")"
     )
     print(_flags(plan["flags"]))
+
+
+def _active(model) -> str:
+    """Of a dense model nothing: a token is multiplied with all but a table."""
+    idle = model["parameters"] - model["embedding"] - model["active_parameters"]
+    return f", {tokens(model['active_parameters'])} active" if idle else ""
+
+
+def _parts(model):
+    """How makers count differs: with or without the tables, and mostly without multi-token
+    prediction.
+    """
+    active, said = model["active_parameters"], []
+    if _active(model) and model["embedding"]:
+        said.append(
+            f"active with the input embedding {tokens(active + model['embedding'])}, without the "
+            f"output layer too {tokens(active - model['output'])}"
+        )
+    if model["mtp_parameters"]:
+        said.append(
+            f"multi-token prediction {tokens(model['mtp_parameters'])} more, "
+            f"{tokens(model['mtp_active'])} active"
+        )
+    print(f"  {'; '.join(said)}\n" if said else "")
 
 
 def _print(table: Table) -> None:
@@ -194,14 +215,16 @@ def _memory(plan):
     memory = plan["loss_memory"]
     first, then = memory["superposition"], memory["recovery"]
     # each in a unit of its own: they differ by what s and the vocabulary are
-    bags = {name: sizes(size)[0] for name, size in first.items()}
-    single = {name: sizes(size)[0] for name, size in then.items()}
+    bags = {name: sizes(size)[0] for name, size in first.items() if size is not None}
+    single = {name: sizes(size)[0] for name, size in then.items() if size is not None}
     return "loss memory", (
-        f"superposition: {bags['extension']} with the extension, {bags['torch']} torch kernel, "
-        f"{bags['fused']} --tst-fused-linear-loss (the paper's loop, eager: "
-        f"{bags['paper_loop']})\nrecovery: {single['megatron']} Megatron's, "
-        f"{single['kernel_in_recovery']} --tst-kernel-in-recovery, {single['fused']} fused. "
-        f"A micro-batch, last stage, logits ({sizes(memory['logits'])[0]}) included where they "
+        f"superposition: {bags['extension']} with the extension, {bags['torch']} torch kernel"
+        + (f", {bags['fused']} --tst-fused-linear-loss" if "fused" in bags else "")
+        + f" (the paper's loop, eager: {bags['paper_loop']})\n"
+        f"recovery: {single['megatron']} Megatron's, "
+        f"{single['kernel_in_recovery']} --tst-kernel-in-recovery"
+        + (f", {single['fused']} fused. " if "fused" in single else ". ")
+        + f"A micro-batch, last stage, logits ({sizes(memory['logits'])[0]}) included where they "
         f"exist; arithmetic"
     )
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import bisect
 
+from megatron_tst import model_size
 from megatron_tst.config import TSTConfig
 from megatron_tst.hardware import GPUS
-from megatron_tst.model_size import flops_of_step, padded_vocabulary, parameters, query_groups
+from megatron_tst.model_size import flops_of_step, padded_vocabulary, query_groups
 from megatron_tst.ops.chunks import LINEAR_LOSS, TORCH_KERNEL
 from megatron_tst.planning import evidence, paper
 from megatron_tst.schedule import Schedule
@@ -54,7 +55,8 @@ def make(args: argparse.Namespace, config: TSTConfig) -> dict:
     batch, steps = args.global_batch_size * args.seq_length, args.train_iters
     superposed = schedule.superposition_samples // args.global_batch_size
     raw = schedule.raw_tokens(schedule.train_samples)
-    every, active = parameters(args)
+    size = model_size.size(args)
+    every = size.every - size.mtp
     phases = [
         {
             "name": phase.name,
@@ -69,7 +71,11 @@ def make(args: argparse.Namespace, config: TSTConfig) -> dict:
     return {
         "model": {
             "parameters": every,
-            "active_parameters": active,
+            "active_parameters": size.active - size.mtp + size.mtp_idle,
+            "embedding": size.embedding if size.output else 0,
+            "output": size.output or size.embedding,
+            "mtp_parameters": size.mtp,
+            "mtp_active": size.mtp - size.mtp_idle,
             "vocabulary": args.padded_vocab_size,
             "preset": args.preset,
         },
@@ -203,15 +209,24 @@ def loss_memory(args: argparse.Namespace, s: int) -> dict:
     )
     logits = 2 * rows * columns
     fused, torch = min(LINEAR_LOSS["cuda"], logits), 2 * min(TORCH_KERNEL["cuda"], 2 * logits)
+    # Losses of multi-token prediction come first, and backward is after all of them: each head
+    # keeps its gradient in 16 bit, or Megatron's softmax in 32.
+    heads = getattr(args, "mtp_num_layers", None) or 0
+    kept = heads * logits
+    fused = None if heads else fused  # refused beside them
     return {
         "logits": logits,
         "superposition": {
-            "extension": logits,
-            "torch": logits + torch,
+            "extension": logits + kept,
+            "torch": logits + torch + kept,
             "fused": fused,
             "paper_loop": logits * (5 + 2 * s),
         },
-        "recovery": {"megatron": 4 * logits, "kernel_in_recovery": logits, "fused": fused},
+        "recovery": {
+            "megatron": 4 * logits + 2 * kept,
+            "kernel_in_recovery": logits + kept,
+            "fused": fused,
+        },
     }
 
 

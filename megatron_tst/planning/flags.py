@@ -5,21 +5,45 @@ for --hf-config.
 from __future__ import annotations
 
 import argparse
+import ast
 import math
+import re
 import shlex
+import warnings
 from pathlib import Path
 
+from megatron_tst import model_size
 from megatron_tst.config import TSTConfig, add_tst_arguments
-from megatron_tst.errors import refuse
+from megatron_tst.errors import TSTError, refuse
 from megatron_tst.hardware import GPUS
 from megatron_tst.json_file import read_json
-from megatron_tst.model_size import LLAMA_3_VOCABULARY
-from megatron_tst.planning import arithmetic, launch_line, paper, recipes
+from megatron_tst.planning import arithmetic, hf_shapes, launch_line, paper, recipes
 
 LARGEST = 10**12
 LEAST_SHARE = 1e-6  # of the peak: below it the days of a run are no figures
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+# Megatron's flags that change the shape, beside those that it has with a value each below.
+_SHAPE_NUMBERS = (
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
+    *("moe_shared_expert_intermediate_size", "moe_latent_size"),
+)
+_SHAPE_SWITCHES = (
+    *("multi_latent_attention", "add_qkv_bias", "attention_output_gate", "quick_geglu"),
+    *("moe_shared_expert_gate", "mtp_use_repeated_layer"),
+)
+_LAYOUT_NUMBERS = (
+    *("moe_router_num_groups", "moe_router_group_topk"),
+    *("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+)
+_LAYOUT_SWITCHES = (
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
+# What Megatron takes for an absent --kv-lora-rank and so on (training/arguments.py).
+_LATENT = {"kv_lora_rank": 32, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
 _MODEL = (
+    *(*_SHAPE_NUMBERS, *_SHAPE_SWITCHES, "moe_layer_freq", "mtp_num_layers", "softmax_type"),
+    "hybrid_layer_pattern",
     "num_layers",
     "hidden_size",
     "ffn_hidden_size",
@@ -81,19 +105,71 @@ def positive(text: str) -> float:
     return number
 
 
+def counted(text: str) -> int:
+    """A whole number from 0 to LARGEST.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    return 0 if text == "0" else whole(text)
+
+
+def frequency(text: str) -> int | list[int]:
+    """--moe-layer-freq as Megatron takes it: n, or 1 for each layer with experts and 0 for each
+    without, as [0,1,1] or ([0]*3+[1]*58).
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if "[" not in text:
+        return whole(text)
+    try:
+        if len(text) > 1 << 18 or re.search(r"[^,\d\[\]()+*]", text):
+            raise ValueError(text)
+        found = _pattern(ast.parse(text, mode="eval").body)
+        if not isinstance(found, list) or set(found) - {0, 1}:
+            raise ValueError(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        raise argparse.ArgumentTypeError(
+            f"expected n, or 0 or 1 for each layer as ([0]*3+[1]*58), got {text[:80]!r}. Correct it"
+        ) from None
+    return found
+
+
+def _pattern(node: ast.AST) -> list[int] | int:
+    """A sum or a product of lists and numbers, no longer than a model has layers."""
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.List):
+        values = [_pattern(one) for one in node.elts]
+        if not all(isinstance(value, int) for value in values):
+            raise ValueError("no list of layers")
+        return values
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _pattern(node.left), _pattern(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+        if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+            if len(left) * right <= 1 << 16:
+                return left * right
+    raise ValueError("no list of layers")
+
+
 def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a parser the flags of a plan; of Megatron's and TST's own --help says names alone."""
     group = p.add_argument_group("what to plan")
     group.add_argument(
         "--preset",
-        choices=recipes.RECIPES,
+        choices=recipes.NAMES,
         metavar="NAME",
-        help=f"a run of the paper: {', '.join(recipes.RECIPES)}",
+        help=f"a run of the paper: {', '.join(recipes.RECIPES)}; or a larger one: "
+        f"{', '.join(recipes.LARGE)}",
     )
     group.add_argument(
         "--hf-config",
         metavar="FILE",
-        help="or the shape of a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE",
+        help="or the shape of a Hugging Face config.json: Llama, Qwen3, and mixtures of experts "
+        "as DeepSeek-V3, Qwen3-MoE, GLM-4.5, gpt-oss, Mixtral",
     )
     group.add_argument(
         "--tokens",
@@ -147,6 +223,8 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "lr_decay_iters",
         "lr_wsd_decay_iters",
         "train_samples",
+        *_SHAPE_NUMBERS,
+        *_LAYOUT_NUMBERS,
     ):
         theirs.add_argument(f"--{name.replace('_', '-')}", type=whole)
     for name in (
@@ -157,6 +235,11 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
     ):
         theirs.add_argument(f"--{name.replace('_', '-')}", type=whole, default=1)
     theirs.add_argument("--make-vocab-size-divisible-by", type=whole, default=128)
+    theirs.add_argument("--mtp-num-layers", type=counted)
+    theirs.add_argument("--moe-layer-freq", type=frequency, default=1)
+    theirs.add_argument("--softmax-type", choices=("vanilla", "off-by-one", "learnable"))
+    theirs.add_argument("--hybrid-layer-pattern")
+    theirs.add_argument("--pipeline-model-parallel-layout")
     theirs.add_argument("--split")
     for name in (
         "swiglu",
@@ -164,6 +247,8 @@ def add_arguments(p: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "untie_embeddings_and_output_weights",
         "qk_layernorm",
         "sequence_parallel",
+        *_SHAPE_SWITCHES,
+        *_LAYOUT_SWITCHES,
     ):
         theirs.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     theirs.add_argument("--fp8-format", dest="fp8", choices=("e4m3", "hybrid"))
@@ -197,18 +282,20 @@ def read(
         TSTError: a value that makes no sense, or one that is missing.
     """
     p, base, namespace = p or parser(), [], argparse.Namespace()
+    notes: list[str] = []
     line = launch_line.read(argv, p)
     argv = line.argv if line.gpus is None else ["--gpus", str(line.gpus), *line.argv]
     given = p.parse_args(argv)
     if given.preset and given.hf_config is not None:
         refuse("--preset and --hf-config", "one of the two", "both", "Leave one out.")
     if given.preset:
-        groups = recipes.groups(given.preset, {"GPU": given.gpu or "b200"})
+        gpu, recipe = given.gpu or "b200", recipes.of(given.preset)
+        groups = recipes.groups(given.preset, {"GPU": gpu})
         base = [
             flag for name in ("model", "training", "parallel", "precision") for flag in groups[name]
         ]
         namespace, _ = p.parse_known_args([*groups["tst"], *base])
-        namespace.vocab_size = LLAMA_3_VOCABULARY
+        namespace.vocab_size = recipe.vocabulary
         ratio = namespace.tst_iters / namespace.train_iters
         namespace.tst_iters, namespace.tst_step_ratio = (
             None,
@@ -217,17 +304,19 @@ def read(
         namespace.lr_decay_iters = namespace.lr_wsd_decay_iters = (
             namespace.max_position_embeddings
         ) = None
-        namespace.gpu, namespace.gpus = "b200", paper.GPUS[given.preset]
+        namespace.gpu = "b200"
+        namespace.gpus = paper.GPUS.get(given.preset, recipe.fit(gpu).gpus)
     elif given.hf_config is not None:
-        base, vocabulary = _of_hugging_face(Path(given.hf_config))
+        shape = _of_hugging_face(Path(given.hf_config))
+        base, notes = shape.flags, shape.notes
         namespace, _ = p.parse_known_args(base)
-        namespace.vocab_size = vocabulary
+        namespace.vocab_size, namespace.add_bias_linear = shape.vocabulary, shape.biases
     before = dict(vars(namespace))
     args = p.parse_args(argv, namespace)
-    args.not_used = line.not_used
+    args.not_used, args.notes = line.not_used, notes
     for name, value in line.values.items():  # the rules for layouts and TST look at more of them
-        if not hasattr(args, name):
-            setattr(args, name, value)
+        setattr(args, name, value)
+    _complete_model(args)
     _steps_of_samples(given, args)
     if given.preset and any(getattr(args, name) != before[name] for name in _MODEL):
         args.preset = None  # another model: nothing of it was measured
@@ -245,6 +334,15 @@ def read(
         refuse("--tflops", expected, f"{args.tflops:g}", "Give what Megatron prints.")
     if args.mfu and args.tflops:
         refuse("--mfu and --tflops", "one of the two", "both", "Leave one out.")
+    if model_size.uncounted(args):
+        do = "A plan has no formula for them."
+        refuse(
+            "the model",
+            "GPTModel's layers, or HybridModel's of * + - E",
+            " and ".join(model_size.uncounted(args)),
+            do,
+        )
+    _check_layers(args)
     if not args.kv_channels and args.hidden_size % args.num_attention_heads:
         refuse(
             "--hidden-size",
@@ -302,21 +400,60 @@ def _steps_of_samples(given, args):
     args.train_iters = given.train_samples // batch if batch else None
 
 
-def _of_hugging_face(file: Path) -> tuple[list[str], int]:
-    """-> flags of a config.json, rows of its embedding"""
-    from megatron_tst.export import hf_config
+def _complete_model(args):
+    """What follows from others of Megatron's arguments."""
+    old = getattr(args, "hybrid_override_pattern", None)  # its former name
+    args.hybrid_layer_pattern = args.hybrid_layer_pattern or old
+    if args.multi_latent_attention or "+" in (args.hybrid_layer_pattern or ""):
+        args.multi_latent_attention = True
+        for name, value in _LATENT.items():
+            setattr(args, name, getattr(args, name) or value)
+        args.kv_channels = args.kv_channels or args.v_head_dim
+    if args.hybrid_layer_pattern:  # Megatron counts them there too
+        main, *heads = args.hybrid_layer_pattern.split("/")
+        args.num_layers = len(main.replace("|", "")) or None
+        args.mtp_num_layers = len(heads) or None
+    args.mtp_num_layers = args.mtp_num_layers or None
 
+
+def _check_layers(args):
+    """Flags that say of each layer what it is."""
+    frequency, pattern = args.moe_layer_freq, args.hybrid_layer_pattern or ""
+    if args.num_experts and isinstance(frequency, list) and len(frequency) != args.num_layers:
+        expected = f"a value for each of the {args.num_layers} layers"
+        refuse("--moe-layer-freq", expected, len(frequency), "Correct it.")
+    if "E" in pattern and not args.num_experts:
+        refuse("--hybrid-layer-pattern with E", "--num-experts", "none", "Give it.")
+    if "*" in pattern and "+" in pattern:
+        do = "Megatron takes one of them."
+        refuse("--hybrid-layer-pattern", "* or + for all attention", pattern, do)
+    if len({*pattern.split("/")[1:]}) > 1:
+        do = "Give each layer of multi-token prediction the same."
+        refuse("--hybrid-layer-pattern", "one pattern behind all /", pattern, do)
+
+
+def _of_hugging_face(file: Path) -> hf_shapes.Shape:
     do = "Give the config.json that lies beside a model's weights."
     config = read_json(file, do=do)
-    args = hf_config.arguments(config, file)
-    if not all(args.moe_layer_freq) and args.num_experts:
-        refuse(
-            "--hf-config",
-            "experts in every layer, or in none",
-            "some layers without",
-            "Plan it by flags, as if every layer had them.",
-        )
-    return shlex.split(" ".join(hf_config.flags(args))), args.vocab_size
+    from megatron_tst.export import hf_config
+
+    kind = config.get("model_type")
+    if kind not in (*hf_config.DEFAULTS,):
+        return hf_shapes.read(config, file, hf_config.DEFAULTS)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            args = hf_config.arguments(config, file)
+    except TSTError as error:
+        if kind not in (*hf_shapes.KINDS,):
+            raise
+        # its sizes at least, if they are right: what Megatron computes otherwise changes none
+        shape = hf_shapes.read(config, file, hf_config.DEFAULTS)
+        shape.notes.append(f"import-hf and export-hf refuse it: {error}")
+        return shape
+    flags = shlex.split(" ".join(hf_config.flags(args)))
+    notes = [str(warning.message).removeprefix("megatron_tst: ") for warning in caught]
+    return hf_shapes.Shape(flags, args.vocab_size, False, notes)
 
 
 def paste(
@@ -345,6 +482,7 @@ def paste(
         "train_samples",
     ]
     for needed, names in (
+        (not args.hybrid_layer_pattern, ["num_layers", "mtp_num_layers"]),
         (args.group_query_attention, ["num_query_groups"]),
         (args.fp8, ["fp8_recipe"]),
         (
@@ -360,6 +498,8 @@ def paste(
             and not action.dest.startswith("tst_")
             and value != getattr(before, action.dest)
         ):
+            value = hf_shapes.runs(value) if isinstance(value, list) else value
+            value = 0 if value is None else value  # --mtp-num-layers, taken back
             words += [action.option_strings[0]] + ([str(value)] if value is not True else [])
     tst = vars(config) | {"step_ratio": None, "iters": tuple(superposed)}
     for name, default in vars(TSTConfig()).items():

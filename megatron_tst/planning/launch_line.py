@@ -35,9 +35,8 @@ _OUTPUT = re.compile(r"(&|&&|\||\|\||;)$|\d*&?>")
 _RUNNERS = {"torch.distributed.run", "torch.distributed.launch", "megatron_tst.launch"}
 # Megatron's flags that make another model or batch of it than the one that is planned.
 CHANGING = {
-    *("--moe-layer-freq", "--moe-shared-expert-intermediate-size", "--mtp-num-layers"),
-    *("--multi-latent-attention", "--hybrid-layer-pattern", "--hybrid-override-pattern"),
-    *("--rampup-batch-size", "--heterogeneous-layers-config-path", "--spec", "--moe-latent-size"),
+    *("--mtp-hybrid-override-pattern", "--spec"),
+    *("--rampup-batch-size", "--step-batch-size-schedule"),
 }
 
 

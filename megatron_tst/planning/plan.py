@@ -64,6 +64,7 @@ def examine(
     found["loader"]["measured"], found["text"]["readings"] = measured, read
     found["against"], found["checks"] = evidence.against(found, config), rows
     found["warnings"] = [*warned, *_other_models(args.not_used)]
+    found["notes"] = args.notes
     found["not_used"] = args.not_used
     found["flags"] = flags.paste(
         args,

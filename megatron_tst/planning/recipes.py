@@ -1,8 +1,9 @@
-"""The paper's runs as Megatron's flags: shape, training, TST, layout, precision. No torch.
+"""The paper's runs, and two larger ones, as Megatron's flags: shape, training, TST, layout,
+precision. No torch.
 
 The launch scripts (examples/270m.sh and so on), the planner's presets, the benchmarks and the tests
 read this file. Each number says where it is from: "paper" is arXiv 2605.06546; "filled in" follows
-from the model that the paper names; "ours": the paper does not say.
+from the model that the paper names; "ours": nobody says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_tst.model_size import LLAMA_3_VOCABULARY
 # What a launch script's environment may change, by its name there.
 VARIABLES = (
     *("GPU", "STEPS", "TST_STEPS", "BAG_SIZE", "BATCH_TOKENS", "LR", "SEQ"),
-    *("MICRO_BATCH", "PRECISION", "TP", "PP", "CP", "EP"),
+    *("MICRO_BATCH", "PRECISION", "TP", "PP", "CP", "EP", "LAYOUT"),
 )
 
 
@@ -32,15 +33,26 @@ class Fit:
     Args:
         micro_batch: samples of a rank at a time.
         precision: one of PRECISIONS.
+        gpus: how many of them, where the paper does not say.
+        tensor, pipeline: parallel sizes.
+        experts: ranks that share the experts; 0: the recipe's.
+        layout: --pipeline-model-parallel-layout of this pipeline.
+        more: flags of recomputation and the like.
     """
 
     micro_batch: int
     precision: str
+    gpus: int = 8
+    tensor: int = 1
+    pipeline: int = 1
+    experts: int = 0
+    layout: str = ""
+    more: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run of the paper.
+    """A run of the paper, or a larger one.
 
     Args:
         model: flags of the model but for the sequence length.
@@ -51,6 +63,9 @@ class Recipe:
         h100, b200: micro-batch and precision on H100 and H200, and on B200.
         batch_tokens: positions of a step, in both phases.
         expert_parallel: ranks that share the experts.
+        vocabulary: ids of the model's tokenizer, or rows of its published table.
+        rows: what the rows of the table are a multiple of, whatever tensor parallelism is.
+        init_std: --init-method-std.
     """
 
     model: tuple[str, ...]
@@ -62,6 +77,13 @@ class Recipe:
     b200: Fit
     batch_tokens: int = 1 << 21  # paper, set-up: 2M "equivalent tokens" a step
     expert_parallel: int = 1
+    vocabulary: int = LLAMA_3_VOCABULARY
+    rows: int = 128
+    init_std: str = "0.02"
+
+    def fit(self, gpu: str) -> Fit:
+        """What a kind of GPU takes, one of hardware.GPUS."""
+        return self.b200 if gpu == "b200" else self.h100
 
     def tst_steps(self, steps: int) -> int:
         """Of so many steps, those with bags."""
@@ -165,6 +187,92 @@ RECIPES = {
         expert_parallel=8,
     ),
 }
+# Of DeepSeek-V3 and of Moonlight, whose code is the same. YaRN is for longer contexts than these
+# runs have.
+DEEPSEEK = (
+    "--multi-latent-attention --kv-lora-rank 512 --qk-head-dim 128 --qk-pos-emb-head-dim 64",
+    "--v-head-dim 128 --kv-channels 128 --qk-layernorm --rope-type rope --no-rope-fusion",
+    "--position-embedding-type rope --swiglu --normalization RMSNorm --disable-bias-linear",
+    "--untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0",
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias",
+    "--moe-router-bias-update-rate 1e-3 --moe-router-load-balancing-type seq_aux_loss",
+    # ours: Megatron's own dispatcher, which needs no other package than Megatron's
+    "--moe-router-dtype fp32 --moe-token-dispatcher-type alltoall --moe-grouped-gemm",
+)
+# Released models' shapes, with TST. The steps are those after which TST has read as much text as
+# the released model: a position reads 2.5 tokens on average. s and r are the paper's of its dense
+# runs. Nothing of it was trained by us, and the paper has no model of this kind.
+LARGE = {
+    # Moonlight-16B-A3B (arXiv 2502.16982): 5.7T tokens. Its own run was Muon's. Layout on H100:
+    # Megatron-Bridge 0.6's moonlight_16b, TP 2 with sequence parallelism and experts over 8 GPUs,
+    # from one node on. On B200 TP is ours to leave out. megatron-core 0.19 normalises what the
+    # product of queries takes too (model_size.py), which the released model does not.
+    "moe-16b-a3b": Recipe(
+        model=(
+            # its config.json: 16.0B parameters, 2.6B active
+            "--num-layers 27 --hidden-size 2048 --ffn-hidden-size 11264 --num-attention-heads 16",
+            "--num-experts 64 --moe-router-topk 6 --moe-ffn-hidden-size 1408",
+            "--moe-shared-expert-intermediate-size 2816 --moe-layer-freq ([0]*1+[1]*26)",
+            "--moe-router-topk-scaling-factor 2.446 --moe-aux-loss-coeff 1e-3",
+            "--norm-epsilon 1e-5 --rotary-base 50000",
+            *DEEPSEEK,
+        ),
+        steps=272000,  # 5.7T tokens
+        superposed=Fraction(3, 10),
+        bag_size=6,
+        lr="4.2e-4",  # its report
+        h100=Fit(1, "bf16", gpus=16, tensor=2, experts=8),
+        b200=Fit(1, "mxfp8", gpus=16, experts=8),
+        batch_tokens=1 << 23,  # Megatron-Bridge's: 2048 samples of 4096
+        vocabulary=163840,
+    ),
+    # DeepSeek-V3 (arXiv 2412.19437): 14.8T tokens. Layouts of Megatron-Bridge 0.6's
+    # deepseek_v3 for 1024 H100 and 256 B200. H100: TP 2, PP 8 with 4 virtual stages, experts over
+    # 64; the first stage has the embedding and a layer, 30 have two, the last multi-token
+    # prediction and the loss. B200: PP 8 with 2 virtual stages, experts over 8. Both are its
+    # layouts for speed, with forced balance and a dispatcher of their own (HybridEP), which are not
+    # here.
+    "moe-671b-a37b": Recipe(
+        model=(
+            # its config.json: 671B parameters, 37B active; 11.6B more of multi-token prediction
+            "--num-layers 61 --hidden-size 7168 --ffn-hidden-size 18432",
+            "--num-attention-heads 128 --q-lora-rank 1536",
+            "--num-experts 256 --moe-router-topk 8 --moe-ffn-hidden-size 2048",
+            "--moe-shared-expert-intermediate-size 2048 --moe-layer-freq ([0]*3+[1]*58)",
+            "--moe-router-num-groups 8 --moe-router-group-topk 4",
+            "--moe-router-topk-scaling-factor 2.5 --moe-aux-loss-coeff 1e-4",
+            "--mtp-num-layers 1 --mtp-loss-scaling-factor 0.1",  # its report: 0.3, later 0.1
+            "--norm-epsilon 1e-6 --rotary-base 10000",
+            *DEEPSEEK,
+        ),
+        steps=88200,  # 14.8T tokens
+        superposed=Fraction(3, 10),
+        bag_size=6,
+        lr="2.2e-4",  # its report
+        h100=Fit(
+            *(1, "bf16"),
+            gpus=1024,
+            tensor=2,
+            pipeline=8,
+            experts=64,
+            layout="Et|(tt|)*30mL",
+            more=("--recompute-granularity selective --recompute-modules mla_up_proj mlp",),
+        ),
+        b200=Fit(
+            *(1, "mxfp8"),
+            gpus=256,
+            pipeline=8,
+            experts=8,
+            layout="Et*4|(tttt|)*14tmL",
+            more=("--recompute-granularity selective --recompute-modules mla_up_proj",),
+        ),
+        batch_tokens=1 << 26,  # Megatron-Bridge's on H100: 16384 samples of 4096
+        vocabulary=129280,
+        rows=1280,  # 128815 ids come to 129280 rows
+        init_std="0.006",  # its report
+    ),
+}
+NAMES = (*RECIPES, *LARGE)
 SEQ = 4096  # ours: the sequence length is not given
 # Ours: the paper names no precision. Embedding, norms, router, output layer and loss stay bf16 or
 # fp32 in all of them. Delayed scaling, Megatron's default recipe, is not offered: it carries state
@@ -179,20 +287,25 @@ PRECISIONS = {
 }
 
 
+def of(name: str) -> Recipe:
+    """The recipe of one of NAMES."""
+    return RECIPES[name] if name in RECIPES else LARGE[name]
+
+
 def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[str]]:
     """Megatron's flags of a recipe: {"model", "training", "tst", "parallel", "precision": [...]}.
 
     Data, checkpoints and logs are the launch script's.
 
     Args:
-        name: one of RECIPES.
+        name: one of NAMES.
         given: VARIABLES that differ from the recipe, as {"STEPS": "100000"}.
 
     Raises:
         TSTError: an unknown variable, a value that is no whole number where it must be one, a
             precision that the GPU does not have, a sequence that does not divide the batch.
     """
-    given, recipe = dict(given or {}), RECIPES[name]
+    given, recipe = dict(given or {}), of(name)
     for unknown in given.keys() - set(VARIABLES):
         refuse("the recipe's variables", ", ".join(VARIABLES), unknown, "Leave it out.")
 
@@ -213,14 +326,19 @@ def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[
     gpu = given.get("GPU", "h100")
     if gpu not in GPUS:
         refuse("GPU", " or ".join(GPUS), gpu, "MICRO_BATCH and PRECISION suit it to another.")
-    fit = recipe.b200 if gpu == "b200" else recipe.h100
+    fit = recipe.fit(gpu)
     steps, seq = whole("STEPS", recipe.steps), whole("SEQ", SEQ)
     batch_tokens = whole("BATCH_TOKENS", recipe.batch_tokens)
     if batch_tokens % seq:
         refuse("BATCH_TOKENS", f"a multiple of SEQ={seq}", batch_tokens, "Change one of them.")
-    tp, pp, cp = (whole(size, 1) for size in ("TP", "PP", "CP"))
+    tp, pp, cp = whole("TP", fit.tensor), whole("PP", fit.pipeline), whole("CP", 1)
     # a model without experts has none to share, whatever the environment says
-    ep = whole("EP", recipe.expert_parallel) if recipe.expert_parallel > 1 else 1
+    shared = fit.experts or recipe.expert_parallel
+    ep = whole("EP", shared) if shared > 1 else 1
+    layout = given.get("LAYOUT", fit.layout if pp == fit.pipeline else "")
+    if not re.fullmatch(r"[EtmL|,()*0-9]{0,4096}", layout):
+        do = "Write it as Megatron's --pipeline-model-parallel-layout."
+        refuse("LAYOUT", "stages as Et*3|(tt|)*29mL", repr(layout), do)
     precision = given.get("PRECISION", fit.precision)
     if precision not in PRECISIONS:
         *others, last = PRECISIONS
@@ -237,7 +355,8 @@ def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[
         "model": (
             *recipe.model,
             f"--seq-length {seq} --max-position-embeddings {seq}",
-            "--init-method-std 0.02 --transformer-impl transformer_engine",  # ours
+            # ours, but where the recipe says so
+            f"--init-method-std {recipe.init_std} --transformer-impl transformer_engine",
         ),
         "training": (
             f"--train-iters {steps} --global-batch-size {batch_tokens // seq}",
@@ -256,10 +375,12 @@ def groups(name: str, given: Mapping[str, str] | None = None) -> dict[str, list[
         "parallel": (
             f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}",
             f"--context-parallel-size {cp} --expert-model-parallel-size {ep}",
-            f"--make-vocab-size-divisible-by {128 // tp}",
+            f"--make-vocab-size-divisible-by {recipe.rows // tp}",
             "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
             "--sequence-parallel" if tp > 1 else "",
             "--expert-tensor-parallel-size 1" if ep > 1 else "",
+            f"--pipeline-model-parallel-layout {layout}" if layout else "",
+            *fit.more,
         ),
         "precision": ("--bf16", PRECISIONS[precision]),
     }
@@ -277,7 +398,7 @@ def shell(name: str, given: Mapping[str, str] | None = None) -> str:
         f"{group.upper()}_FLAGS=({shlex.join(flags)})"
         for group, flags in groups(name, given).items()
     ]
-    return "\n".join([*arrays, f"VOCABULARY={LLAMA_3_VOCABULARY}"])
+    return "\n".join([*arrays, f"VOCABULARY={of(name).vocabulary}"])
 
 
 def _above_zero(text: str) -> bool:

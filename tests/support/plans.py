@@ -50,6 +50,8 @@ def accepted(argv):
     """Megatron's arguments after its validation and TST's of the flags that a plan prints."""
     found, args = plan.examine(argv)
     own = BESIDE[:-2] if "--lr" in found["flags"] else BESIDE
+    if getattr(args, "add_bias_linear", False):
+        own = [flag for flag in own if flag != "--disable-bias-linear"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         flags = [*found["flags"], *own, "--vocab-size", str(args.vocab_size)]

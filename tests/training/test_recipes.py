@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 
+from megatron_tst import model_size
 from megatron_tst.checks import dry_run
 from megatron_tst.config import TSTConfig
 from megatron_tst.model_size import parameters
@@ -67,7 +68,8 @@ def flags_of(name, *flags, **variables):
 def validated(name, *flags, **variables):
     _, got = flags_of(name, *flags, **variables)
     world = int(variables.get("NNODES", 1)) * int(variables.get("GPUS_PER_NODE", 8))
-    return dry_run.validate(got, world, variables.get("GPU", "h100"))
+    vocabulary = recipes.of(name.replace("_", "-")).vocabulary
+    return dry_run.validate(got, world, variables.get("GPU", "h100"), vocabulary)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -122,6 +124,64 @@ def test_megatron_and_tst_accept_every_recipe(name, setting, baseline):
         assert schedule.raw_tokens(schedule.train_samples) == batch * (
             bag * superposed + steps - superposed
         )
+
+
+# Larger models: steps, superposed steps, bag size, positions a step, learning rate, raw tokens and
+# the size that their makers state; nodes of eight GPUs, and TP, PP, VPP, EP, by kind of GPU.
+LARGE = {
+    "moe_16b_a3b": (272000, 81600, 6, 2**23, 4.2e-4, 5.7e12, 15.96e9, 163840),
+    "moe_671b_a37b": (88200, 26460, 6, 2**26, 2.2e-4, 14.8e12, 671.03e9, 129280),
+}
+MACHINES = {
+    ("moe_16b_a3b", "h100"): (2, (2, 1, None, 8)),
+    ("moe_16b_a3b", "b200"): (2, (1, 1, None, 8)),
+    ("moe_671b_a37b", "h100"): (128, (2, 8, 4, 64)),
+    ("moe_671b_a37b", "b200"): (32, (1, 8, 2, 8)),
+}
+
+
+@pytest.mark.parametrize("precision", ["", "fp8", "fp8-blockwise"])
+@pytest.mark.parametrize("name, gpu", MACHINES)
+def test_megatron_and_tst_accept_the_larger_models(name, gpu, precision):
+    nodes, layout = MACHINES[name, gpu]
+    more = {"PRECISION": precision} if precision else {}
+    args = validated(name, NNODES=str(nodes), GPU=gpu, **more)
+    steps, superposed, bag, batch, lr, text, size, vocabulary = LARGE[name]
+    assert (args.train_iters, args.lr, args.global_batch_size * args.seq_length) == (
+        steps,
+        lr,
+        batch,
+    )
+    assert layout == (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    count = model_size.size(args)
+    assert count.every - count.mtp == pytest.approx(size, rel=1e-3)
+    assert args.padded_vocab_size == vocabulary and args.bf16
+    default = "mxfp8" if gpu == "b200" else None
+    expected = {"": default, "fp8": "tensorwise", "fp8-blockwise": "blockwise"}[precision]
+    assert (args.fp8_recipe if args.fp8 else None) == expected
+    config = TSTConfig.from_args(args)
+    schedule = config.schedule(args)
+    assert (config.bag_size, schedule.superposition_samples) == (
+        bag,
+        superposed * args.global_batch_size,
+    )
+    assert schedule.raw_tokens(schedule.train_samples) == pytest.approx(text, rel=2e-3)
+    assert nodes * 8 == recipes.of(name.replace("_", "-")).fit(gpu).gpus
+
+
+def test_a_pipeline_of_another_length_has_no_published_layout():
+    groups = recipes.groups("moe-671b-a37b", {"PP": "4"})
+    assert "--pipeline-model-parallel-layout" not in groups["parallel"]
+    assert recipes.groups("moe-671b-a37b")["parallel"].count("Et|(tt|)*30mL") == 1
+    args = validated(
+        "moe_671b_a37b", NNODES="64", PP="4", LAYOUT="Et*14|(t*16|)*2t*15mL", GPU="b200"
+    )
+    assert args.virtual_pipeline_model_parallel_size is None
 
 
 def test_the_paper_s_longer_run():
@@ -264,6 +324,7 @@ def test_every_variable_of_a_recipe_reaches_it():
         "PP": "2",
         "CP": "4",
         "EP": "4",
+        "LAYOUT": "Et*12|t*12L",
     }
     _, got = flags_of("moe_10b_a1b", **given)
     groups = recipes.groups("moe-10b-a1b", given)
@@ -278,6 +339,7 @@ def test_every_variable_of_a_recipe_reaches_it():
         "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 ",
         "--context-parallel-size 4 --expert-model-parallel-size 4 ",
         "--make-vocab-size-divisible-by 64 ",
+        "--pipeline-model-parallel-layout Et*12|t*12L ",
         "--bf16 --fp8-format hybrid --fp8-recipe tensorwise ",
     ):
         assert flags in text

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from megatron_tst.checkpoint.phases import store
-from megatron_tst.checks import conflicts, refusals
+from megatron_tst.checks import conflicts, megatron_faults, refusals
 from megatron_tst.checks.megatron_faults import warn_of_faults
 from megatron_tst.checks.refusals import check_arguments
+from megatron_tst.compat import megatron_version
 from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.errors import TSTError
 from megatron_tst.loop.resume import check_resume
@@ -315,6 +316,19 @@ def test_what_megatron_computes_otherwise_in_this_layout(changes, messages):
     assert len(got) == len(messages), got
     for text, message in zip(got, messages):
         assert re.search(message, text), text
+
+
+def test_queries_without_a_rank_are_normalised_once_more(monkeypatch):
+    """Moonlight's attention: Megatron 0.19 and later add a norm to it."""
+    changes = dict(multi_latent_attention=True, qk_layernorm=True, q_lora_rank=None)
+    later = tuple(map(int, megatron_version().split(".")[:2])) >= (0, 19)
+    got = warned(FINE, **vars(arguments(**changes)))
+    assert len(got) == later
+    monkeypatch.setattr(megatron_faults, "_norms_whole_queries", lambda: True)
+    (got,) = warned(FINE, **vars(arguments(**changes)))
+    assert re.search(r"a norm of its own before linear_q_proj .* Add --q-lora-rank, or use", got)
+    for fine in dict(q_lora_rank=8), dict(qk_layernorm=False), dict(multi_latent_attention=False):
+        assert not warned(FINE, **vars(arguments(**changes | fine)))
 
 
 def test_a_layout_that_nobody_names_is_one_process():

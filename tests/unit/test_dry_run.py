@@ -39,7 +39,7 @@ def test_what_is_accepted(capsys):
     engine = dry_run._installed() or "2.14.0 assumed"
     assert text.split("\n")[:-1] == [
         "dry run: accepted",
-        "  model       38.1 M parameters, vocabulary 50176",
+        "  model       38.7 M parameters, vocabulary 50176",
         "  machine     8 h100 as TP 2 x PP 1 x CP 1 x DP 4, EP 1; bf16",
         "  batch       64 samples x 1024 positions = 65,536, in 8 micro-batches of 2",
         "  steps       300 with bags of 6, then 700 plain",
@@ -117,6 +117,7 @@ def test_padding_follows_the_layout():
     flags = RUN[:without] + RUN[without + 2 :]
     args = dry_run.validate(flags, 8, "h100")
     assert args.padded_vocab_size == 128256
+    assert dry_run.validate(flags, 8, "h100", 1000).padded_vocab_size == 1024
 
 
 def test_the_flags_are_handed_on_as_they_are(monkeypatch):
@@ -129,7 +130,9 @@ def test_the_flags_are_handed_on_as_they_are(monkeypatch):
     monkeypatch.setattr(dry_run, "validate", validate)
     flags = ["--split", "", "--lr", "-1", "*", "x"]
     assert dry_run.main(["--gpu", "b200", "--world-size", "3", "--", *flags]) == 2
-    assert seen == [(flags, 3, "b200")]
+    assert seen == [(flags, 3, "b200", 128256)]
+    more = ["--gpu", "b200", "--world-size", "3", "--vocabulary", "1000"]
+    assert dry_run.main([*more, "--", *flags]) == 2 and seen[1][3] == 1000
 
 
 @pytest.mark.parametrize(
@@ -153,14 +156,15 @@ def test_an_error_of_megatrons_is_said_with_its_place(monkeypatch, kind):
 
 def test_experts_count_all_of_them(capsys):
     """By hand: attention 4 * 512^2 a layer, 8 experts of 3 * 512 * 256 and a router of 512 * 8 in
-    each of 4 layers, 2 norms a layer and the last one, one tied table of 50048 rows.
+    each of 4 layers, 2 norms a layer and the last one, each with a bias, one tied table of 50048
+    rows, and a place for each of 1024 positions.
     """
-    layer = 4 * 512**2 + 8 * 3 * 512 * 256 + 512 * 8 + 2 * 512
-    count = 4 * layer + 512 + 50048 * 512
-    assert count == 42_422_784
+    layer = 4 * 512**2 + 8 * 3 * 512 * 256 + 512 * 8 + 4 * 512
+    count = 4 * layer + 2 * 512 + 50048 * 512 + 1024 * 512
+    assert count == 42_951_680
     flags = RUN[len(SMALL) :]
     assert dry_run.main(["--world-size", "1", "--gpu", "h100", "--", *EXPERTS, *flags]) == 0
-    assert "  model       42.4 M parameters, vocabulary 50048\n" in capsys.readouterr().out
+    assert "  model       43.0 M parameters, vocabulary 50048\n" in capsys.readouterr().out
 
 
 def test_the_process_that_is_assumed(monkeypatch):

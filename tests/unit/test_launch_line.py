@@ -124,9 +124,9 @@ def test_a_variable_that_no_shell_has_replaced(launcher, variable):
 
 
 def test_flags_that_change_the_run_are_said_to(capsys):
-    found = planned(*SMALL, "--mtp-num-layers", "1", "--moe-layer-freq", "[0,1]*2", "--bf16")
+    found = planned(*SMALL, "--spec", "a", "b", "--mtp-hybrid-override-pattern", "M", "--bf16")
     assert found["warnings"][-1] == (
-        "--mtp-num-layers, --moe-layer-freq change the run: the figures are those of the run "
+        "--spec, --mtp-hybrid-override-pattern change the run: the figures are those of the run "
         "without"
     )
 

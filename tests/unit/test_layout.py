@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from megatron_tst.checks import layout
+from megatron_tst.checks import layout, pipeline
 from megatron_tst.config import TSTConfig
 
 TST = TSTConfig(6, step_ratio=0.3)
@@ -240,3 +240,210 @@ def test_every_warning_whatever_python_shows(action):
 def test_an_outcome_stays_as_it_is():
     with pytest.raises(dataclasses.FrozenInstanceError):
         layout.Check("", "").fault = "x"
+
+
+# ---- pipelines, latent attention, groups of experts
+
+LAYOUT, VPP = "pipeline_model_parallel_layout", "num_virtual_stages_per_pipeline_rank"
+FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
+EACH = "num_layers_per_virtual_pipeline_stage"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Et|t|tL",
+        "Et*3|(tt|)*29mL",
+        "Et|(tt|)*30mL",
+        "Et*4|(tttt|)*14tmL",
+        "E,t*2|tt,|,mL",
+        "(|t)*2,L",
+        "E||t|L",
+        "Ett|(t|t)*2|L",
+    ],
+)
+def test_stages_are_those_that_megatron_reads(text):
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    letters = {"embedding": "E", "decoder": "t", "mtp": "m", "loss": "L"}
+    theirs = PipelineParallelLayerLayout.parse_str_to_list(text)
+    assert pipeline.stages(text) == ["".join(letters[x.name] for x in stage) for stage in theirs]
+
+
+PIPELINES = (
+    dict(num_layers=8),
+    dict(num_layers=7),
+    {VPP: 2},
+    {VPP: 3},
+    {VPP: 4},
+    {EACH: 2},
+    {EACH: 3},
+    {FIRST: 2},
+    {FIRST: 3},
+    {LAST: 2},
+    {LAST: 1},
+    {FIRST: 1, LAST: 1},
+    {FIRST: 4, LAST: 4},
+    {FIRST: 4, LAST: 3},
+    {FIRST: 9},
+    {FIRST: 2, LAST: 2, VPP: 2},
+    {FIRST: 1, LAST: 3, VPP: 2},
+    dict(num_layers=7, account_for_embedding_in_pipeline_split=True),
+    dict(num_layers=6, account_for_embedding_in_pipeline_split=True)
+    | dict(account_for_loss_in_pipeline_split=True),
+    dict(num_layers=7, account_for_loss_in_pipeline_split=True, **{VPP: 2}),
+    {LAYOUT: "Et*4|t*4L"},
+    {LAYOUT: "Et*2|t*2|t*2|t*2L"},
+    {LAYOUT: "Et|(t|)*7L"},
+    {LAYOUT: "Et|(t|)*6L"},
+    {LAYOUT: "t*4|Et*4L"},
+    {LAYOUT: "Et*4|t*4"},
+    {LAYOUT: "Et*3|t*4L"},
+    {LAYOUT: "Et*4|t*2|t*2L"},
+    {LAYOUT: "Et*4|xt*4L"},
+    {LAYOUT: "Et*4|t*4mL"},
+    {LAYOUT: "Et*4|t*4mL", "mtp_num_layers": 1},
+    {LAYOUT: "Et*4|t*4L", "mtp_num_layers": 1},
+    {LAYOUT: "Et*2|t*2|t*2|t*2mmL", "mtp_num_layers": 2},
+    {LAYOUT: "Et*2|t*2|t*2|mt*2mL", "mtp_num_layers": 2},
+    {LAYOUT: "Et*2|t*2m|t*2|t*2L", "mtp_num_layers": 1},
+    {LAYOUT: "Et*2|t*2|t*4m|L", "mtp_num_layers": 1},
+    {LAYOUT: "Et*2|t*6|m|L", "mtp_num_layers": 1},
+    dict(mtp_num_layers=1),
+    dict(mtp_num_layers=1, **{VPP: 2}),
+)
+ON_FOUR = [changes for changes in PIPELINES if changes.get(LAYOUT, "|||").count("|") == 3]
+
+
+@pytest.mark.parametrize("text", ["t*" + "9" * 5000, "(t*65536)*65536", "((t", "t**", "*", "|" * 9])
+def test_a_layout_that_is_none(text):
+    args = arguments(**ONE, pipeline_model_parallel_layout=text)
+    assert [fault for _, _, fault in pipeline.rules(args) if fault]
+    assert sum(map(len, pipeline.stages(text))) < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "pp, changes", [*((2, c) for c in PIPELINES), *((4, c) for c in ON_FOUR)], ids=str
+)
+def test_megatron_takes_the_pipelines_that_fit_and_no_other(pp, changes):
+    """Its own validation, on as many processes, and its count of layers as a stage is built."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.training.arguments import core_transformer_config_from_args
+    from support.plans import BESIDE, SMALL
+
+    from megatron_tst.checks import dry_run
+
+    changes = dict(num_layers=8) | changes
+    base = ONE | dict(gpus=pp, pipeline_model_parallel_size=pp, micro_batch_size=1)
+    args = arguments(**base | dict(global_batch_size=64) | changes)
+    faults = [fault for _, _, fault in pipeline.rules(args) if fault]
+    flags = [*SMALL, *BESIDE, "--pipeline-model-parallel-size", str(pp)]
+    flags += ["--micro-batch-size", "1", "--max-position-embeddings", "1024"]
+    flags += ["--position-embedding-type", "rope", "--no-rope-fusion"]
+    for name, value in changes.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    try:
+        found = dry_run.validate(flags, pp, "h100")
+        virtual = found.virtual_pipeline_model_parallel_size or 1
+        if LAYOUT not in changes:
+            config = core_transformer_config_from_args(found)
+            stages = [(stage, rank) for rank in range(pp) for stage in range(virtual)]
+            counts = [get_num_layers_to_build(config, *stage) for stage in stages]
+            assert min(counts) >= 0 and sum(counts) == found.num_layers
+    except (dry_run.Refused, AssertionError) as refused:
+        assert faults, refused
+        return
+    assert not faults
+    if LAYOUT in changes:
+        assert len(pipeline.stages(changes[LAYOUT])) == pp * virtual
+
+
+@pytest.mark.parametrize(
+    "batch, fault",
+    [
+        (6, ""),
+        (
+            8,
+            "micro-batches of a rank, with virtual stages: expected a multiple of PP = 3, got 8. "
+            "Change one of them.",
+        ),
+    ],
+)
+def test_micro_batches_of_virtual_stages(batch, fault):
+    base = ONE | dict(gpus=3, pipeline_model_parallel_size=3, micro_batch_size=1)
+    args = arguments(**base | dict(global_batch_size=batch, num_virtual_stages_per_pipeline_rank=2))
+    *_, last = pipeline.rules(args)
+    assert last[1:] == ("a multiple of PP = 3", fault)
+
+
+def test_virtual_stages_of_one_stage():
+    args = arguments(**ONE, num_virtual_stages_per_pipeline_rank=2)
+    what = "--pipeline-model-parallel-size"
+    rule = "2 or more, with virtual stages"
+    assert (what, rule, f"{what}: expected {rule}, got 1. Raise it.") in [*pipeline.rules(args)]
+
+
+@pytest.mark.parametrize("pp, fits", [(1, True), (2, True), (3, False), (4, True)])
+def test_segments_of_a_hybrid_model(pp, fits):
+    base = ONE | dict(gpus=pp, pipeline_model_parallel_size=pp)
+    args = arguments(**base | dict(hybrid_layer_pattern="*-|*-|*-|*-/*-", global_batch_size=24))
+    what, rule, fault = next(pipeline.rules(args))
+    assert (what, rule) == ("--hybrid-layer-pattern: segments 4", f"a multiple of PP = {pp}")
+    assert (fault == "") is fits
+
+
+LATENT = dict(
+    multi_latent_attention=True,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_head_dim=8,
+    qk_pos_emb_head_dim=4,
+    v_head_dim=8,
+)
+
+
+@pytest.mark.parametrize("groups", [False, True])
+def test_latent_attention_has_no_groups(groups):
+    rules, _ = asked(**LATENT, group_query_attention=groups)
+    rule = "none with --multi-latent-attention"
+    fault = f"--group-query-attention: expected {rule}, got it. Leave it out."
+    assert ("--group-query-attention", rule, fault if groups else "") in rules
+
+
+def test_the_rules_of_a_mixed_model():
+    """Dense layers and a shared expert are cut by TP, experts by their own."""
+    mixed = dict(moe_layer_freq=[0] + [1] * 5, moe_shared_expert_intermediate_size=1025)
+    rules, _ = asked(**EXPERTS, **mixed, moe_router_topk=2)
+    assert ("--ffn-hidden-size 1024", "a multiple of TP = 2", "") in rules
+    what, rule = "--moe-shared-expert-intermediate-size", "a multiple of TP = 2"
+    fault = f"{what}: expected {rule}, got 1025. Change one of them."
+    assert (f"{what} 1025", rule, fault) in rules
+    assert not [what for what, *_ in asked(**EXPERTS)[0] if what.startswith("--ffn-hidden")]
+
+
+@pytest.mark.parametrize(
+    "changes, faults",
+    [
+        (dict(moe_router_num_groups=4, moe_router_group_topk=2), []),
+        (dict(moe_router_group_topk=2), ["--moe-router-group-topk: expected --moe-router-num-gro"]),
+        (
+            dict(moe_router_num_groups=3, moe_router_group_topk=2),
+            ["--num-experts: expected a multiple of router groups = 3, got 8. Change one of them."],
+        ),
+        (
+            dict(moe_router_num_groups=2, moe_router_group_topk=4),
+            ["--moe-router-group-topk: expected at most --moe-router-num-groups = 2, got 4."],
+        ),
+        (
+            dict(moe_router_num_groups=4, moe_router_group_topk=4, moe_router_topk=6),
+            ["--moe-router-topk: expected a multiple of groups of a token = 4, got 6."],
+        ),
+    ],
+    ids=str,
+)
+def test_groups_of_experts(changes, faults):
+    rules, _ = asked(**EXPERTS | dict(moe_router_topk=4) | changes)
+    found = [fault for *_, fault in rules if fault]
+    assert len(found) == len(faults), found
+    for fault, start in zip(found, faults, strict=True):
+        assert fault.startswith(start)

@@ -252,7 +252,8 @@ def test_parameters_are_those_of_a_real_model(megatron):
         count = sum(p.numel() for p in gpt(**changes).parameters())
         assert got["parameters"] == count, changes
         if "experts" in changes:  # two of four experts of 3 x 32 x 32 in each of 2 layers are idle
-            assert got["active_parameters"] == count - 2 * 2 * 3 * 32 * 32
+            idle, table = 2 * 2 * 3 * 32 * 32, 96 * 32  # of the input, which is looked up
+            assert got["active_parameters"] == count - idle - table
 
 
 @pytest.mark.parametrize(
@@ -285,8 +286,14 @@ def test_flops_by_the_rule_of_thumb_by_hand():
     untied, _ = plan_flags.read([*EXPERTS, "--untie-embeddings-and-output-weights"])
     untied.mtp_num_layers = 2
     every, active = model_size.parameters(untied)
-    assert every - active == 4 * 6 * 3 * 512 * 256 == model_size.idle_parameters(untied)
-    assert model_size.flops_6nd(every, untied) == 6 * (active + table) * 64 * 1024  # - 1 + 2 tables
+    idle = model_size.idle_parameters(untied)
+    mixture = 8 * 512 + 8 * 3 * 512 * 256  # router and experts of a layer
+    layer = 4 * 512**2 + 2 * 512 + mixture
+    mtp = 2 * (layer + 3 * 512 + 2 * 512**2)
+    assert every == 4 * layer + 512 + 2 * table + mtp
+    assert every - active == idle + table and idle == (4 + 2) * 6 * 3 * 512 * 256
+    used = every - idle - table + 2 * table  # - 1 + 2 tables
+    assert model_size.flops_6nd(every, untied) == 6 * used * 64 * 1024
 
 
 def test_cost_by_hand():
@@ -877,7 +884,7 @@ def test_experts_on_one_rank_share_no_tensors():
         (
             "SPEED=1",
             "the recipe's variables: expected GPU, STEPS, TST_STEPS, BAG_SIZE, BATCH_TOKENS, LR, "
-            "SEQ, MICRO_BATCH, PRECISION, TP, PP, CP, EP, got SPEED. Leave it out.",
+            "SEQ, MICRO_BATCH, PRECISION, TP, PP, CP, EP, LAYOUT, got SPEED. Leave it out.",
         ),
         ("STEPS=1e4", "STEPS: expected a whole number above 0, got '1e4'. Correct it."),
         ("STEPS=00", "STEPS: expected a whole number above 0, got '00'. Correct it."),
@@ -943,6 +950,17 @@ def test_a_recipe_is_not_changed(value):
 # ---- whole answers: every figure, by hand
 
 
+def _tables(used, table):
+    """Of a model with two tables, whose input is looked up, without multi-token prediction."""
+    return {
+        "model.active_parameters": used - table,
+        "model.embedding": table,
+        "model.output": table,
+        "model.mtp_parameters": 0,
+        "model.mtp_active": 0,
+    }
+
+
 def _moe():
     """The paper's largest run, with half of the text that it read: table 1, and its shape."""
     layer = 2 * 2048 * 128 * (16 + 4) + 2 * 2048 + 2 * 128 + 64 * 2048 + 64 * 3 * 2048 * 1024
@@ -953,7 +971,7 @@ def _moe():
     loss = 3.1455 + (r - 0.2) / 0.1 * (3.1484 - 3.1455)  # table 4, s = 16, r = 0.2 and 0.3
     return {
         "model.parameters": parameters,
-        "model.active_parameters": parameters - idle,
+        **_tables(parameters - idle, 128256 * 2048),
         "model.vocabulary": 128256,
         "model.preset": "moe-10b-a1b",
         "run.steps": 49983,
@@ -1046,7 +1064,7 @@ def _experts():
     seconds = flops / (16 * 0.4 * 989.4e12)
     return {
         "model.parameters": parameters,
-        "model.active_parameters": parameters - 4 * 6 * 3 * 512 * 256,
+        **_tables(parameters - 4 * 6 * 3 * 512 * 256, 512 * 70016),
         "model.vocabulary": vocabulary,
         "model.preset": None,
         "run.steps": 1000,
@@ -1122,7 +1140,7 @@ def _output():
     seconds = hours / 20000 / 16 * 3600
     return {
         "model.parameters": parameters,
-        "model.active_parameters": parameters,
+        **_tables(parameters, 960 * 128256),
         "model.vocabulary": 128256,
         "model.preset": "600m",
         "run.steps": 20000,
@@ -1217,7 +1235,7 @@ def test_a_whole_plan(name):
     """Every figure, worked out from the shape, the paper's table 1 and the data sheets' peaks."""
     argv, expected = WHOLE[name]
     plan, expected = planned(*argv), expected()
-    for apart in ("flags", "checks", "against", "warnings"):
+    for apart in ("flags", "checks", "against", "warnings", "notes"):
         plan.pop(apart)
     assert plan.pop("not_used") == plan["text"]["readings"] == []
     found = _leaves(plan)

@@ -551,8 +551,10 @@ def test_the_help_says_what_each_flag_is():
     text = " ".join(plan_flags.parser().format_help().split())
     for said in (
         "what to plan:",
-        "--preset NAME a run of the paper: 270m, 600m, 3b, moe-10b-a1b --hf-config",
-        "--hf-config FILE or the shape of a Hugging Face config.json: Llama, Qwen3, Qwen3-MoE",
+        "--preset NAME a run of the paper: 270m, 600m, 3b, moe-10b-a1b; or a larger one: "
+        "moe-16b-a3b, moe-671b-a37b --hf-config",
+        "--hf-config FILE or the shape of a Hugging Face config.json: Llama, Qwen3, and mixtures "
+        "of experts as DeepSeek-V3, Qwen3-MoE, GLM-4.5, gpt-oss, Mixtral",
         "--tokens N raw tokens that you have, as 105B or 1.5T",
         "--data-path PREFIX [... ...] or count them in Megatron's dataset, say how often each",
         "--gpus N GPUs (default: the paper's, else 8)",
@@ -604,8 +606,8 @@ def test_the_flags_to_paste(flags, more, absent):
 @pytest.mark.parametrize(
     "argv",
     [
-        *(["--preset", name] for name in recipes.RECIPES),
-        *(["--preset", name, "--gpu", "h100"] for name in recipes.RECIPES),
+        *(["--preset", name] for name in recipes.NAMES),
+        *(["--preset", name, "--gpu", "h100"] for name in recipes.NAMES),
         [
             "--preset",
             "3b",
@@ -731,12 +733,11 @@ def test_a_hugging_face_config(tmp_path, capsys):
     for content, message in (
         ("[1]", "expected a JSON object in it, got [1]"),
         ("{", "config.json: expected JSON, got "),
-        (json.dumps(HF | {"model_type": "mamba"}), "model_type: expected llama or"),
+        (json.dumps(HF | {"model_type": "mamba"}), "model_type: expected one of bailing_moe, "),
         (
             json.dumps({k: v for k, v in HF.items() if k != "hidden_size"}),
             "hidden_size: expected a whole number of at least 1 and at most",
         ),
-        (json.dumps(HF | {"mlp_only_layers": [0]}), "experts in every layer, or in none"),
     ):
         file.write_text(content)
         code, text = screen_of(capsys, *run)
@@ -887,13 +888,11 @@ def test_what_training_would_say_of_the_text(tmp_path, monkeypatch):
             f"{one} is read 10.00 times (10,240,000 tokens of 1,024,000): Megatron repeats it. "
             "More text, smaller bags or fewer iterations change that"
         ]
-    ample = planned(*run, "--train-iters", "10", "--tst-iters", "3", "--mtp-num-layers", "1")
-    assert ample["warnings"] == [
-        "--mtp-num-layers changes the run: the figures are those of the run without"
-    ]
-    several = planned(*SMALL, "--mtp-num-layers", "1", "--bf16", "--moe-layer-freq", "2")
+    ample = planned(*run, "--train-iters", "10", "--tst-iters", "3", "--spec", "a", "b")
+    assert ample["warnings"] == ["--spec changes the run: the figures are those of the run without"]
+    several = planned(*SMALL, "--spec", "a", "b", "--bf16", "--mtp-hybrid-override-pattern", "M")
     assert several["warnings"] == [
-        "--mtp-num-layers, --moe-layer-freq change the run: the figures are those of the run "
+        "--spec, --mtp-hybrid-override-pattern change the run: the figures are those of the run "
         "without"
     ]
     with pytest.raises(TSTError, match="--tst-bag-size: expected at most 4, with --seq-length 250"):
@@ -989,6 +988,7 @@ def test_the_keys():
         "paper",
         "against",
         "warnings",
+        "notes",
         "checks",
         "flags",
         "sweep",
@@ -1060,7 +1060,7 @@ def test_help_is_one_screen(capsys):
             "--print: expected --preset, and nothing else, beside it, got --gpu.",
         ),
         (["--preset", "3b", "--print", "STEPS"], "--print: expected variables as STEPS=100"),
-        (["--preset", "3b", "--print", "SPEED=1"], "MICRO_BATCH, PRECISION, TP, PP, CP, EP, got"),
+        (["--preset", "3b", "--print", "SPEED=1"], "PRECISION, TP, PP, CP, EP, LAYOUT, got"),
         (["--preset", "3b", "--print", "STEPS=1e4"], "STEPS: expected a whole number above 0"),
         (["--preset", "3b", "--print", "TP=0"], "TP: expected a whole number above 0, got '0'."),
         (["--preset", "3b", "--print", "GPU=a100"], "GPU: expected h100 or h200 or b200, got a100"),

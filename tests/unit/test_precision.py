@@ -59,6 +59,16 @@ MXFP8, BLOCKWISE = dict(fp8_recipe="mxfp8"), dict(fp8_recipe="blockwise")
 NVFP4 = dict(fp8=None, fp4="e2m1")
 TP2, TP4 = (dict(tensor_model_parallel_size=size) for size in (2, 4))
 GROUPS = dict(group_query_attention=True)
+EXPERTS = dict(num_experts=8, moe_ffn_hidden_size=1024)
+# DeepSeek-V3's, on 8 heads
+LATENT = dict(
+    multi_latent_attention=True,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_head_dim=128,
+    qk_pos_emb_head_dim=64,
+    v_head_dim=128,
+)
 
 
 @pytest.mark.parametrize(
@@ -238,6 +248,101 @@ GROUPS = dict(group_query_attention=True)
             "2072. {width}",
         ),
         (
+            H100,  # of the dense layers beside experts
+            dict(ffn_hidden_size=4144, **EXPERTS, moe_layer_freq=[0, 1], **TP2),
+            "--fp8-recipe tensorwise: --ffn-hidden-size of a rank: expected a multiple of 16, got "
+            "2072. {width}",
+        ),
+        (
+            H100,
+            dict(ffn_hidden_size=1000, **EXPERTS, moe_layer_freq=2),
+            "--fp8-recipe tensorwise: --ffn-hidden-size of a rank: expected a multiple of 16, got "
+            "1000. {width}",
+        ),
+        (
+            H100,  # whole, it is a multiple; tensor parallelism cuts it, not that of experts
+            dict(moe_shared_expert_intermediate_size=2064, **EXPERTS, **TP2),
+            "--fp8-recipe tensorwise: --moe-shared-expert-intermediate-size of a rank: expected a "
+            "multiple of 16, got 1032. {width}",
+        ),
+        (
+            H100,
+            dict(moe_latent_size=1000, **EXPERTS),
+            "--fp8-recipe tensorwise: --moe-latent-size: expected a multiple of 16, got 1000. "
+            "{width}",
+        ),
+        (
+            H100,  # gpt-oss's
+            dict(**EXPERTS | dict(moe_ffn_hidden_size=2880), **BLOCKWISE),
+            "--fp8-recipe blockwise: --moe-ffn-hidden-size of a rank: expected a multiple of 128, "
+            "got 2880. {width}",
+        ),
+        (
+            H100,
+            dict(hidden_size=2880, **BLOCKWISE),
+            "--fp8-recipe blockwise: --hidden-size: expected a multiple of 128, got 2880. {width}",
+        ),
+        (
+            B200,
+            dict(
+                **EXPERTS | dict(moe_ffn_hidden_size=2880, expert_tensor_parallel_size=4), **MXFP8
+            ),
+            "--fp8-recipe mxfp8: --moe-ffn-hidden-size of a rank: expected a multiple of 32, got "
+            "720. {width}",
+        ),
+        (
+            H100,  # the product of two hidden states
+            dict(hidden_size=1024 + 16, mtp_num_layers=1, **TP2),
+            "--fp8-recipe tensorwise: --hidden-size of a rank, in multi-token prediction: expected "
+            "a multiple of 16, got 520. {width}",
+        ),
+        (
+            H100,  # keys and values of (8 + 2 * 1) * 20 = 200; the gate adds 160
+            dict(kv_channels=20, attention_output_gate=True, **GROUPS),
+            "--fp8-recipe tensorwise: queries, keys and values of a rank: expected a multiple of "
+            "16, got 360. {width}",
+        ),
+        (
+            H100,
+            dict(**LATENT | dict(q_lora_rank=1000)),
+            "--fp8-recipe tensorwise: --q-lora-rank: expected a multiple of 16, got 1000. {width}",
+        ),
+        (
+            H100,
+            dict(**LATENT | dict(kv_lora_rank=500)),
+            "--fp8-recipe tensorwise: --kv-lora-rank: expected a multiple of 16, got 500. {width}",
+        ),
+        (
+            H100,
+            dict(**LATENT | dict(qk_head_dim=12, qk_pos_emb_head_dim=20, v_head_dim=20)),
+            "--fp8-recipe tensorwise: --kv-lora-rank + --qk-pos-emb-head-dim: expected a multiple "
+            "of 16, got 532. {width}",
+        ),
+        (
+            B200,  # 576 is a multiple of 32, 528 is none
+            dict(**LATENT | dict(qk_pos_emb_head_dim=16), **MXFP8),
+            "--fp8-recipe mxfp8: --kv-lora-rank + --qk-pos-emb-head-dim: expected a multiple of "
+            "32, got 528. {width}",
+        ),
+        (
+            H100,  # 8 heads of 129 on 2 ranks
+            dict(**LATENT | dict(qk_head_dim=65), **TP2),
+            "--fp8-recipe tensorwise: --num-attention-heads x (--qk-head-dim + "
+            "--qk-pos-emb-head-dim) of a rank: expected a multiple of 16, got 516. {width}",
+        ),
+        (
+            H100,
+            dict(**LATENT | dict(v_head_dim=65), **TP2),
+            "--fp8-recipe tensorwise: --num-attention-heads x (--qk-head-dim + --v-head-dim) of a "
+            "rank: expected a multiple of 16, got 772. {width}",
+        ),
+        (
+            H100,  # 8 * (124 + 66) / 2 and 8 * (124 + 68) / 2 are multiples of 8 alone
+            dict(**LATENT | dict(qk_head_dim=126, v_head_dim=66, qk_pos_emb_head_dim=66), **TP2),
+            "--fp8-recipe tensorwise: --num-attention-heads x --v-head-dim of a rank: expected a "
+            "multiple of 16, got 264. {width}",
+        ),
+        (
             B200,
             dict(fp8_output_proj=True, padded_vocab_size=512 + 32, **MXFP8, **TP2),
             "--fp8-output-proj: vocabulary / TP: expected a multiple of 32, got 272. {output}",
@@ -331,6 +436,15 @@ ATTENTION = dict(fp8_multi_head_attention=True, fp8_dot_product_attention=True)
         # before the tokenizer is built
         (B200, dict(padded_vocab_size=None, fp8_output_proj=True, **MXFP8)),
         (B200, NVFP4),
+        # 576 wide into the latent of keys and values, in blocks of 128: as published
+        (H100, LATENT | BLOCKWISE),
+        (H100, LATENT | dict(q_lora_rank=None) | SP2),
+        (B200, LATENT | MXFP8 | SP2),
+        # which multi-latent attention does not have, and a model of experts alone
+        (H100, LATENT | dict(kv_channels=3)),
+        (H100, EXPERTS | dict(ffn_hidden_size=1000, moe_layer_freq=1)),
+        (H100, EXPERTS | dict(ffn_hidden_size=1000, moe_layer_freq=[1, 1])),
+        (H100, EXPERTS | dict(ffn_hidden_size=1000, hybrid_layer_pattern="*E")),
         (H100, dict(fp8_recipe="custom", seq_length=2049)),  # the user's own
         (None, dict(fp8=None)),
     ],

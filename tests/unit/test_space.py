@@ -93,15 +93,24 @@ def test_every_expert_is_in_a_checkpoint(tmp_path):
     assert space.checkpoint_bytes(args) == 4 * (WEIGHTS + more)
 
 
+def test_all_layers_of_a_mixed_model_are_in_a_checkpoint(tmp_path):
+    """Dense first layers, a shared expert, and a layer of multi-token prediction: three norms, the
+    product of two hidden states, and a layer as the last.
+    """
+    experts = dict(num_experts=5, moe_ffn_hidden_size=64, moe_router_topk=2)
+    experts |= dict(moe_layer_freq=[0, 1, 1], moe_shared_expert_intermediate_size=32)
+    layer = 5 * 128 + 5 * 2 * 128 * 64 + 2 * 128 * 32
+    more = 2 * (layer - 2 * 128 * 512)
+    mtp = 4 * 128 * 128 + 2 * 128 + layer + 3 * 128 + 2 * 128 * 128
+    args = arguments(tmp_path, **experts, mtp_num_layers=1, no_save_optim=True)
+    assert space.checkpoint_bytes(args) == 4 * (WEIGHTS + more + mtp)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         dict(hybrid_layer_pattern="M*"),
-        dict(multi_latent_attention=True),
-        dict(moe_layer_freq=2),
-        dict(moe_layer_freq=0),
-        dict(moe_layer_freq=[0, 1, 1]),
-        dict(mtp_num_layers=1),
+        dict(experimental_attention_variant="gated_delta_net"),
         dict(heterogeneous_block_specs=True),
         dict(optimizer="soap"),
     ],
