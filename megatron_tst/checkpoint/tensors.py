@@ -58,22 +58,29 @@ class Tensors:
             refuse(self.checkpoint.path, f"shards that cover {name}", got, "Copy it again.")
         return whole
 
-    def of_layer(self, layer: int, *names: str, at: tuple[int, ...] = ()) -> torch.Tensor:
+    def of_layer(
+        self,
+        layer: int,
+        *names: str,
+        at: tuple[int, ...] = (),
+        block: str = "decoder.layers",
+    ) -> torch.Tensor:
         """A layer's tensor under the first of `names` that is there.
 
         Args:
             layer: from 0, over all pipeline stages.
             names: what follows the layer in Megatron's names.
             at: a further place in it (an expert).
+            block: what stands before the layer.
 
         Raises:
             TSTError: it has none of them.
         """
         for name in names:
-            if f"decoder.layers.{layer}.{name}" in self:
-                return self.read(f"decoder.layers.{layer}.{name}", *at)
-            if f"decoder.layers.{name}" in self:
-                return self.read(f"decoder.layers.{name}", layer, *at)
+            if f"{block}.{layer}.{name}" in self:
+                return self.read(f"{block}.{layer}.{name}", *at)
+            if f"{block}.{name}" in self:
+                return self.read(f"{block}.{name}", layer, *at)
         return refuse(
             self.checkpoint.path,
             f"layer {layer}'s {' or '.join(names)}",

@@ -1,14 +1,5 @@
 """A checkpoint -> a Hugging Face folder, tensor by tensor: TST adds no parameter, so it is exactly
-the standard model.
-
-Names and layouts (Megatron: queries, keys and values of each group of heads together; gate above
-up):
-
-    model.embed_tokens.weight         embedding.word_embeddings.weight, without the rows that pad
-                                      the vocabulary
-    layers.N.self_attn.{q,k,v}_proj   self_attention.linear_qkv, a group after the other [q.. k v]
-    layers.N.mlp.{gate,up}_proj       mlp.linear_fc1 [gate; up], or each expert's
-    lm_head.weight                    output_layer.weight, unless tied
+the standard model. Names and layouts are mapping.py's.
 """
 
 from __future__ import annotations
@@ -18,6 +9,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from megatron_tst.checkpoint.atomic import flushed, new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.phases import stored
@@ -26,6 +19,7 @@ from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.hf_config import arguments
+from megatron_tst.export.mapping import ROUTER_BIAS, pairs
 from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
 from megatron_tst.export.tokenizer import (
     check_end_ids,
@@ -38,6 +32,10 @@ from megatron_tst.json_file import read_json
 
 # in config.json, and no part of the model
 _FREE = "bos_token_id", "eos_token_id", "initializer_range", "router_aux_loss_coef"
+_FREE += "aux_loss_alpha", "seq_aux"
+_MTP = "num_nextn_predict_layers"
+# of a model, as Megatron names its tensors
+_PARTS = "embedding.", "decoder.", "output_layer.", "mtp."
 
 
 def export(
@@ -81,7 +79,8 @@ def export(
     arch = architecture_of(source.args, vocab, dtype, end_of_text(files))
     all_weights = list(weights(tensors, arch))
     parameters = number_of(all_weights)
-    total = parameters * DTYPES[dtype].itemsize
+    total = sum(weight.bytes_in(dtype) for weight in all_weights)
+    _check_rest(tensors, arch)
     with new_folder(target, total, force, [*source.folders, *files]) as part:
         # headers come to a few bytes more
         write_weights(
@@ -96,83 +95,43 @@ def export(
 
 def weights(tensors: Tensors, arch: Architecture) -> Iterator[Weight]:
     """Every tensor of the export, in the order of the layers."""
-    d, h, per = arch.head_dim, arch.hidden, arch.heads // arch.groups
-    config = arch.config
 
     @functools.lru_cache(maxsize=1)  # queries, keys and values are asked for one after the other
-    def attention(layer):
-        qkv = tensors.of_layer(layer, "self_attention.linear_qkv.weight")
-        qkv = qkv.view(arch.groups, per + 2, d, h)
-        parts = qkv[:, :per], qkv[:, per], qkv[:, per + 1]
-        return [part.reshape(-1, h) for part in parts]
+    def parts(pair):
+        return pair.split(_read(tensors, pair))
 
-    def mlp(layer, expert, name):
-        if expert is None:
-            return tensors.of_layer(layer, f"mlp.{name}.weight")
-        return tensors.of_layer(layer, f"mlp.experts.experts.{name}.weight", at=(expert,))
+    biased = getattr(tensors.checkpoint.args, "moe_router_enable_expert_bias", False)
+    for pair in pairs(arch):
+        for i, (name, shape) in enumerate(pair.theirs):
+            read = functools.partial(lambda pair, i: parts(pair)[i], pair, i)
+            if name.endswith(ROUTER_BIAS) and not biased:
+                read = functools.partial(torch.zeros, shape)
+            yield Weight(name, shape, read, "float32" if pair.fp32 else None)
 
-    @functools.lru_cache(maxsize=1)  # gate and up likewise
-    def gated(layer, expert):
-        return mlp(layer, expert, "linear_fc1").chunk(2)
 
-    yield Weight(
-        "model.embed_tokens.weight",
-        (arch.vocab, h),
-        lambda: tensors.read("embedding.word_embeddings.weight")[: arch.vocab],
-    )
-    for n in range(arch.layers):
-        a, of_this = f"model.layers.{n}.", functools.partial(tensors.of_layer, n)
-        yield Weight(
-            a + "input_layernorm.weight",
-            (h,),
-            functools.partial(
-                of_this, "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"
-            ),
-        )
-        for i, (name, rows) in enumerate(zip("qkv", (arch.heads, arch.groups, arch.groups))):
-            yield Weight(
-                f"{a}self_attn.{name}_proj.weight", (rows * d, h), lambda n=n, i=i: attention(n)[i]
-            )
-        for name in "qk" if arch.qk_norm else "":
-            yield Weight(
-                f"{a}self_attn.{name}_norm.weight",
-                (d,),
-                functools.partial(of_this, f"self_attention.{name}_layernorm.weight"),
-            )
-        yield Weight(
-            a + "self_attn.o_proj.weight",
-            (h, arch.heads * d),
-            functools.partial(of_this, "self_attention.linear_proj.weight"),
-        )
-        expert = n in arch.expert_layers
-        # of experts: Transformer Engine's spec, the local one
-        norms = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"
-        yield Weight(
-            a + "post_attention_layernorm.weight",
-            (h,),
-            functools.partial(of_this, *(norms if expert else norms[::-1])),
-        )
-        width = config["moe_intermediate_size"] if expert else config["intermediate_size"]
-        if expert:
-            yield Weight(
-                a + "mlp.gate.weight",
-                (arch.experts, h),
-                functools.partial(of_this, "mlp.router.weight"),
-            )
-        for e in range(arch.experts) if expert else (None,):
-            b = a + (f"mlp.experts.{e}." if expert else "mlp.")
-            yield Weight(b + "gate_proj.weight", (width, h), lambda n=n, e=e: gated(n, e)[0])
-            yield Weight(b + "up_proj.weight", (width, h), lambda n=n, e=e: gated(n, e)[1])
-            yield Weight(
-                b + "down_proj.weight", (h, width), lambda n=n, e=e: mlp(n, e, "linear_fc2")
-            )
-    yield Weight("model.norm.weight", (h,), lambda: tensors.read("decoder.final_layernorm.weight"))
-    if not arch.tied:
-        yield Weight(
-            "lm_head.weight",
-            (arch.vocab, h),
-            lambda: tensors.read("output_layer.weight")[: arch.vocab],
-        )
+def _read(tensors, pair):
+    at = () if pair.expert is None else (pair.expert,)
+    if pair.layer is not None:
+        return tensors.of_layer(pair.layer, *pair.ours, at=at, block=pair.block)
+    names = [f"{pair.block}.{name}" if pair.block else name for name in pair.ours]
+    return tensors.read(next((name for name in names if name in tensors), names[0]), *at)
+
+
+def _check_rest(tensors: Tensors, arch: Architecture):
+    """Whether every tensor of the model is in the export: one more would be a part of it that the
+    architecture does not have.
+    """
+    known = set()
+    for pair in pairs(arch):
+        layers = ("",) if pair.layer is None else ("", f"{pair.layer}.")
+        block = f"{pair.block}." if pair.block else ""
+        known |= {f"{block}{layer}{name}" for layer in layers for name in pair.ours}
+    # where mtp layers are left out, it has been said (architecture_of)
+    parts = _PARTS if arch.mtp_layers else _PARTS[:-1]
+    for name in tensors.checkpoint.tensors:
+        if name.startswith(parts) and name not in known and "_extra_state" not in name:
+            do = "The model is of another kind than its arguments say."
+            refuse(tensors.checkpoint.path, f"the tensors of {arch.name}", f"{name} too", do)
 
 
 def number_of(all_weights: Iterable[Weight]) -> int:
@@ -204,14 +163,17 @@ def config_files(folder: Path, arch: Architecture, kept: Path) -> None:
     if arch.vocab < theirs["vocab_size"]:  # --vocab-size cuts rows that the tokenizer has no id for
         theirs["vocab_size"] = arch.vocab
     for key, value in arch.config.items():
-        if key not in _FREE and theirs.get(key) != value:
+        if key not in _FREE and key != _MTP and theirs.get(key) != value:
             refuse(f"{key} in {path}", value, theirs.get(key), "It is of another model: remove it.")
     # transformers 5 writes the first, and both may be there
     names = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     changed = dict.fromkeys(names, dtype)
     if args.vocab_size != arch.vocab:
         changed["vocab_size"] = arch.vocab
-    if changed.items() <= config.items():
+    if theirs.get(_MTP, 0) != arch.mtp_layers:  # the run had others, or none
+        changed[_MTP] = arch.mtp_layers
+    quantised = config.pop("quantization_config", None)  # an import has undone it
+    if changed.items() <= config.items() and not quantised:
         flushed(folder / "config.json", lambda file: file.write(path.read_bytes()))
     else:
         write_json(folder / "config.json", config | changed)

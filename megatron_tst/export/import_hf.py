@@ -1,5 +1,5 @@
-"""A Hugging Face folder (Llama, Qwen3, Qwen3-MoE) -> a torch_dist checkpoint of weights, to
-pre-train further with TST.
+"""A Hugging Face folder (Llama, Qwen3, Qwen3-MoE, DeepSeek-V3) -> a torch_dist checkpoint of
+weights, to pre-train further with TST.
 
 The way back of export/hf.py, over the same list of names, so that import and export give the bytes
 that came in.
@@ -20,7 +20,8 @@ from megatron_tst.checkpoint.format import TRACKER
 from megatron_tst.checkpoint.write import write_checkpoint
 from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import Architecture, architecture_of
-from megatron_tst.export.hf_config import arguments, flags, read_config
+from megatron_tst.export.hf_config import arguments, blocks_of, flags, read_config
+from megatron_tst.export.mapping import EMBEDDING, HEAD, mtp_layer, pairs
 from megatron_tst.export.safetensors_files import SafetensorsFolder
 from megatron_tst.export.tokenizer import FILES, check_end_ids, check_files
 from megatron_tst.json_file import read_json
@@ -28,8 +29,6 @@ from megatron_tst.json_file import read_json
 # How Megatron loads weights alone. An import has none of the empty extra states that each layer
 # spec asks for; log_all names what is missing.
 LOAD = ("--finetune", "--no-load-optim", "--no-load-rng", "--dist-ckpt-strictness", "log_all")
-_GATED = "gate", "up"
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def import_(
@@ -62,8 +61,11 @@ def import_(
     config = read_config(source)
     args = arguments(config, source / "config.json")
     kept = _kept_files(source, args.vocab_size)
+    folder_of_tensors = SafetensorsFolder(source, blocks_of(config))
+    first = f"model.layers.{args.num_layers}.eh_proj.weight"
+    if getattr(args, "mtp_num_layers", None) and first not in folder_of_tensors:
+        args.mtp_num_layers = None  # transformers asks for none of them either
     arch = architecture_of(args, args.vocab_size, "float32")
-    folder_of_tensors = SafetensorsFolder(source)
     tensors = _Tensors(folder_of_tensors, arch.tied)
     total = sum(path.stat().st_size for path in folder_of_tensors.files)
     with new_folder(target, total, force, [source]) as part:
@@ -110,10 +112,10 @@ class _Tensors:
     def __init__(self, folder: SafetensorsFolder, tied: bool):
         self.folder = folder
         # of LlamaModel and so on, without the head: transformers takes it too
-        self._bare = _EMBEDDING not in folder and _bare(_EMBEDDING) in folder
+        self._bare = EMBEDDING not in folder and _bare(EMBEDDING) in folder
         # transformers 5 ties whichever is there
-        swapped = tied and self._name(_EMBEDDING) not in folder and _HEAD in folder
-        self._names = {_EMBEDDING: _HEAD} if swapped else {}
+        swapped = tied and self._name(EMBEDDING) not in folder and HEAD in folder
+        self._names = {EMBEDDING: HEAD} if swapped else {}
         self._dtypes = {}
         for name, dtype in folder.dtypes().items():
             kind = self._kind(name)
@@ -131,19 +133,21 @@ class _Tensors:
         return tensor.to(self._dtypes[self._kind(name)])
 
     def check_rest(self, arch: Architecture) -> None:
-        """What transformers leaves out may be there: buffers of rotary positions, and the head of
-        a tied model where it is the embedding.
+        """What transformers leaves out may be there: buffers of rotary positions, the head of a
+        tied model where it is the embedding, and both once more in layers of multi-token
+        prediction.
 
         Raises:
-            TSTError: another tensor, or a head that is not the embedding.
+            TSTError: another tensor, or a copy that is none.
         """
         source, unread = self.folder.source, self.folder.unread
-        if arch.tied and _HEAD in unread:
+        self._check_copies(arch)
+        if arch.tied and HEAD in unread:
             shape = arch.vocab, arch.hidden
-            head, embedding = (self.read(name, shape) for name in (_HEAD, _EMBEDDING))
+            head, embedding = (self.read(name, shape) for name in (HEAD, EMBEDDING))
             if not torch.equal(head.float(), embedding.float()):
                 refuse(
-                    f"{source}: {_HEAD}",
+                    f"{source}: {HEAD}",
                     "the embedding, since config.json has tie_word_embeddings",
                     "another tensor",
                     "transformers 4 leaves it out, transformers 5 uses it: set tie_word_embeddings "
@@ -153,8 +157,20 @@ class _Tensors:
             expected = "the tensors of its architecture alone"
             refuse(source, expected, f"{rest[0]} besides", "It is another model.")
 
+    def _check_copies(self, arch):
+        of = {"embed_tokens": EMBEDDING, "shared_head.head": EMBEDDING if arch.tied else HEAD}
+        for k in range(arch.mtp_layers):
+            for name, original in of.items():
+                copy, shape = f"{mtp_layer(arch, k)}.{name}.weight", (arch.vocab, arch.hidden)
+                if copy in self.folder.unread and not torch.equal(
+                    self.folder.read(copy, shape).float(), self.read(original, shape).float()
+                ):
+                    expected = f"{original}, which multi-token prediction shares"
+                    do = "Megatron's layers of multi-token prediction have no others."
+                    refuse(f"{self.folder.source}: {copy}", expected, "another tensor", do)
+
     def _name(self, name):
-        return _bare(name) if self._bare and name != _HEAD else name
+        return _bare(name) if self._bare and name != HEAD else name
 
     @staticmethod
     def _kind(name):
@@ -183,68 +199,27 @@ def items(
     Layers of one kind are stored as one tensor [layers, ...], a shard [1, ...] a layer. Layers of
     several kinds have a name each. Experts have one more dimension (checkpoint/tensors.py).
 
+    Args:
+        tensors: Hugging Face's.
+        arch: the model, as GPTModel has it.
+        layer_spec: "local" or "transformer_engine".
+
     Yields:
         (name, whole shape, place of the shard in it, shard).
     """
-    d, h, per = arch.head_dim, arch.hidden, arch.heads // arch.groups
     mixed = 0 < len(arch.expert_layers) < arch.layers
-
-    def of_layer(n, name, tensor, *expert):
-        whole, place = (*tensor.shape,), (0,) * tensor.dim()
-        if expert:
-            whole, place = (arch.experts, *whole), (*expert, *place)
-        if not mixed:
-            whole, place = (arch.layers, *whole), (n, *place)
-        leading = len(whole) - tensor.dim()
-        shard = tensor.reshape(*(1,) * leading, *tensor.shape)
-        return f"decoder.layers.{f'{n}.' if mixed else ''}{name}", whole, place, shard
-
-    def alone(name, tensor):
-        return name, tuple(tensor.shape), (0,) * tensor.dim(), tensor
-
-    yield alone(
-        "embedding.word_embeddings.weight",
-        tensors.read("model.embed_tokens.weight", (arch.vocab, h)),
-    )
-    for n in range(arch.layers):
-        a = f"model.layers.{n}."
-        q, k, v = (
-            tensors.read(f"{a}self_attn.{x}_proj.weight", (rows * d, h)).view(arch.groups, -1, h)
-            for x, rows in zip("qkv", (arch.groups * per, arch.groups, arch.groups))
-        )
-        qkv = torch.cat([q, k, v], 1).reshape(-1, h)
-        yield of_layer(n, "self_attention.linear_qkv.weight", qkv)
-        yield of_layer(
-            n,
-            "self_attention.linear_qkv.layer_norm_weight",
-            tensors.read(a + "input_layernorm.weight", (h,)),
-        )
-        yield of_layer(
-            n,
-            "self_attention.linear_proj.weight",
-            tensors.read(a + "self_attn.o_proj.weight", (h, arch.heads * d)),
-        )
-        for x in "qk" if arch.qk_norm else "":
-            yield of_layer(
-                n,
-                f"self_attention.{x}_layernorm.weight",
-                tensors.read(f"{a}self_attn.{x}_norm.weight", (d,)),
-            )
-        has = n in arch.expert_layers
-        norm = EXPERT_NORM[layer_spec] if has else EXPERT_NORM["local"]
-        yield of_layer(n, norm, tensors.read(a + "post_attention_layernorm.weight", (h,)))
-        if has:
-            router = tensors.read(a + "mlp.gate.weight", (arch.experts, h))
-            yield of_layer(n, "mlp.router.weight", router)
-        width = arch.config["moe_intermediate_size"] if has else arch.config["intermediate_size"]
-        for e in range(arch.experts) if has else (None,):
-            theirs, ours, at = a + "mlp.", "mlp.", ()
-            if has:
-                theirs, ours, at = f"{theirs}experts.{e}.", "mlp.experts.experts.", (e,)
-            gate, up = (tensors.read(f"{theirs}{x}_proj.weight", (width, h)) for x in _GATED)
-            down = tensors.read(theirs + "down_proj.weight", (h, width))
-            yield of_layer(n, ours + "linear_fc1.weight", torch.cat([gate, up]), *at)
-            yield of_layer(n, ours + "linear_fc2.weight", down, *at)
-    yield alone("decoder.final_layernorm.weight", tensors.read("model.norm.weight", (h,)))
-    if not arch.tied:
-        yield alone("output_layer.weight", tensors.read("lm_head.weight", (arch.vocab, h)))
+    for pair in pairs(arch):
+        if pair.copy:
+            continue
+        tensor = pair.join([tensors.read(name, shape) for name, shape in pair.theirs])
+        if pair.fp32:
+            tensor = tensor.float()
+        name, whole, place = pair.ours_in(layer_spec), (*tensor.shape,), (0,) * tensor.dim()
+        if pair.expert is not None:
+            whole, place = (arch.experts, *whole), (pair.expert, *place)
+        if pair.layer is not None and mixed:
+            name = f"{pair.layer}.{name}"
+        elif pair.layer is not None:
+            whole, place = (arch.layers, *whole), (pair.layer, *place)
+        name = f"{pair.block}.{name}" if pair.block else name
+        yield name, whole, place, tensor.reshape(*(1,) * (len(whole) - tensor.dim()), *tensor.shape)

@@ -26,6 +26,7 @@ from megatron_tst.checkpoint.boundary import drop_optimizer_state, renaming, sto
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.rewrite import Changes, rewrite, saved
 from megatron_tst.checkpoint.tensors import Tensors
+from megatron_tst.errors import refuse
 from megatron_tst.export.architectures import ROPE_FACTOR, Architecture, architecture_of
 from megatron_tst.export.card import model_card
 from megatron_tst.export.hf import check_phase, config_files, number_of, vocab_size_of, weights
@@ -141,6 +142,7 @@ def export(
     dtypes = {"bf16": "bfloat16", "fp16": "float16"}
     dtype = next((dtypes[flag] for flag in dtypes if getattr(args, flag, False)), "float32")
     arch = architecture_of(args, vocab, dtype, end_of_text(files))
+    _check(args, arch)
     if 0 < len(arch.expert_layers) < arch.layers:
         warnings.warn(
             "megatron_tst: Megatron-Bridge 0.6 resumes this model but exports no dense layers "
@@ -197,6 +199,18 @@ def export(
         more=more,
     )
     return rewrite(source, target, changes, force=force, also_read=files, progress=progress)
+
+
+def _check(args, arch):
+    """What `provider` does not describe."""
+    has = {
+        "--multi-latent-attention": arch.latent,
+        "--hybrid-layer-pattern": arch.hybrid,
+        "--mtp-num-layers": bool(getattr(args, "mtp_num_layers", None)),
+    }
+    if flags := [flag for flag, there in has.items() if there]:
+        do = "Export it with `megatron-tst export-hf`."
+        refuse(" and ".join(flags), "a Llama, Qwen3 or Qwen3-MoE without", "one with", do)
 
 
 def provider(args: argparse.Namespace, arch: Architecture, layer_spec: str) -> dict:

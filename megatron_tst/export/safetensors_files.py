@@ -26,12 +26,21 @@ _AGAIN = "Download the model again."
 @dataclass(frozen=True)
 class Weight:
     """One tensor of the export: its Hugging Face name, shape, and how to read it, in the dtype of
-    the checkpoint.
+    the checkpoint; dtype: in which it is stored, where it is not that of the others.
     """
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+    dtype: str | None = None
+
+    def stored_in(self, dtype: str) -> str:
+        """The dtype in a file whose others have `dtype`, "bfloat16" or "float32"."""
+        return self.dtype or dtype
+
+    def bytes_in(self, dtype: str) -> int:
+        """Its size in such a file."""
+        return DTYPES[self.stored_in(dtype)].itemsize * math.prod(self.shape)
 
 
 def write_weights(
@@ -52,7 +61,7 @@ def write_weights(
     Raises:
         TSTError: a tensor has another shape than it is said to have.
     """
-    shards, where, done = _shards(weights, DTYPES[dtype].itemsize, shard_bytes), {}, 0
+    shards, where, done = _shards(weights, dtype, shard_bytes), {}, 0
     for i, shard in enumerate(shards):
         file = _ALONE
         if len(shards) > 1:
@@ -64,15 +73,15 @@ def write_weights(
             flush(out)
         where |= {weight.name: file for weight in shard}
     if len(shards) > 1:
-        size = DTYPES[dtype].itemsize * sum(math.prod(w.shape) for shard in shards for w in shard)
+        size = sum(weight.bytes_in(dtype) for shard in shards for weight in shard)
         write_json(folder / _INDEX, {"metadata": {"total_size": size}, "weight_map": where})
 
 
-def _shards(weights, itemsize, limit):
+def _shards(weights, dtype, limit):
     """Weights in order, as many to a file as fit."""
     shards, size = [[]], 0
     for weight in weights:
-        more = itemsize * math.prod(weight.shape)
+        more = weight.bytes_in(dtype)
         if shards[-1] and size + more > limit:
             shards.append([])
             size = 0
@@ -82,15 +91,16 @@ def _shards(weights, itemsize, limit):
 
 
 def _content(shard, dtype) -> Iterator[bytes]:
-    """A file as safetensors' own save_file writes it (length, header, tensors by name), a tensor at
-    a time: save_file takes all at once.
+    """A file as safetensors' own save_file writes it (length, header, tensors by dtype, the wider
+    first, and by name), a tensor at a time: save_file takes all at once.
     """
-    shard, end = sorted(shard, key=lambda weight: weight.name), 0
+    widths = {weight: DTYPES[weight.stored_in(dtype)].itemsize for weight in shard}
+    shard, end = sorted(shard, key=lambda weight: (-widths[weight], weight.name)), 0
     about = {"__metadata__": {"format": "pt"}}
     for weight in shard:
-        start, end = end, end + DTYPES[dtype].itemsize * math.prod(weight.shape)
+        start, end = end, end + weight.bytes_in(dtype)
         about[weight.name] = {
-            "dtype": _NAMES[dtype],
+            "dtype": _NAMES[weight.stored_in(dtype)],
             "shape": weight.shape,
             "data_offsets": [start, end],
         }
@@ -102,7 +112,8 @@ def _content(shard, dtype) -> Iterator[bytes]:
         if tuple(tensor.shape) != weight.shape:
             do = "The model is of another kind than its arguments say."
             refuse(weight.name, f"shape {weight.shape}", tuple(tensor.shape), do)
-        yield tensor.to(DTYPES[dtype]).contiguous().flatten().view(torch.uint8).numpy().data
+        stored = DTYPES[weight.stored_in(dtype)]
+        yield tensor.to(stored).contiguous().flatten().view(torch.uint8).numpy().data
 
 
 class SafetensorsFolder:
@@ -111,6 +122,8 @@ class SafetensorsFolder:
 
     Args:
         source: the folder.
+        blocks: (rows, columns) of the blocks that a weight in float8 has a scale for each, in
+            another tensor (DeepSeek-V3's weight_scale_inv); None: none is read.
 
     Attributes:
         files: that count.
@@ -121,7 +134,8 @@ class SafetensorsFolder:
             they do not fit together.
     """
 
-    def __init__(self, source: Path):
+    def __init__(self, source: Path, blocks: tuple[int, int] | None = None):
+        self._blocks = blocks
         safetensors = optional("safetensors", "megatron-tst[hf]")
         self.source, index = source, {}
         self.files = [source / _ALONE]
@@ -174,27 +188,52 @@ class SafetensorsFolder:
         return name in self._where
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Name -> the dtype in which it is stored, of those that read takes."""
+        """Name -> the dtype in which it is read, of those that read takes."""
         found = {name: self._dtype(name) for name in self._where}
-        return {name: _STORED[dtype] for name, dtype in found.items() if dtype in _STORED}
+        of = {name: _STORED[dtype] for name, dtype in found.items() if dtype in _STORED}
+        return of | {name: torch.bfloat16 for name in found if self._scale_of(name)}
 
     def _dtype(self, name):
         return self._where[name].get_slice(name).get_dtype()
 
+    def _shape(self, name):
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def _scale_of(self, name):
+        """Name of the scales of a weight in float8 that can be read."""
+        scale = f"{name}_scale_inv"
+        fits = self._blocks and scale in self._where and self._dtype(name) == "F8_E4M3"
+        return scale if fits else None
+
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor in its own dtype, on CPU.
+        """A tensor in its own dtype, on CPU; of float8 with its scales, in bf16: their product in
+        fp32, rounded once, as DeepSeek's own conversion does.
 
         Raises:
-            TSTError: there is none, it has another shape, or it is quantised.
+            TSTError: there is none, it has another shape, or it is quantised otherwise.
         """
         do = "It is another model than config.json says."
         if name not in self._where:
             refuse(self.source, f"a tensor {name}", "none", do)
         self.unread.discard(name)
-        given = tuple(self._where[name].get_slice(name).get_shape())
-        if given != shape:
+        if (given := self._shape(name)) != shape:
             refuse(f"{self.source}: {name}", f"shape {shape}", given, do)
+        if scale := self._scale_of(name):
+            return self._scaled(name, scale)
         if (dtype := self._dtype(name)) not in _STORED:
             do = "Take the model as it was before it was quantised."
             refuse(f"{self.source}: {name}", " or ".join(_STORED), dtype, do)
         return self._where[name].get_tensor(name)
+
+    def _scaled(self, name, scale):
+        weight = self._where[name].get_tensor(name)
+        self.unread.discard(scale)
+        wanted = tuple(-(-n // block) for n, block in zip(weight.shape, self._blocks))
+        if (given := self._shape(scale)) != wanted or self._dtype(scale) != "F32":
+            expected = f"a scale in F32 for each block, {wanted}"
+            got = f"{given} in {self._dtype(scale)}"
+            refuse(f"{self.source}: {scale}", expected, got, _AGAIN)
+        factors = self._where[scale].get_tensor(scale)
+        for dim, block in enumerate(self._blocks):
+            factors = factors.repeat_interleave(block, dim).narrow(dim, 0, weight.shape[dim])
+        return (weight.float() * factors).bfloat16()

@@ -291,7 +291,7 @@ DAMAGED = {  # what happens to a folder of three shards, and what is said
     ),
     "more layers": (
         lambda f: edited(f / "config.json", lambda c: c.update(num_hidden_layers=65536)),
-        "a tensor model.layers.2.self_attn.q_proj.weight, got none",
+        "a tensor model.layers.2.input_layernorm.weight, got none",
     ),
 }
 

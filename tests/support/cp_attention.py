@@ -1,5 +1,5 @@
-"""Context-parallel attention without Transformer Engine, for the tests: Megatron's own is
-Transformer Engine's alone.
+"""What attention does with Transformer Engine alone, for the tests without it: context parallelism,
+and the head sizes of multi-latent attention.
 
 Causal self-attention, unpacked, no window. Rank r of n holds chunks r and 2n-1-r of the sequence
 (get_batch_on_this_cp_rank).
@@ -8,21 +8,38 @@ Causal self-attention, unpacked, no window. Rank r of n holds chunks r and 2n-1-
 import copy
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
 def install():
-    """Let DotProductAttention take context parallelism, in this process."""
+    """Let DotProductAttention take context parallelism and multi-latent attention, in this
+    process.
+    """
     build, attend = DotProductAttention.__init__, DotProductAttention.forward
 
-    def __init__(self, config, *rest, **named):
+    def __init__(self, config, *rest, k_channels=None, v_channels=None, **named):
         alone = copy.copy(config)
         alone.context_parallel_size = 1  # asked by an assertion alone
+        if v_channels is not None:
+            # the width of the output; of the keys' only the scale depends, which MLA gives
+            assert k_channels is not None and named.get("softmax_scale") is not None
+            alone.kv_channels = v_channels
         build(self, alone, *rest, **named)
         self.config, self.cp_group = config, self.pg_collection.cp
+        self.latent = v_channels is not None
 
     def forward(self, query, key, value, attention_mask, *rest, **named):
+        if self.latent:
+            # All heads share the rotary part of a key, and Megatron's local projection leaves its
+            # gradient the sum over this rank's heads (multi_latent_attention.py, where kv_combined
+            # is gathered). Transformer Engine's, under sequence parallelism, sums over all ranks.
+            own, shared = key.split([self.config.qk_head_dim, self.config.qk_pos_emb_head_dim], -1)
+            shared = copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
+            key = torch.cat([own, shared], -1)
         ranks, rank = self.cp_group.size(), self.cp_group.rank()
         if ranks == 1:
             return attend(self, query, key, value, attention_mask, *rest, **named)

@@ -32,6 +32,20 @@ _MOE = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32"
 _AUX = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --moe-z-loss-coeff 1e-3"
 _ALLTOALL = "--moe-token-dispatcher-type alltoall"
 _ALLGATHER = "--moe-token-dispatcher-type allgather"
+# DeepSeek-V3's parts, each of a size of its own: latent attention, a dense first layer, a shared
+# expert, sigmoid scores with a bias, groups, a balancing loss a sequence
+_MLA = (
+    "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm"
+)
+_DEEPSEEK_MOE = (
+    "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16 "
+    "--moe-shared-expert-intermediate-size 16 "
+    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-bias-update-rate 1e-2 --moe-router-num-groups 2 --moe-router-group-topk 1 "
+    "--moe-router-topk-scaling-factor 2.5 "
+    f"--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-2 {_ALLTOALL}"
+)
 _HYBRID = f"{_LLAMA} --spec support.hybrid_spec hybrid_stack_spec --hybrid-layer-pattern"
 
 MODELS = {
@@ -51,6 +65,8 @@ MODELS = {
     "hybrid moe": f"{_HYBRID} *E*E {_UNTIED} {_MOE} {_AUX} {_ALLTOALL}",
     "mtp": f"--num-layers 2 {_LLAMA} {_UNTIED} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.3",
     "mtp moe": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_AUX} {_ALLTOALL} --mtp-num-layers 1",
+    "deepseek": f"--num-layers 3 --moe-layer-freq [0,1,1] {_LLAMA} {_UNTIED} {_MLA} "
+    f"{_DEEPSEEK_MOE} --mtp-num-layers 1",
     "mtp hybrid": f"{_HYBRID} *-*-/*-/*- {_UNTIED} --mtp-loss-scaling-factor 0.3",
 }
 
@@ -209,6 +225,8 @@ CASES = [
     Case("tp2 sp ep2 etp1", "mtp moe"),
     Case("tp2", "mtp hybrid"),
     Case("dp2", "mtp", PER_TOKEN),
+    # DeepSeek's parts together
+    Case("tp2 sp", "deepseek"),
     # other things that Megatron does to a step
     Case("tp2 sp", options=RECOMPUTE),
     Case("pp2", options="--recompute-granularity selective"),
