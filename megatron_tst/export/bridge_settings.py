@@ -24,8 +24,8 @@ _TRAINING = """
     account_for_ cp_comm_ high_priority_ symmetric_ nccl_
 
     fp16 bf16 params_dtype autocast_ enable_autocast fp8 fp4 first_last_ num_layers_at_
-    attention_softmax_in_fp32 fp32_residual_connection disable_ moe_router_dtype use_kitchen kitchen_
-    quant_recipe apply_query_key_layer_scaling batch_invariant_
+    attention_softmax_in_fp32 fp32_residual_connection disable_ moe_router_dtype use_kitchen
+    kitchen_ quant_recipe apply_query_key_layer_scaling batch_invariant_
 
     perform_initialization use_cpu_initialization init_ embedding_init_ output_layer_init_ timers
     finalize_ grad_ moe_grad_ mtp_grad_ no_sync_ param_sync_ deterministic_ num_microbatches_
@@ -179,14 +179,16 @@ def check_settings(run: Mapping[str, Any], bridge: Mapping[str, Any]) -> None:
         TSTError: they differ, with the argument that does.
     """
     ours, theirs = computed(run), computed(bridge)
-    for name in sorted(ours.keys() | theirs.keys()):
+    # whether there are experts before what they are
+    names = sorted(ours.keys() | theirs.keys(), key=lambda name: (name.startswith("moe_"), name))
+    for name in names:
         got, expected = ours.get(name), theirs.get(name)
         if got != expected:
             argument = _ARGUMENTS.get(name, name).replace("_", "-").replace(", ", ", --")
             argument = argument.replace(" or ", " or --").replace(" and ", " and --")
             refuse(
                 f"--{argument}",
-                f"{name} {expected}, which Megatron-Bridge builds from config.json",
+                f"{name} {expected}, as Megatron-Bridge reads config.json",
                 got,
                 "Give the config.json of the model that was trained.",
             )

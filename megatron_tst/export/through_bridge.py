@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import logging
 import math
 import re
 import warnings
@@ -30,12 +31,13 @@ from megatron_tst.checkpoint.atomic import new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import refuse
-from megatron_tst.export.bridge_settings import check_settings, check_tensors, of_training
-from megatron_tst.export.card import evaluation
+from megatron_tst.export.architectures import Architecture
+from megatron_tst.export.bridge_settings import check_settings, check_tensors
+from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.hf import check_phase, number_of, vocab_size_of
 from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
-from megatron_tst.export.tokenizer import end_of_text, tokenizer_of, write_tokenizer
-from megatron_tst.json_file import read_json
+from megatron_tst.export.tokenizer import check_end_ids, end_of_text, tokenizer_of, write_tokenizer
+from megatron_tst.json_file import read_json, shown
 
 PACKAGES = "pip install megatron-bridge==0.6.2 transformer-engine nvidia-resiliency-ext"
 _ANOTHER = "Give the config.json of the model that was trained."
@@ -50,6 +52,7 @@ _NEXT_TOKENS = (("transformer_layer.", "mtp_model_layer."),)  # as some of Bridg
 _LAYERS = re.compile(r"(decoder|mtp)\.layers\.(?!\d)(.+)")
 _NOT_OF_MODEL = "optimizer.", "rng_state", "rerun_state", "chained_"
 _EXPERT = re.compile(r"(.*mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
+_ROUTER_BIAS = "router.expert_bias"
 _PADDED = "embedding.word_embeddings.weight", "output_layer.weight"
 # Keys of config.json without an effect on a base model's logits, and those of rope, looked at
 # apart: transformers 4 and 5 spell them differently.
@@ -73,7 +76,8 @@ class Model:
     """The run's model as Bridge has it: a description, whose tensors hold no memory.
 
     Attributes:
-        config: transformers' config of the given config.json.
+        path: of the given config.json.
+        config: transformers' config of it.
         raw: what that file holds.
         provider: Bridge's, with the run's arguments over it.
         module: a Megatron model of one process on "meta".
@@ -83,6 +87,7 @@ class Model:
         tied: the output layer is the embedding.
     """
 
+    path: Path
     config: Any
     raw: dict
     provider: Any
@@ -109,6 +114,11 @@ def bridged(source: Checkpoint, hf_config: Path, vocab: int) -> Iterator[Model]:
     """
     path = hf_config / "config.json"
     raw = read_json(path, do="Give a folder with the config.json of the model that was trained.")
+    with _quiet(), _one_process():
+        yield _model(source, path, raw, vocab)
+
+
+def _model(source, path, raw, vocab) -> Model:
     AutoBridge = _auto_bridge()
     config, auto = _known(AutoBridge, raw, path)
     provider, bridge = auto.to_megatron_provider(load_weights=False), auto._model_bridge
@@ -121,18 +131,27 @@ def bridged(source: Checkpoint, hf_config: Path, vocab: int) -> Iterator[Model]:
     names = [field.name for field in dataclasses.fields(provider)]
     fields = {name: getattr(run, name, None) for name in names}
     check_settings(fields, {name: getattr(provider, name) for name in names})
-    for name in names:  # the run's arguments over it
-        if of_training(name) and hasattr(run, name) and not name.startswith(("vocab_", "_")):
-            if name not in ("transformer_layer_spec", "make_vocab_size_divisible_by"):
-                setattr(provider, name, getattr(run, name))
-    with _one_process():
-        module = _built(provider, vocab)
-        tied = bool(provider.share_embeddings_and_output_weights)
-        parts, stored = _parts(module, tied), _stored(source, vocab)
-        wanted, got = ({n: one.shape for n, one in all_.items()} for all_ in (parts, stored))
-        check_tensors(wanted, got, source.path)
-        bridge.hf_config = config
-        yield Model(config, raw, provider, module, parts, stored, bridge, vocab, tied)
+    for name in _RUNS_OWN:
+        if hasattr(run, name) and hasattr(provider, name):
+            setattr(provider, name, getattr(run, name))
+    module = _built(provider, vocab)
+    tied = bool(provider.share_embeddings_and_output_weights)
+    parts, stored = _parts(module, tied), _stored(source, vocab)
+    wanted, got = ({n: one.shape for n, one in all_.items()} for all_ in (parts, stored))
+    check_tensors(wanted, got, source.path)
+    bridge.hf_config = config
+    return Model(path, config, raw, provider, module, parts, stored, bridge, vocab, tied)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the log of Bridge, Megatron and transformers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _auto_bridge():
@@ -151,21 +170,21 @@ def _known(AutoBridge, raw, path):
     from transformers import AutoConfig
 
     names = raw.get("architectures")
-    if not isinstance(names, list) or not names:
-        refuse(f"{path}: architectures", "the class of the model", names, _ANOTHER)
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        refuse(f"{path}: architectures", "the class of the model", shown(names), _ANOTHER)
     if "auto_map" in raw:
         do = "Code from a folder is not run: take auto_map out where transformers has the class."
-        refuse(f"{path}: auto_map", "a model that transformers has", raw["auto_map"], do)
+        refuse(f"{path}: auto_map", "a model that transformers has", shown(raw["auto_map"]), do)
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         return config, AutoBridge.from_hf_config(config)
     except Exception as error:
-        first = str(error).strip().splitlines()[0].strip("✗ ")
+        first = next(iter(str(error).strip("\n ✗").splitlines()), type(error).__name__)
         expected = "an architecture that the installed Megatron-Bridge and transformers have"
         refuse(f"{path}: architectures", expected, f"{names[0]} ({first[:120]})", _SEE)
 
 
-_SEE = "docs/export.md lists what was tried."
+_SEE = "`megatron-tst export-hf` by itself has Llama, Qwen3, Qwen3-MoE and DeepSeek-V3."
 
 
 def _check_layers(provider, path, config):
@@ -208,7 +227,8 @@ def _check_read(bridge, config, raw, path):
     aliases = getattr(config, "attribute_map", {})
     names |= {aliases[name] for name in names & aliases.keys()}
     names |= {alias for alias, name in aliases.items() if name in names} | _ROPE
-    plain = type(config)(**{key: value for key, value in raw.items() if key in names})
+    given = copy.deepcopy(raw)  # transformers writes into what it is given
+    plain = type(config)(**{key: value for key, value in given.items() if key in names})
     ours, theirs = config.to_dict(), plain.to_dict()
     for key in sorted(raw.keys() & theirs.keys() - _NEUTRAL - names):
         if ours.get(key) != theirs[key]:
@@ -222,7 +242,8 @@ def _check_read(bridge, config, raw, path):
         refuse(f"{path}: rope_scaling", "default or yarn", kind, do)
     for key, value in rope.items():
         if key not in _ROPE_KEYS and value is not None:
-            refuse(f"{path}: rope_scaling", "what Megatron-Bridge reads", f"{key} {value}", _SEE)
+            do = "Megatron builds no such positions."
+            refuse(f"{path}: rope_scaling", "what Megatron-Bridge reads", f"{key} {value}", do)
     # what the bridge of an architecture puts in place of config.json's
     for name, value in bridge.hf_config_to_provider_kwargs(config).items():
         fixed = getattr(provider, name, value)
@@ -275,6 +296,27 @@ class _NoAttention(torch.nn.Module):
         super().__init__()
 
 
+# Kernels that Megatron's local layers do not have without Transformer Engine and apex
+LOCAL_HAS_NOT = (
+    "masked_softmax_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "persist_layer_norm",
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "moe_permute_fusion",
+)
+# Of training, for a run that goes on in Bridge: the run's arguments over config.json
+_RUNS_OWN = (
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "sequence_parallel"),
+    *("fp16", "bf16", "params_dtype", "hidden_dropout", "attention_dropout", "init_method_std"),
+    *("attention_softmax_in_fp32", "apply_query_key_layer_scaling", "fp32_residual_connection"),
+    *("calculate_per_token_loss", "mtp_loss_scaling_factor", "moe_router_load_balancing_type"),
+    *("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_input_jitter_eps", "moe_router_dtype"),
+    *("moe_router_bias_update_rate", "moe_grouped_gemm", "moe_token_dispatcher_type"),
+)
+
 # Of the description, whatever the run had: one process, Megatron's local layers
 _HERE = {
     **dict.fromkeys(
@@ -282,10 +324,7 @@ _HERE = {
     ),
     **dict.fromkeys(["expert_model_parallel_size", "expert_tensor_parallel_size"], 1),
     **dict.fromkeys(["sequence_parallel", "perform_initialization", "moe_grouped_gemm"], False),
-    **dict.fromkeys(["persist_layer_norm", "gradient_accumulation_fusion"], False),
-    **dict.fromkeys(["moe_shared_expert_overlap", "moe_permute_fusion"], False),
-    **dict.fromkeys(["bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion"], False),
-    **dict.fromkeys(["masked_softmax_fusion", "fp8_param"], False),
+    **dict.fromkeys([*LOCAL_HAS_NOT, "moe_shared_expert_overlap", "fp8_param"], False),
     **dict.fromkeys(["overlap_moe_expert_parallel_comm", "delay_wgrad_compute"], False),
     **dict.fromkeys(["virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"]),
     **dict.fromkeys(["num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"]),
@@ -427,13 +466,9 @@ class _Task:
         self.param_name = self.global_param_name = name
         self.mapping, self.megatron_module, self._read = mapping, part.module, read
 
-    @functools.cached_property  # asked for twice
-    def _tensor(self):
-        return self._read()
-
     @property
     def param_weight(self) -> torch.Tensor:
-        """The tensor, on CPU."""
+        """The tensor, on CPU. Bridge asks twice, so the last one is kept by who reads it."""
         return self._read()
 
 
@@ -491,6 +526,7 @@ def weights(model: Model, tensors: Tensors, path: Path) -> list[Weight]:
     def nothing(name):  # of the shape, without memory
         return torch.empty(parts[name].shape, device="meta")
 
+    @functools.lru_cache(maxsize=1)
     def read(name):
         stored = model.stored[name]
         return tensors.read(stored.name, *stored.place)[: parts[name].shape[0]]
@@ -501,11 +537,13 @@ def weights(model: Model, tensors: Tensors, path: Path) -> list[Weight]:
     def converted(i):
         return dict(_converted(model, groups[i]))
 
-    found = [
-        Weight(name, tuple(empty.shape), lambda i=i, name=name: converted(i)[name])
-        for i, group in enumerate(_groups(model, nothing, path))
-        for name, empty in _converted(model, group)
-    ]
+    found = []
+    for i, group in enumerate(_groups(model, nothing, path)):
+        # it chooses experts: rounded, it would choose others (transformers keeps it in fp32 too)
+        dtype = "float32" if group[0].param_name.endswith(_ROUTER_BIAS) else None
+        for name, empty in _converted(model, group):
+            whole = functools.partial(lambda i, name: converted(i)[name], i, name)
+            found.append(Weight(name, tuple(empty.shape), whole, dtype))
     into = sum(math.prod(part.shape) for part in parts.values())
     out = number_of(found)
     if into != out or len({weight.name for weight in found}) != len(found):
@@ -548,16 +586,36 @@ def export(
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
     with bridged(source, hf_config, vocab) as model:
         made = weights(model, tensors, source.path)
-        total = number_of(made) * DTYPES[dtype].itemsize
+        total = sum(weight.bytes_in(dtype) for weight in made)
         with new_folder(target, total, force, [*source.folders, *files, hf_config]) as part:
             write_weights(
                 part, made, dtype, shard_bytes, lambda done: progress(min(done, total), total)
             )
             config_files(part, model, dtype, end_of_text(files))
+            card = model_card(source.args, architecture(model), dtype, number_of(made))
+            write_text(part / "README.md", card)
             write_text(part / "evaluate.md", evaluation())
             write_tokenizer(part, files)
             _check_loads(part, target)
     return target
+
+
+def architecture(model: Model) -> Architecture:
+    """The model as the model card names it."""
+    of = model.provider
+    return Architecture(
+        name=model.config.architectures[0],
+        layers=of.num_layers,
+        heads=of.num_attention_heads,
+        groups=of.num_query_groups or of.num_attention_heads,
+        head_dim=of.kv_channels or of.hidden_size // of.num_attention_heads,
+        hidden=of.hidden_size,
+        experts=of.num_moe_experts or 0,
+        expert_layers=frozenset(),
+        tied=model.tied,
+        vocab=model.vocab,
+        config=model.raw,
+    )
 
 
 def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> None:
@@ -565,11 +623,15 @@ def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> Non
 
     Args:
         end: the id that ends a document; None: as config.json says.
+
+    Raises:
+        TSTError: an end token that is no id of the model.
     """
     names = [name for name in ("dtype", "torch_dtype") if name in model.raw] or ["torch_dtype"]
     config = model.raw | dict.fromkeys(names, dtype)
     if end is not None:
         config["eos_token_id"] = end
+    check_end_ids(config, model.path, model.vocab)
     write_json(folder / "config.json", config)
     generation = {key: config.get(key) for key in ("bos_token_id", "eos_token_id")}
     write_json(folder / "generation_config.json", generation)
@@ -582,7 +644,9 @@ def _check_loads(folder: Path, target: Path) -> None:
         TSTError: it does.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as said
 
+    said.disable_progress_bar()
     _, about = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", output_loading_info=True
     )
@@ -591,3 +655,42 @@ def _check_loads(folder: Path, target: Path) -> None:
             got = f"{kind}: {', '.join(found[:3])}"
             do = "Megatron-Bridge names them otherwise than the installed transformers."
             refuse(target, "the tensors that transformers looks for", got, do)
+
+
+def provider_section(model: Model, layer_spec: str) -> dict:
+    """The `model:` section of run_config.yaml: Bridge's provider of this model, where it differs
+    from the provider's defaults.
+
+    Args:
+        layer_spec: "local" or "transformer_engine".
+    """
+    of, local = model.provider, layer_spec == "local"
+    spec = {
+        "_target_": "megatron.core.models.gpt.gpt_layer_specs.get_gpt_decoder_block_spec",
+        "_partial_": True,
+        "use_transformer_engine": not local,
+        "normalization": of.normalization,
+    }
+    section = {"_target_": _path_of(type(of)), "transformer_layer_spec": spec}
+    for field in dataclasses.fields(of):
+        value, default = getattr(of, field.name), field.default
+        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name in section or field.name.startswith(("_", "hf_model_")) or value == default:
+            continue
+        if callable(value):
+            value = {"_target_": _path_of(value), "_call_": False}
+        elif isinstance(value, torch.dtype):
+            value = {"_target_": str(value), "_call_": False}
+        elif isinstance(value, tuple):
+            value = list(value)
+        section[field.name] = value
+    if local:
+        section |= {name: False for name in LOCAL_HAS_NOT if hasattr(of, name)}
+    # Bridge's convention, which keeps padding out of its exports
+    padded = {"make_vocab_size_divisible_by": min(model.vocab & -model.vocab, 128)}
+    return section | padded | {"vocab_size": model.vocab, "should_pad_vocab": True}
+
+
+def _path_of(what) -> str:
+    return f"{what.__module__}.{what.__qualname__}"

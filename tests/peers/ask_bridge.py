@@ -176,7 +176,8 @@ def again(folder, iteration):
     return seen
 
 
-def main(folders):
+def on_cpu():
+    """Let Bridge be imported where neither a GPU nor Transformer Engine is."""
     os.environ["MEGATRON_TST_CPU"] = "1"
     enable_if_asked()
     import megatron.core.datasets.utils
@@ -189,6 +190,10 @@ def main(folders):
     megatron.core.datasets.utils.compile_helpers = lambda: (
         None
     )  # runs make; the wheel has them built
+
+
+def main(folders):
+    on_cpu()
     for folder in map(Path, folders):
         (iteration,) = (folder / "nemo").glob("iter_*")
         answers = {"refusal": ""}
