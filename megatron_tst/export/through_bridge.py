@@ -676,7 +676,8 @@ def provider_section(model: Model, layer_spec: str) -> dict:
         value, default = getattr(of, field.name), field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        if field.name in section or field.name.startswith(("_", "hf_model_")) or value == default:
+        same = value == default and field.name not in _RUNS_OWN  # which Bridge looks up in the file
+        if field.name in section or field.name.startswith(("_", "hf_model_")) or same:
             continue
         if callable(value):
             value = {"_target_": _path_of(value), "_call_": False}
