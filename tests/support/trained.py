@@ -16,6 +16,23 @@ MOE = (
     "alltoall"
 ).split()
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+EP2 = ["--expert-model-parallel-size", "2"]
+# DeepSeek-V3's parts; the norms of its latents have this epsilon in transformers whatever the rest
+LATENTS = (
+    "--multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 4 "
+    "--v-head-dim 6 --qk-layernorm --norm-epsilon 1e-6"
+).split()
+SIGMOID = (
+    "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 16 "
+    "--moe-shared-expert-intermediate-size 32 --moe-router-score-function sigmoid "
+    "--moe-router-enable-expert-bias --moe-router-bias-update-rate 1e-2 "
+    "--moe-router-topk-scaling-factor 2.5 --moe-router-load-balancing-type seq_aux_loss "
+    "--moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall"
+).split()
+GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 2".split()
+YARN = "--rope-type yarn --rotary-scaling-factor 4 --mscale 0.9 --mscale-all-dim 0.7".split()
+HYBRID = "--spec support.hybrid_spec hybrid_stack_spec --hybrid-layer-pattern".split()
+HYBRID_QK = "--spec support.hybrid_qk_spec hybrid_stack_spec --hybrid-layer-pattern".split()
 TIED = [flag for flag in TINY if flag != "--untie-embeddings-and-output-weights"]
 RUNS = {  # name: (processes, flags, class)
     "llama": (1, TINY, "LlamaForCausalLM"),
@@ -28,13 +45,36 @@ RUNS = {  # name: (processes, flags, class)
     "qwen3, gqa": (1, [*TINY, *GQA, *NORM], "Qwen3ForCausalLM"),
     "qwen3 moe, tp2 ep2": (
         4,
-        [*TINY, *GQA, *NORM, *MOE, *TP2, "--expert-model-parallel-size", "2"],
+        [*TINY, *GQA, *NORM, *MOE, *TP2, *EP2],
         "Qwen3MoeForCausalLM",
     ),
     "qwen3 moe, softmax first, a dense layer": (
         1,
         [*TINY, *NORM, *MOE, "--moe-router-pre-softmax", "--moe-layer-freq", "[0,1]"],
         "Qwen3MoeForCausalLM",
+    ),
+    "deepseek, tp2 ep2": (
+        4,
+        [
+            *[*TINY, *LATENTS, "--q-lora-rank", "24", *SIGMOID, *GROUPS, *TP2, *EP2],
+            *["--num-layers", "3", "--moe-layer-freq", "[0,1,1]", "--mtp-num-layers", "1"],
+        ],
+        "DeepseekV3ForCausalLM",
+    ),
+    "deepseek, tied, no rank of queries, yarn": (
+        1,
+        [*TIED, *LATENTS, *SIGMOID, *YARN, "--moe-layer-freq", "[0,1]"],
+        "DeepseekV3ForCausalLM",
+    ),
+    "llama, hybrid, tp2": (2, [*TIED, *GQA, *TP2, *HYBRID, "*-*-"], "LlamaForCausalLM"),
+    "qwen3 moe, hybrid": (1, [*TINY, *GQA, *NORM, *MOE, *HYBRID_QK, "*-*E"], "Qwen3MoeForCausalLM"),
+    "deepseek, hybrid, ep2": (
+        2,
+        [
+            *[*TINY, *LATENTS, "--q-lora-rank", "24", *SIGMOID, *GROUPS, *EP2],
+            *[*HYBRID_QK, "+-+E/+E", "--mtp-num-layers", "1"],
+        ],
+        "DeepseekV3ForCausalLM",
     ),
 }
 
