@@ -596,7 +596,7 @@ def export(
             write_text(part / "README.md", card)
             write_text(part / "evaluate.md", evaluation())
             write_tokenizer(part, files)
-            _check_loads(part, target)
+            _check_loads(part, target, model)
     return target
 
 
@@ -637,8 +637,9 @@ def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> Non
     write_json(folder / "generation_config.json", generation)
 
 
-def _check_loads(folder: Path, target: Path) -> None:
-    """Refuse an export in which transformers misses a tensor, or finds one too many.
+def _check_loads(folder: Path, target: Path, model: Model) -> None:
+    """Refuse an export in which transformers misses a tensor, or finds one too many. Layers of
+    multi-token prediction, which come after the others, it does not read.
 
     Raises:
         TSTError: it does.
@@ -650,8 +651,11 @@ def _check_loads(folder: Path, target: Path) -> None:
     _, about = AutoModelForCausalLM.from_pretrained(
         folder, device_map="meta", output_loading_info=True
     )
+    layers, mtp = model.provider.num_layers, model.provider.mtp_num_layers or 0
+    behind = tuple(f"model.layers.{n}." for n in range(layers, layers + mtp))
     for kind in ("missing", "unexpected", "mismatched"):
-        if found := sorted(map(str, about[f"{kind}_keys"])):
+        found = sorted(map(str, about[f"{kind}_keys"]))
+        if found := [name for name in found if kind != "unexpected" or not name.startswith(behind)]:
             got = f"{kind}: {', '.join(found[:3])}"
             do = "Megatron-Bridge names them otherwise than the installed transformers."
             refuse(target, "the tensors that transformers looks for", got, do)

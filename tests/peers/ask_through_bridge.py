@@ -1,0 +1,88 @@
+"""What the exports through Megatron-Bridge are, on CPU: python ask_through_bridge.py FOLDER...
+
+Each folder holds a checkpoint `ck` of a run of through_bridge_models.py, name.txt, `config` with
+its config.json, and a tokenizer.json. Written into it:
+
+    hf, bf16           export-hf --through-bridge, in float32 and in bfloat16
+    own                export-hf, where the package has a writer of its own
+    doubled            the export of the checkpoint with all weights doubled
+    nemo               export-nemo --hf-config
+    bridge_auto, bridge_folder, bridge.pt    ask_bridge.py's of it
+    refusals.json      config -> (exit code, what was said, whether a target is there)
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import torch
+from ask_bridge import export, logits, on_cpu, one_process
+from through_bridge_models import CONFIGS, DEEPSEEK, REFUSED
+
+from megatron_tst import cli
+from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.checkpoint.rewrite import Changes, rewrite
+
+
+def verb(*arguments):
+    """-> (exit code, stderr)"""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = cli.main([str(argument) for argument in arguments])
+    return code, said.getvalue()
+
+
+def done(*arguments):
+    code, said = verb(*arguments)
+    assert code == 0, said
+
+
+def doubled(source, target):
+    model = frozenset(key for key in source.tensors if not key.startswith("optimizer."))
+    changes = Changes(
+        common=source.common, tensor=lambda name, offset, shard: shard * 2, edited=model
+    )
+    rewrite(source, target, changes)
+
+
+def refusals(folder, name):
+    found = {}
+    for case, (of, changed, _) in REFUSED.items():
+        if of != name:
+            continue
+        config = folder / "refused" / case.replace(" ", "_")
+        config.mkdir(parents=True)
+        (config / "config.json").write_text(json.dumps(CONFIGS[of] | changed))
+        target = config / "hf"
+        through = ["--through-bridge", "--hf-config", config]
+        found[case] = *verb("export-hf", folder / "ck", target, *through), target.exists()
+    return found
+
+
+def main(folders):
+    on_cpu()
+    for folder in map(Path, folders):
+        name = (folder / "name.txt").read_text()
+        tokenizer = ["--tokenizer", folder / "tokenizer.json"]
+        config = ["--hf-config", folder / "config"]
+        through = ["--through-bridge", *config, *tokenizer]
+        done("export-hf", folder / "ck", folder / "hf", "--dtype", "float32", *through)
+        done("export-hf", folder / "ck", folder / "bf16", *through)
+        if name == DEEPSEEK:
+            done("export-hf", folder / "ck", folder / "own", "--dtype", "float32", *tokenizer)
+        doubled(Checkpoint(folder / "ck"), folder / "ck2")
+        done("export-hf", folder / "ck2", folder / "doubled", "--dtype", "float32", *through)
+        done("export-nemo", folder / "ck", folder / "nemo", *config, *tokenizer)
+        (folder / "refusals.json").write_text(json.dumps(refusals(folder, name)))
+        if name != DEEPSEEK:  # Megatron's local attention cannot be built for it
+            (iteration,) = (folder / "nemo").glob("iter_*")
+            with one_process():
+                answers = {"logits": logits(folder, iteration)}
+            export(folder, iteration)
+            torch.save(answers, folder / "bridge.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
