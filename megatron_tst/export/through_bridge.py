@@ -48,7 +48,9 @@ _NORMS = (
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
     ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
 )
-_NEXT_TOKENS = (("transformer_layer.", "mtp_model_layer."),)  # as some of Bridge's mappings say it
+# A layer in one of multi-token prediction, in the module and in its checkpoints (Megatron's
+# multi_token_prediction.py); Bridge's mappings have one of them or both.
+_NEXT_TOKENS = "mtp_model_layer.", "transformer_layer."
 _LAYERS = re.compile(r"(decoder|mtp)\.layers\.(?!\d)(.+)")
 _NOT_OF_MODEL = "optimizer.", "rng_state", "rerun_state", "chained_"
 _EXPERT = re.compile(r"(.*mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
@@ -408,10 +410,12 @@ def _parts(module: torch.nn.Module, tied: bool) -> dict[str, _Part]:
 
 
 def _canonical(name: str) -> str:
-    """A tensor's name whatever layers it was trained with: a norm by the local layers' name."""
+    """A tensor's name whatever layers it was trained with: a norm by the local layers' name, a
+    layer of multi-token prediction by its checkpoints'.
+    """
     for local, fused in _NORMS:
         name = name.replace(fused, local)
-    return name
+    return name.replace(*_NEXT_TOKENS)
 
 
 def _stored(source: Checkpoint, vocab: int) -> dict[str, _Stored]:
@@ -449,9 +453,8 @@ def _names(name: str) -> Iterator[str]:
     if expert := _EXPERT.fullmatch(name):
         before, number, rest = expert.groups()
         yield f"{before}.{rest}{number}"  # of grouped experts: linear_fc1.weight7
-    for one, other in _NEXT_TOKENS:
-        if one in name:
-            yield from _names(name.replace(one, other))
+    if _NEXT_TOKENS[0] in name:
+        yield from _names(name.replace(*_NEXT_TOKENS))
 
 
 class _Task:
