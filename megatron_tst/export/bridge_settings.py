@@ -179,8 +179,12 @@ def check_settings(run: Mapping[str, Any], bridge: Mapping[str, Any]) -> None:
         TSTError: they differ, with the argument that does.
     """
     ours, theirs = computed(run), computed(bridge)
-    # whether there are experts before what they are
-    names = sorted(ours.keys() | theirs.keys(), key=lambda name: (name.startswith("moe_"), name))
+    # first what the rest follows from: whether there are experts before what they are
+
+    def follows(name):
+        return name not in ours or name not in theirs, name.startswith("moe_"), "mscale" in name
+
+    names = sorted(ours.keys() | theirs.keys(), key=lambda name: (follows(name), name))
     for name in names:
         got, expected = ours.get(name), theirs.get(name)
         if got != expected:

@@ -116,12 +116,13 @@ def bridged(source: Checkpoint, hf_config: Path, vocab: int) -> Iterator[Model]:
     """
     path = hf_config / "config.json"
     raw = read_json(path, do="Give a folder with the config.json of the model that was trained.")
-    with _quiet(), _one_process():
-        yield _model(source, path, raw, vocab)
+    with _quiet():
+        AutoBridge = _auto_bridge()
+        with _one_process():
+            yield _model(AutoBridge, source, path, raw, vocab)
 
 
-def _model(source, path, raw, vocab) -> Model:
-    AutoBridge = _auto_bridge()
+def _model(AutoBridge, source, path, raw, vocab) -> Model:
     config, auto = _known(AutoBridge, raw, path)
     provider, bridge = auto.to_megatron_provider(load_weights=False), auto._model_bridge
     _check_layers(provider, path, config)

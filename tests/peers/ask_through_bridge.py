@@ -79,8 +79,11 @@ def main(folders):
         if name != DEEPSEEK:  # Megatron's local attention cannot be built for it
             (iteration,) = (folder / "nemo").glob("iter_*")
             with one_process():
-                answers = {"logits": logits(folder, iteration)}
-            export(folder, iteration)
+                answers = {"logits": logits(folder, iteration), "refusal": ""}
+            try:
+                export(folder, iteration)
+            except AttributeError as error:  # a mapping knows grouped experts alone, not local ones
+                answers["refusal"] = str(error)
             torch.save(answers, folder / "bridge.pt")
 
 
