@@ -591,7 +591,7 @@ def export(
     with bridged(source, hf_config, vocab) as model:
         made = weights(model, tensors, source.path)
         total = sum(weight.bytes_in(dtype) for weight in made)
-        with new_folder(target, total, force, [*source.folders, *files, hf_config]) as part:
+        with new_folder(target, total, force, [*source.folders, *files, model.path]) as part:
             write_weights(
                 part, made, dtype, shard_bytes, lambda done: progress(min(done, total), total)
             )
