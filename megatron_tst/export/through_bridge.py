@@ -320,6 +320,18 @@ _RUNS_OWN = (
     *("moe_router_bias_update_rate", "moe_grouped_gemm", "moe_token_dispatcher_type"),
 )
 
+
+@contextlib.contextmanager
+def _no_device() -> Iterator[None]:
+    """Megatron's layers put some tensors on the current GPU by name: here on "meta" too."""
+    before = torch.cuda.current_device
+    torch.cuda.current_device = lambda: "meta"
+    try:
+        yield
+    finally:
+        torch.cuda.current_device = before
+
+
 # Of the description, whatever the run had: one process, Megatron's local layers
 _HERE = {
     **dict.fromkeys(
@@ -362,7 +374,7 @@ def _built(provider, vocab) -> torch.nn.Module:
     mtp = None
     if here.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(here, spec, use_transformer_engine=False)
-    with torch.device("meta"):
+    with torch.device("meta"), _no_device():
         return GPTModel(
             here,
             transformer_layer_spec=spec,

@@ -6,6 +6,7 @@ its config.json, and a tokenizer.json. Written into it:
     hf, bf16           export-hf --through-bridge, in float32 and in bfloat16
     own                export-hf, where the package has a writer of its own
     doubled            the export of the checkpoint with all weights doubled
+    engine, of_engine  GLM's with the names of Transformer Engine's layers, and its export
     nemo               export-nemo --hf-config
     bridge_auto, bridge_folder, bridge.pt    ask_bridge.py's of it
     refusals.json      config -> (exit code, what was said, whether a target is there)
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from ask_bridge import export, logits, on_cpu, one_process
-from through_bridge_models import CONFIGS, DEEPSEEK, REFUSED
+from through_bridge_models import CONFIGS, DEEPSEEK, GLM, REFUSED
 
 from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
@@ -75,6 +76,11 @@ def main(folders):
         doubled(Checkpoint(folder / "ck"), folder / "ck2")
         done("export-hf", folder / "ck2", folder / "doubled", "--dtype", "float32", *through)
         done("export-nemo", folder / "ck", folder / "nemo", *config, *tokenizer)
+        if name == GLM:
+            engine = ["--layer-spec", "transformer_engine", *config, *tokenizer]
+            done("export-nemo", folder / "ck", folder / "engine", *engine)
+            of_engine = [folder / "of_engine", "--dtype", "float32", *through]
+            done("export-hf", folder / "engine", *of_engine)
         (folder / "refusals.json").write_text(json.dumps(refusals(folder, name)))
         if name != DEEPSEEK:  # Megatron's local attention cannot be built for it
             (iteration,) = (folder / "nemo").glob("iter_*")

@@ -26,12 +26,13 @@ from support.hf_folder import word_tokenizer
 from support.paths import EVERYTHING, PACKAGE, environment
 from support.trained import VOCAB, Trained, corpus_below
 
+from megatron_tst.checkpoint.format import Checkpoint
+
 sys.path.insert(0, str(Path(__file__).parent))
-from through_bridge_models import CONFIGS, DEEPSEEK, FLAGS, REFUSED
+from through_bridge_models import CONFIGS, DEEPSEEK, FLAGS, GLM, REFUSED
 
 pytestmark = pytest.mark.timeout(1800)  # the first test trains five models
 
-GLM = "glm 4.5, tp2 ep2"
 NEW = [name for name in FLAGS if name != DEEPSEEK]
 CLASSES = {name: config["architectures"][0] for name, config in CONFIGS.items()}
 CHECKPOINT_TESTS = Path(trained.__file__).parents[1] / "checkpoint"
@@ -104,6 +105,18 @@ def test_every_tensor_comes_from_the_checkpoint(folders, name):
     assert all(tensor.any() for tensor in one.values())
 
 
+def test_names_of_transformer_engines_layers(folders):
+    """A checkpoint that has them is exported as one that has the local layers'."""
+    one, other = (tensors_of(folders[GLM] / export) for export in ("hf", "of_engine"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    stored = Checkpoint(folders[GLM] / "engine").tensors
+    assert "decoder.layers.1.pre_mlp_layernorm.weight" in stored
+    assert (
+        "decoder.layers.1.pre_mlp_layernorm.weight" not in Checkpoint(folders[GLM] / "ck").tensors
+    )
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_rounded_once(folders, name):
     """bf16 is the fp32 rounded once; a router's bias stays in fp32."""
@@ -123,6 +136,17 @@ def test_bridges_names_equal_our_own(folders):
         assert torch.equal(ours.pop(f"model.layers.3.{copy}.weight"), ours[f"{of}.weight"])
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", [GLM, DEEPSEEK])
+def test_on_a_login_node(folders, tmp_path, name):
+    """Without a GPU and without the shims of CPU training the same bytes are written."""
+    folder = folders[name]
+    flags = ["--through-bridge", "--hf-config", folder / "config", "--dtype", "float32"]
+    exported = ["export-hf", folder / "ck", tmp_path / "hf", *flags]
+    run(Path(__file__).parent / "with_bridge.py", *exported, cpu=False)
+    file = "model.safetensors"
+    assert (tmp_path / "hf" / file).read_bytes() == (folder / "hf" / file).read_bytes()
 
 
 @pytest.mark.parametrize("name", FLAGS)

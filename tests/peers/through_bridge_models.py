@@ -21,7 +21,7 @@ _ALIKE = dict(
     tie_word_embeddings=False,
 )
 _GLM = """
-    --num-layers 3 --moe-layer-freq [0,1,1] --add-qkv-bias --rotary-percent 0.5
+    --num-layers 3 --moe-layer-freq [0,1,1] --num-experts 8 --add-qkv-bias --rotary-percent 0.5
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias
     --moe-router-bias-update-rate 1e-2 --moe-shared-expert-intermediate-size 48
     --moe-router-num-groups 2 --moe-router-group-topk 1 --moe-router-topk-scaling-factor 1.5
@@ -54,7 +54,7 @@ CONFIGS = {
         model_type="glm4_moe",
         num_hidden_layers=3,
         moe_intermediate_size=48,
-        n_routed_experts=4,
+        n_routed_experts=8,
         num_experts_per_tok=2,
         n_shared_experts=1,
         n_group=2,
@@ -123,7 +123,7 @@ CONFIGS = {
         tie_word_embeddings=False,
     ),
 }
-_GLM_NAME, _QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"
+GLM, _QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"
 # name: (whose checkpoint, config.json with these keys changed, what the refusal says)
 REFUSED = {
     "base": (_QWEN2, dict(rope_theta=10000), "--rotary-base: expected rotary_base 10000"),
@@ -145,23 +145,23 @@ REFUSED = {
     "code": (_QWEN2, dict(auto_map={"AutoConfig": "mine.Config"}), "auto_map: expected a model"),
     "end": (_QWEN2, dict(eos_token_id=151643), "eos_token_id: expected ids below"),
     "scaling": (
-        _GLM_NAME,
+        GLM,
         dict(routed_scaling_factor=1.0),
         "--moe-router-topk-scaling-factor: expected moe_router_topk_scaling_factor 1.0",
     ),
-    "groups": (_GLM_NAME, dict(n_group=1), "--moe-router-group-topk"),
+    "groups": (GLM, dict(n_group=1), "--moe-router-group-topk"),
     "not normalised": (
-        _GLM_NAME,
+        GLM,
         dict(norm_topk_prob=False),
         "norm_topk_prob: expected True, got False. Megatron-Bridge does not read this key",
     ),
     "partial": (
-        _GLM_NAME,
+        GLM,
         dict(partial_rotary_factor=1.0),
         "--rotary-percent: expected rotary_percent 1.0",
     ),
     "next tokens": (
-        _GLM_NAME,
+        GLM,
         dict(num_nextn_predict_layers=1),
         "--mtp-num-layers: expected mtp_num_layers 1",
     ),
