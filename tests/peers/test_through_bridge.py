@@ -40,10 +40,11 @@ CHECKPOINT_TESTS = Path(trained.__file__).parents[1] / "checkpoint"
 
 def run(script, *arguments, cpu=True):
     """A script in a process of its own: Megatron's shims are not for transformers."""
-    env = environment(EVERYTHING if cpu else PACKAGE)
-    env = {name: value for name, value in env.items() if cpu or name != "MEGATRON_TST_CPU"}
+    env = os.environ | environment(EVERYTHING if cpu else PACKAGE)
+    if not cpu:
+        env.pop("MEGATRON_TST_CPU", None)
     command = [sys.executable, "-W", "ignore", str(script), *map(str, arguments)]
-    ended = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 
