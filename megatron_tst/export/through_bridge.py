@@ -31,7 +31,7 @@ from megatron_tst.checkpoint.atomic import new_folder, write_json, write_text
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import refuse
-from megatron_tst.export.architectures import Architecture
+from megatron_tst.export.architectures import LLAMA3_ROPE, Architecture
 from megatron_tst.export.bridge_settings import check_settings, check_tensors
 from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.hf import check_phase, number_of, vocab_size_of
@@ -39,7 +39,10 @@ from megatron_tst.export.safetensors_files import DTYPES, Weight, write_weights
 from megatron_tst.export.tokenizer import check_end_ids, end_of_text, tokenizer_of, write_tokenizer
 from megatron_tst.json_file import read_json, shown
 
-PACKAGES = "pip install megatron-bridge==0.6.2 transformer-engine nvidia-resiliency-ext"
+PACKAGES = (
+    "pip install megatron-bridge==0.6.2 'transformer-engine[core_cu13,pytorch]' "
+    "nvidia-resiliency-ext"
+)
 _ANOTHER = "Give the config.json of the model that was trained."
 # Megatron's local layers -> Transformer Engine's, which keep a norm in the layer behind it
 _NORMS = (
@@ -123,8 +126,7 @@ def bridged(source: Checkpoint, hf_config: Path, vocab: int) -> Iterator[Model]:
 
 
 def _model(AutoBridge, source, path, raw, vocab) -> Model:
-    config, auto = _known(AutoBridge, raw, path)
-    provider, bridge = auto.to_megatron_provider(load_weights=False), auto._model_bridge
+    config, provider, bridge = _known(AutoBridge, raw, path)
     _check_layers(provider, path, config)
     _check_read(bridge, config, raw, path)
     if provider.vocab_size != vocab:
@@ -169,7 +171,7 @@ def _auto_bridge():
 
 
 def _known(AutoBridge, raw, path):
-    """-> (transformers' config, the AutoBridge)"""
+    """-> (transformers' config, Bridge's provider, its converter)"""
     from transformers import AutoConfig
 
     names = raw.get("architectures")
@@ -180,8 +182,9 @@ def _known(AutoBridge, raw, path):
         refuse(f"{path}: auto_map", "a model that transformers has", shown(raw["auto_map"]), do)
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-        return config, AutoBridge.from_hf_config(config)
-    except Exception as error:
+        auto = AutoBridge.from_hf_config(config)
+        return config, auto.to_megatron_provider(load_weights=False), auto._model_bridge
+    except Exception as error:  # of a bridge that asks for keys which this config has not, too
         first = next(iter(str(error).strip("\n ✗").splitlines()), type(error).__name__)
         expected = "an architecture that the installed Megatron-Bridge and transformers have"
         refuse(f"{path}: architectures", expected, f"{names[0]} ({first[:120]})", _SEE)
@@ -197,9 +200,10 @@ def _check_layers(provider, path, config):
     from megatron.bridge.models import gpt_provider
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    spec = getattr(provider.transformer_layer_spec, "func", provider.transformer_layer_spec)
+    spec = getattr(provider, "transformer_layer_spec", type(provider))
+    spec = getattr(spec, "func", spec)
     plain = gpt_provider.default_layer_spec, get_gpt_decoder_block_spec
-    provides = type(provider).provide is getattr(gpt_provider.GPTModelProvider, "provide", None)
+    provides = getattr(type(provider), "provide", None) is gpt_provider.GPTModelProvider.provide
     if spec not in plain or not provides:
         own = getattr(spec, "__name__", spec) if spec not in plain else type(provider).__name__
         expected = "an architecture that Bridge builds of Megatron's own layers"
@@ -224,6 +228,8 @@ def _check_read(bridge, config, raw, path):
     Bridge takes some settings for given: that GLM's router normalises, that gpt-oss scales its
     positions by 32. With another value in config.json the export would compute something else.
     """
+    from transformers import PretrainedConfig
+
     names: set[str] = set()
     shim = argparse.Namespace(config=_Reads(config, names))
     provider = bridge.provider_bridge(shim)
@@ -233,7 +239,8 @@ def _check_read(bridge, config, raw, path):
     given = copy.deepcopy(raw)  # transformers writes into what it is given
     plain = type(config)(**{key: value for key, value in given.items() if key in names})
     ours, theirs = config.to_dict(), plain.to_dict()
-    for key in sorted(raw.keys() & theirs.keys() - _NEUTRAL - names):
+    neutral = _NEUTRAL | PretrainedConfig().to_dict().keys()  # of a pipeline, of generation
+    for key in sorted(raw.keys() & theirs.keys() - neutral - names):
         if ours.get(key) != theirs[key]:
             do = "Megatron-Bridge does not read this key: its model is the one of that value."
             refuse(f"{path}: {key}", theirs[key], ours.get(key), do)
@@ -243,6 +250,10 @@ def _check_read(bridge, config, raw, path):
     if kind not in ("default", "yarn") and not llama3:
         do = "Megatron-Bridge builds this architecture without another."
         refuse(f"{path}: rope_scaling", "default or yarn", kind, do)
+    for key, value in LLAMA3_ROPE.items() if llama3 else ():
+        if rope.get(key) != value:
+            do = "Megatron has Llama 3.1's constants alone."
+            refuse(f"{path}: rope_scaling", f"{key} {value}", rope.get(key), do)
     for key, value in rope.items():
         if key not in _ROPE_KEYS and value is not None:
             do = "Megatron builds no such positions."

@@ -9,6 +9,7 @@ its config.json, and a tokenizer.json. Written into it:
     engine, of_engine  GLM's with the names of Transformer Engine's layers, and its export
     nemo               export-nemo --hf-config
     bridge_auto, bridge_folder, bridge.pt    ask_bridge.py's of it
+    known.json         architecture that Bridge and transformers have -> the same of its defaults
     refusals.json      config -> (exit code, what was said, whether a target is there)
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from ask_bridge import export, logits, on_cpu, one_process
-from through_bridge_models import CONFIGS, DEEPSEEK, GLM, REFUSED
+from through_bridge_models import CONFIGS, DEEPSEEK, GLM, QWEN2, REFUSED, VOCAB
 
 from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
@@ -62,6 +63,27 @@ def refusals(folder, name):
     return found
 
 
+def known(folder):
+    """What is said of each architecture that Bridge lists, with transformers' default config.json:
+    of another model than the checkpoint.
+    """
+    import transformers
+    from megatron.bridge import AutoBridge
+
+    found, config = {}, folder / "default"
+    config.mkdir()
+    for name in AutoBridge.list_supported_models():
+        if (its := getattr(transformers, name, None)) is None:
+            continue
+        own = {"architectures": [name], "vocab_size": VOCAB}
+        default = its.config_class().to_dict() | own
+        (config / "config.json").write_text(json.dumps(default, default=str))
+        through = ["--through-bridge", "--hf-config", config]
+        target = config / "hf"
+        found[name] = *verb("export-hf", folder / "ck", target, *through), target.exists()
+    return found
+
+
 def main(folders):
     on_cpu()
     for folder in map(Path, folders):
@@ -82,6 +104,8 @@ def main(folders):
             of_engine = [folder / "of_engine", "--dtype", "float32", *through]
             done("export-hf", folder / "engine", *of_engine)
         (folder / "refusals.json").write_text(json.dumps(refusals(folder, name)))
+        if name == QWEN2:
+            (folder / "known.json").write_text(json.dumps(known(folder)))
         if name != DEEPSEEK:  # Megatron's local attention cannot be built for it
             (iteration,) = (folder / "nemo").glob("iter_*")
             with one_process():

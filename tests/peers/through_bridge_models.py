@@ -123,27 +123,27 @@ CONFIGS = {
         tie_word_embeddings=False,
     ),
 }
-GLM, _QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"
+GLM, QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"
 # name: (whose checkpoint, config.json with these keys changed, what the refusal says)
 REFUSED = {
-    "base": (_QWEN2, dict(rope_theta=10000), "--rotary-base: expected rotary_base 10000"),
-    "epsilon": (_QWEN2, dict(rms_norm_eps=1e-6), "--norm-epsilon: expected layernorm_epsilon"),
+    "base": (QWEN2, dict(rope_theta=10000), "--rotary-base: expected rotary_base 10000"),
+    "epsilon": (QWEN2, dict(rms_norm_eps=1e-6), "--norm-epsilon: expected layernorm_epsilon"),
     "untied": (
-        _QWEN2,
+        QWEN2,
         dict(tie_word_embeddings=False),
         "--untie-embeddings-and-output-weights: expected share_embeddings_and_output_weights False",
     ),
-    "layers": (_QWEN2, dict(num_hidden_layers=3), "--num-layers: expected num_layers 3"),
-    "vocabulary": (_QWEN2, dict(vocab_size=512), "vocab_size: expected 500, got 512"),
-    "windows": (_QWEN2, dict(use_sliding_window=True, max_window_layers=0), "use_sliding_window"),
+    "layers": (QWEN2, dict(num_hidden_layers=3), "--num-layers: expected num_layers 3"),
+    "vocabulary": (QWEN2, dict(vocab_size=512), "vocab_size: expected 500, got 512"),
+    "windows": (QWEN2, dict(use_sliding_window=True, max_window_layers=0), "use_sliding_window"),
     "linear rope": (
-        _QWEN2,
+        QWEN2,
         dict(rope_scaling=dict(rope_type="linear", factor=4.0)),
         "rope_scaling: expected default or yarn, got linear",
     ),
-    "no class": (_QWEN2, dict(architectures=[]), "architectures: expected the class of the model"),
-    "code": (_QWEN2, dict(auto_map={"AutoConfig": "mine.Config"}), "auto_map: expected a model"),
-    "end": (_QWEN2, dict(eos_token_id=151643), "eos_token_id: expected ids below"),
+    "no class": (QWEN2, dict(architectures=[]), "architectures: expected the class of the model"),
+    "code": (QWEN2, dict(auto_map={"AutoConfig": "mine.Config"}), "auto_map: expected a model"),
+    "end": (QWEN2, dict(eos_token_id=151643), "eos_token_id: expected ids below"),
     "scaling": (
         GLM,
         dict(routed_scaling_factor=1.0),
@@ -172,7 +172,7 @@ REFUSED = {
     ),
     "window": (_OSS, dict(sliding_window=16), "--window-size: expected window_size (15, 0)"),
     "mixtral": (
-        _QWEN2,
+        QWEN2,
         dict(
             architectures=["MixtralForCausalLM"],
             model_type="mixtral",
@@ -182,7 +182,7 @@ REFUSED = {
         "got MixtralForCausalLM (Model architecture 'MixtralForCausalLM' is not yet supported)",
     ),
     "minimax": (
-        _QWEN2,
+        QWEN2,
         dict(
             architectures=["MiniMaxM2ForCausalLM"],
             model_type="minimax_m2",
@@ -193,7 +193,7 @@ REFUSED = {
         "got MiniMaxM2ForCausalLM (minimax_m2_layer_spec)",
     ),
     "olmoe": (
-        _QWEN2,
+        QWEN2,
         dict(
             architectures=["OlmoeForCausalLM"],
             model_type="olmoe",
