@@ -646,7 +646,8 @@ def architecture(model: Model) -> Architecture:
 
 
 def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> None:
-    """config.json as it was given, with the dtype of the weights, and generation_config.json.
+    """config.json as it was given, with the dtype of the weights and not quantised, and
+    generation_config.json.
 
     Args:
         end: the id that ends a document; None: as config.json says.
@@ -656,6 +657,7 @@ def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> Non
     """
     names = [name for name in ("dtype", "torch_dtype") if name in model.raw] or ["torch_dtype"]
     config = model.raw | dict.fromkeys(names, dtype)
+    config.pop("quantization_config", None)  # of the released weights, not of these
     if end is not None:
         config["eos_token_id"] = end
     check_end_ids(config, model.path, model.vocab)

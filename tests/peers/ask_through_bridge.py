@@ -56,10 +56,14 @@ def refusals(folder, name):
             continue
         config = folder / "refused" / case.replace(" ", "_")
         config.mkdir(parents=True)
-        (config / "config.json").write_text(json.dumps(CONFIGS[of] | changed))
-        target = config / "hf"
+        (config / "config.json").write_text(json.dumps(CONFIGS[of] | (changed or {})))
+        source, target = folder / "ck", config / "hf"
+        if changed is None:
+            source, whole = config / "ck", Checkpoint(source)
+            kept = Changes(common=whole.common, keep=lambda name: "final_layernorm" not in name)
+            rewrite(whole, source, kept)
         through = ["--through-bridge", "--hf-config", config]
-        found[case] = *verb("export-hf", folder / "ck", target, *through), target.exists()
+        found[case] = *verb("export-hf", source, target, *through), target.exists()
     return found
 
 

@@ -154,7 +154,8 @@ def test_on_a_login_node(folders, tmp_path, name):
 def test_config_json_is_kept(folders, name):
     folder = folders[name] / "hf"
     written = json.loads((folder / "config.json").read_text())
-    assert written == CONFIGS[name] | {"torch_dtype": "float32"}
+    given = {key: value for key, value in CONFIGS[name].items() if key != "quantization_config"}
+    assert written == given | {"torch_dtype": "float32"}
     assert (folder / "tokenizer.json").is_file() and (folder / "README.md").is_file()
 
 

@@ -75,6 +75,7 @@ CONFIGS = {
         num_experts_per_tok=2,
         sliding_window=8,
         attention_bias=True,
+        quantization_config=dict(quant_method="mxfp4"),  # of the released weights
         rope_scaling=dict(
             rope_type="yarn",
             factor=32.0,
@@ -124,8 +125,14 @@ CONFIGS = {
     ),
 }
 GLM, QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"
-# name: (whose checkpoint, config.json with these keys changed, what the refusal says)
+# name: (whose checkpoint, config.json with these keys changed, what the refusal says); None: the
+# checkpoint without its last norm
 REFUSED = {
+    "a tensor missing": (
+        QWEN2,
+        None,
+        "expected a tensor decoder.final_layernorm.weight [32], as config.json says, got none",
+    ),
     "base": (QWEN2, dict(rope_theta=10000), "--rotary-base: expected rotary_base 10000"),
     "epsilon": (QWEN2, dict(rms_norm_eps=1e-6), "--norm-epsilon: expected layernorm_epsilon"),
     "untied": (
