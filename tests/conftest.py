@@ -91,6 +91,16 @@ def patched(megatron):
     patch.remove()
 
 
+@pytest.fixture
+def latent_attention(megatron):
+    """Local layers can be built with multi-latent attention, in one test."""
+    from support import cp_attention
+
+    remove = cp_attention.install()
+    yield
+    remove()
+
+
 @pytest.fixture(scope="session")
 def fork_server(tmp_path_factory, pytestconfig):
     """Starts training runs and multi-rank functions in processes that need not import torch and

@@ -71,7 +71,8 @@ def table(report: dict) -> str:
         *textwrap.wrap(
             f"{len(report['cases'])} cases on {about['device']} over {about['backend']}, {nodes}, "
             f"{about['date']}, torch {about['torch']}, megatron-core {about['megatron-core']}. "
-            "Letters in the column `+` are settings beside the layout, listed below the table.",
+            "Letters in the column `+` are settings beside the layout, listed below the table. "
+            "`one` is one process.",
             100,
         ),
         "",
@@ -91,11 +92,13 @@ def table(report: dict) -> str:
 
 
 def _row(case: dict, letters: dict[str, str]) -> str:
-    found, options = case["difference"], case["options"].strip()
+    found = case["difference"]
+    layout = [word for word in case["layout"].split() if not _uneven(word)]
+    options = " ".join([*filter(_uneven, case["layout"].split()), case["options"].strip()]).strip()
     letter = letters.setdefault(options, _letter(len(letters))) if options else ""
-    same = "stock, bit for bit" if "bag_of_one" in case["test"] else "one process"
+    same = "stock, bit for bit" if "bag_of_one" in case["test"] else "one"
     cells = [
-        case["layout"],
+        " ".join(layout),
         case["model"],
         letter,
         str(case["s"]),
@@ -109,13 +112,19 @@ def _row(case: dict, letters: dict[str, str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _uneven(word: str) -> bool:
+    """Whether a word of a layout says what the stages of a pipeline hold."""
+    return ":" in word or word.startswith("first")
+
+
 def _letter(number: int) -> str:
     """0 -> a, 25 -> z, 26 -> aa"""
     return ("" if number < 26 else _letter(number // 26 - 1)) + chr(ord("a") + number % 26)
 
 
 def _settings(options: str) -> str:
-    return " ".join(f"`--{text.strip()}`" for text in options.split("--")[1:])
+    layout, *flags = options.split("--")
+    return " ".join(f"`{text}`" for text in [*layout.split(), *(f"--{f.strip()}" for f in flags)])
 
 
 def _item(text: str) -> list[str]:

@@ -85,9 +85,10 @@ def captures_whole_steps(args: argparse.Namespace) -> bool:
     """Whether Megatron captures whole training steps in CUDA graphs.
 
     Args:
-        args: Megatron's; earlier versions, and checkpoints of them, name it as a scope.
+        args: Megatron's, after its validation, which turns --cuda-graph-scope full_iteration into
+            this implementation.
     """
-    return "full_iteration" in (getattr(args, "cuda_graph_impl", None), *_graph_modules(args))
+    return getattr(args, "cuda_graph_impl", None) == "full_iteration"
 
 
 def routers_in_graphs(args: argparse.Namespace) -> bool:
@@ -107,11 +108,8 @@ def routers_in_graphs(args: argparse.Namespace) -> bool:
 
 def _graph_modules(args):
     """Names of the modules that are captured one by one; none named: whole layers."""
-    names = "cuda_graph_modules", "cuda_graph_scope"
     return [
-        str(getattr(part, "name", part))
-        for name in names
-        for part in getattr(args, name, None) or ()
+        str(getattr(part, "name", part)) for part in getattr(args, "cuda_graph_modules", None) or ()
     ]
 
 
@@ -128,16 +126,15 @@ def _others(args):
         return getattr(args, name, None)
 
     yield "--sft", of("sft"), "plain pre-training data", "packed sequences", _PRE_TRAINING
+    # "native" and "te" are computed inside compute_language_model_loss, which bags do not reach
     fusion = of("cross_entropy_fusion_impl") if of("cross_entropy_loss_fusion") else None
-    linear = bool(of("fuse_linear_cross_entropy")) or fusion == "linear"
     yield (
-        "cross-entropy fusion",
-        linear or fusion == "te",
-        "a loss that goes through compute_language_model_loss with ordinary logits (fusion off, "
-        "or 'native')",
-        "fuse_linear_cross_entropy" if linear else f"--cross-entropy-fusion-impl {fusion}",
-        "It takes one label a position. Drop the fusion flag; the superposed loss has its own "
-        "kernel.",
+        "--cross-entropy-fusion-impl",
+        fusion == "linear",
+        "native",
+        fusion,
+        "It takes one label a position, and the output layer's work with it. Drop it, or use "
+        "--tst-fused-linear-loss.",
     )
     steps = of("cuda_graph_warmup_steps")
     yield (
@@ -156,10 +153,15 @@ def _others(args):
         "A sample's index says its phase, so samples must come in order. Use --dataloader-type "
         "single.",
     )
-    smoothing = of("label_smoothing")
-    one_label = "It is defined for one label a position. Switch it off."
-    yield "label smoothing", smoothing, "0", smoothing, one_label
     quantised = "Quantise or distil after recovery, without the --tst- flags."
     yield "ModelOpt", of("modelopt_enabled"), "off", "on", quantised
-    size = of("gtp_weight_remat_size")
-    yield "--gtp-weight-remat-size", size not in (None, 1), "1", size, "Not verified with bags."
+    for tensor in "tensor_model_parallel_size", "expert_tensor_parallel_size":
+        flag = f"{tensor.replace('model_', '').removesuffix('size')}num_weight_shards"
+        shards, ranks = of(flag), of(tensor)
+        yield (
+            _flag(flag),
+            shards not in (None, ranks),
+            f"{ranks} ({_flag(tensor)})",
+            shards,
+            "Generalised tensor parallelism is not verified with bags. Drop the flag.",
+        )

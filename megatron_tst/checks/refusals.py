@@ -14,6 +14,7 @@ from collections.abc import Callable
 from megatron_tst import cpu, extension
 from megatron_tst.checks.conflicts import check_conflicts, check_fused_linear_loss
 from megatron_tst.checks.effects import check_effects
+from megatron_tst.checks.megatron_faults import warn_of_faults
 from megatron_tst.checks.precision import check_precision, recipe_of
 from megatron_tst.config import TSTConfig
 from megatron_tst.errors import refuse, warn
@@ -93,8 +94,7 @@ def check_arguments(
             f"bag sizes whose least common multiple is {schedule.width}: each sample is cut from "
             f"{schedule.long_sample_length} tokens, which are all read for it"
         )
-    if getattr(args, "context_parallel_size", 1) > 1:
-        _warn_of_unequal_ranks(args)
+    warn_of_faults(args)
     if not ROBUST_RATIOS[0] - 0.005 <= ratio <= ROBUST_RATIOS[1] + 0.005:
         warn(
             f"step ratio {ratio:.3f}: the paper found {ROBUST_RATIOS[0]} to {ROBUST_RATIOS[1]} "
@@ -198,24 +198,6 @@ def check_sizes(config: TSTConfig, args: argparse.Namespace) -> None:
             f"{micro * ranks}",
             batch,
             "Change one of them.",
-        )
-
-
-def _warn_of_unequal_ranks(args):
-    """Megatron averages each context-parallel rank's own positions and then the ranks: the same
-    only where their numbers are.
-    """
-    per_token = getattr(args, "calculate_per_token_loss", False)
-    if getattr(args, "eod_mask_loss", False) and not per_token:
-        warn(
-            "--context-parallel-size with --eod-mask-loss: Megatron weighs a label by how many "
-            "its rank has. Add --calculate-per-token-loss to weigh all alike"
-        )
-    if getattr(args, "mtp_num_layers", None):
-        warn(
-            "--context-parallel-size with --mtp-num-layers: Megatron averages the heads' losses "
-            "over each rank's own positions, so that the result depends a little on the number "
-            "of ranks, with and without TST"
         )
 
 

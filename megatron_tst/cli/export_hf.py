@@ -1,4 +1,5 @@
-"""A checkpoint -> a Hugging Face folder that `transformers` loads: Llama, Qwen3, Qwen3-MoE.
+"""A checkpoint -> a Hugging Face folder that `transformers` loads: Llama, Qwen3, Qwen3-MoE,
+DeepSeek-V3.
 
     megatron-tst export-hf ck hf --tokenizer tokenizer.json
 

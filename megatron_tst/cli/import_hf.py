@@ -1,4 +1,5 @@
-"""A Hugging Face folder (Llama, Qwen3, Qwen3-MoE) -> a checkpoint of weights to pre-train further.
+"""A Hugging Face folder (Llama, Qwen3, Qwen3-MoE, DeepSeek-V3) -> a checkpoint of weights to
+pre-train further.
 
     megatron-tst import-hf Qwen3-8B ck
     torchrun ... -m megatron_tst.pretrain_gpt ... --load ck --finetune --no-load-optim

@@ -201,6 +201,9 @@ def architecture_of(
         config |= _latent(args, config["rms_norm_eps"]) | _deepseek_experts(
             args, layers, expert_layers
         )
+        if mtp > 1 and getattr(args, "mtp_use_repeated_layer", False):
+            do = "DeepSeek-V3 has a layer for each further token."
+            refuse("--mtp-use-repeated-layer", "none with --mtp-num-layers above 1", mtp, do)
         config["num_nextn_predict_layers"] = mtp
     else:
         groups, head_dim = _heads(args, qk_norm)
@@ -443,6 +446,7 @@ def _layers(args) -> tuple[int, str, frozenset[int]]:
         do = "Its layers are written +."
         refuse("--multi-latent-attention", "none with layers *", "both", do)
     spec = getattr(args, "spec", None) or ()
+    spec = [spec] if isinstance(spec, str) else spec
     if not str(spec[-1] if spec else "").endswith("stack_spec"):
         do = "A spec of one's own may compute something else."
         refuse("--spec", "Megatron's hybrid_stack_spec", " ".join(spec) or "none", do)

@@ -89,12 +89,17 @@ Pre-trained with {about} {_LOAD[library]}
 
 
 def _sizes(args, arch) -> str:
-    text = (
-        f"{arch.layers} layers x {arch.hidden}, {arch.heads} heads ({arch.groups} of keys and "
-        f"values) of {arch.head_dim}"
-    )
+    text, config = f"{arch.layers} layers x {arch.hidden}, {arch.heads} heads ", arch.config
+    if arch.latent:
+        text += f"of multi-latent attention (rank {config['kv_lora_rank']} of keys and values)"
+    else:
+        text += f"({arch.groups} of keys and values) of {arch.head_dim}"
     if arch.experts:
         text += f", {arch.experts} experts, {args.moe_router_topk} of them active"
+    if shared := config.get("n_shared_experts"):
+        text += f", and {shared} shared"
+    if arch.mtp_layers:
+        text += f", {arch.mtp_layers} of multi-token prediction"
     return text
 
 

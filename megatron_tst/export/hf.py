@@ -4,6 +4,7 @@ the standard model. Names and layouts are mapping.py's.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ from megatron_tst.checkpoint.atomic import flushed, new_folder, write_json, writ
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.phases import stored
 from megatron_tst.checkpoint.tensors import Tensors
-from megatron_tst.errors import refuse
+from megatron_tst.errors import refuse, warn
 from megatron_tst.export.architectures import Architecture, architecture_of
 from megatron_tst.export.card import evaluation, model_card
 from megatron_tst.export.hf_config import arguments
@@ -47,6 +48,7 @@ def export(
     dtype: str = "bfloat16",
     shard_bytes: int = 2 << 30,
     allow_superposition: bool = False,
+    mtp: bool = True,
     force: bool = False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
@@ -61,6 +63,7 @@ def export(
         dtype: of the weights, "bfloat16" or "float32".
         shard_bytes: most bytes of one safetensors file.
         allow_superposition: export before recovery has begun.
+        mtp: with the layers of multi-token prediction, where the format has them.
         force: replace an existing target.
 
     Returns:
@@ -77,6 +80,9 @@ def export(
     tensors = Tensors(source)
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
     arch = architecture_of(source.args, vocab, dtype, end_of_text(files))
+    if arch.mtp_layers and not mtp:
+        warn("the layers of multi-token prediction (--mtp-num-layers) are left out")
+        arch = dataclasses.replace(arch, mtp_layers=0, config=arch.config | {_MTP: 0})
     all_weights = list(weights(tensors, arch))
     parameters = number_of(all_weights)
     total = sum(weight.bytes_in(dtype) for weight in all_weights)
@@ -131,6 +137,11 @@ def _check_rest(tensors: Tensors, arch: Architecture):
     for name in tensors.checkpoint.tensors:
         if name.startswith(parts) and name not in known and "_extra_state" not in name:
             do = "The model is of another kind than its arguments say."
+            if name.endswith("linear_q_proj.layer_norm_weight"):
+                do = (
+                    "Megatron-Core 0.19 gives multi-latent attention without --q-lora-rank a norm "
+                    "of its own there, which DeepSeek-V3 does not have: train with --q-lora-rank."
+                )
             refuse(tensors.checkpoint.path, f"the tensors of {arch.name}", f"{name} too", do)
 
 

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_tst.errors import refuse
+from megatron_tst.errors import refuse, warn
 from megatron_tst.export.architectures import LLAMA3_ROPE, YARN, yarn_attention
 from megatron_tst.json_file import entry, read_json, shown
 
@@ -259,11 +259,18 @@ def _latents(model, hidden, heads) -> dict:
     width = model.size("qk_rope_head_dim")
     if width % 2:
         model.refuse("qk_rope_head_dim", "an even number, as rotary positions need it", width)
+    rank = model.size("q_lora_rank")
+    if rank is None:
+        warn(
+            f"{model.path}: q_lora_rank is null: Megatron-Core 0.19 puts a norm of its own before "
+            "linear_q_proj, which this model does not have (Megatron-Bridge#5261). Run it with "
+            "0.18, or with a --spec whose attention has none"
+        )
     rope = _rope(model, ("yarn",))
     yarn = rope.get("yarn", {})
     return {
         "multi_latent_attention": True,
-        "q_lora_rank": model.size("q_lora_rank"),
+        "q_lora_rank": rank,
         "kv_lora_rank": model.size("kv_lora_rank"),
         "qk_head_dim": model.size("qk_nope_head_dim"),
         "qk_pos_emb_head_dim": width,
@@ -507,6 +514,8 @@ def flags(args: argparse.Namespace) -> list[str]:
     on += [name for name in asked if getattr(args, name, False)]
     if args.num_experts and args.moe_router_pre_softmax:
         on.append("moe_router_pre_softmax")
+    if getattr(args, "rope_type", None) == "rope":  # Megatron's kernel for latents is YaRN's alone
+        on.append("no_rope_fusion")
 
     def flag(name):
         return f"--{name.replace('_', '-')}"

@@ -110,6 +110,7 @@ def quantize(
                 tokenizer=tokenizer,
                 vocab_size=vocab_size,
                 allow_superposition=allow_superposition,
+                mtp=False,  # transformers loads none, so ModelOpt would write none
             )
             config = json.loads((plain / "config.json").read_text())
             _check_blocks(recipe, config)
@@ -181,12 +182,12 @@ def _modelopt():
 
 
 def _check_blocks(recipe, config):
-    widths = {
-        name: config[name]
-        for name in ("hidden_size", "intermediate_size", "moe_intermediate_size")
-        if name in config
-    }
-    widths["num_attention_heads x head_dim"] = config["num_attention_heads"] * config["head_dim"]
+    sizes = "hidden_size", "intermediate_size", "moe_intermediate_size"
+    ranks = "q_lora_rank", "kv_lora_rank"  # of DeepSeek-V3
+    widths = {name: config[name] for name in (*sizes, *ranks) if config.get(name)}
+    width = "v_head_dim" if "v_head_dim" in config else "head_dim"
+    heads = "num_attention_heads"
+    widths[f"{heads} x {width}"] = config[heads] * config[width]
     for name, width in widths.items():
         if recipe == "nvfp4" and width % _BLOCK:
             refuse("--recipe nvfp4", f"{name} divisible by {_BLOCK}", width, "Use --recipe fp8.")

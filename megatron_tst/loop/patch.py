@@ -12,7 +12,9 @@ Two class methods carry TST. Which phase it is, only the shape of the batch says
 labels they call the stock method. So validation, inference, the recovery phase and other models in
 the process run stock code. Two flags change that, in training alone: with --tst-kernel-in-recovery
 the extension takes one label a position too, and with --tst-fused-linear-loss the output layer's
-work is handed to the loss (ops/linear_loss.py).
+work is handed to the loss (ops/linear_loss.py). One fault of Megatron's is mended on the way, in
+every phase: of logits that were gathered over the tensor-parallel ranks each rank takes its own
+columns, which every loss here expects (_own_columns).
 """
 
 from __future__ import annotations
@@ -202,6 +204,8 @@ def _loss(stock):
     def compute_language_model_loss(self, labels, logits, *rest, **named):
         config, deferred = _state.config, isinstance(logits, DeferredLogits)
         bags = labels.dim() == 3
+        if not deferred:
+            logits = _own_columns(self, logits)
         if not (bags or deferred or (config.kernel_in_recovery and torch.is_grad_enabled())):
             return stock(self, labels, logits, *rest, **named)
         _no_further(seams.LOSS, *rest, *named)
@@ -235,6 +239,21 @@ def _loss(stock):
         return loss.transpose(0, 1).contiguous()
 
     return compute_language_model_loss
+
+
+def _own_columns(model, logits):
+    """This rank's columns of the logits.
+
+    A model with parallel_output=False, or called with runtime_gather_output=True, hands [L, b, V]
+    of all ranks to a loss that takes them for [L, b, V/tp]: Megatron's own then adds log(tp) and
+    loses the labels' part of the gradient. The backward of the gathering takes each rank's own
+    columns of the gradient, so the cut is exact.
+    """
+    ranks = 1 if model.tp_group is None else model.tp_group.size()
+    if ranks == 1 or logits.shape[-1] != getattr(model, "vocab_size", None):
+        return logits
+    columns = logits.shape[-1] // ranks
+    return logits.narrow(-1, model.tp_group.rank() * columns, columns).contiguous()
 
 
 def _roll_tensor(stock):

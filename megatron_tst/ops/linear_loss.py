@@ -46,8 +46,8 @@ def deferred_logits(layer: torch.nn.Module) -> Iterator[None]:
 
     Raises:
         ValueError: the layer is not one whose product with the hidden states this module can form.
-            From the layer's own call: it is asked for logits of another type than the hidden
-            states'.
+            From the layer's own call: it is asked for gathered logits, or for those of another type
+            than the hidden states'.
     """
     if not isinstance(layer, ColumnParallelLinear) or layer.bias is not None or layer.gather_output:
         raise ValueError(
@@ -56,7 +56,11 @@ def deferred_logits(layer: torch.nn.Module) -> Iterator[None]:
         )
 
     def forward(input_, weight=None, runtime_gather_output=None):
-        assert not runtime_gather_output, "logits are gathered for inference alone"
+        if runtime_gather_output:
+            raise ValueError(
+                "--tst-fused-linear-loss: expected logits that stay split over tensor-parallel "
+                "ranks, got runtime_gather_output=True. Drop one of the two."
+            )
         wanted = getattr(layer, "output_dtype", None)  # --output-logit-dtype, from 0.20
         if wanted not in (None, input_.dtype):
             raise ValueError(

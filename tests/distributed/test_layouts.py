@@ -7,12 +7,31 @@ from dataclasses import asdict, astuple, replace
 import pytest
 from support.close import check
 from support.harness import TOLERANCE, Difference, difference
-from support.layouts import BAGS_OF_ONE, CASES, FAST, FAST_BAGS_OF_ONE, SUPERPOSED, Layout
+from support.layouts import (
+    BAGS_OF_ONE,
+    CASES,
+    FAST,
+    FAST_BAGS_OF_ONE,
+    SUPERPOSED,
+    Case,
+    Layout,
+)
 from support.tiers import tiers
 
 from megatron_tst.loop.run import EXCESS_KEY
 
 pytestmark = pytest.mark.numeric
+
+
+# what a DeepSeek without one of its parts is given beside its flags
+WITHOUT = [
+    "--moe-router-num-groups 1",
+    "--moe-router-bias-update-rate 0",
+    "--moe-aux-loss-coeff 0",
+    "--moe-router-topk-scaling-factor 1",
+    "--mtp-loss-scaling-factor 0",
+    "--rotary-base 100",
+]
 
 
 def name(case):
@@ -75,3 +94,13 @@ def test_bag_of_one_is_stock_megatron(trainer, report, case):
     passed = found == Difference(0, 0, 0, 0, 0, 0)
     report("test_bag_of_one_is_stock_megatron", case, found, "passed" if passed else "failed")
     assert passed, found
+
+
+@pytest.mark.parametrize("without", tiers(WITHOUT, {"--moe-router-num-groups 1"}))
+def test_every_part_of_deepseek_is_seen(trainer, without):
+    """A layout that left one out would differ from one process by far more than is allowed."""
+    if trainer.fork_server.nodes > 1:
+        pytest.skip("NOT RUN: one process needs one node")
+    case = Case("dp1", "deepseek")
+    found = difference(trainer.reference(replace(case, options=without)), trainer.reference(case))
+    assert found.norms > 10 * TOLERANCE["fp32"].norms, found

@@ -26,6 +26,13 @@ def test_the_page_is_not_stale(report):
     assert parallel_matrix.table(report) in (DOCS / "parallelism.md").read_text()
 
 
+def test_what_the_stages_of_a_pipeline_hold_is_listed_below_the_table(report):
+    """A | of theirs would end a cell."""
+    table = parallel_matrix.table(report)
+    assert len({row.count("|") for row in table.splitlines() if row.startswith("|")}) == 1
+    assert "| pp2 | deepseek | " in table and ": `stages:Et|ttmL`" in table
+
+
 def test_one_row_a_case_and_phase(report, capsys):
     assert parallel_matrix.main(["--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.paths import environment
 from support.runs import TINY, TST
-from support.trained import GQA, MOE, NORM, TP2, VOCAB, corpus_below, known
+from support.trained import GQA, MOE, NORM, TP2, VOCAB, Trained, corpus_below, known
 
 if importlib.util.find_spec("modelopt") is None:
     pytest.skip(
@@ -293,6 +293,37 @@ def test_fp8(made, name):
         want, largest = want.float(), largest_of(plain, key, "gate up" if "experts" in key else "")
         assert (got.float() * scale - want).abs().le(want.abs() * 2**-4 + scale * 2**-10).all(), key
         assert math.isclose(scale, largest / 448, rel_tol=1e-3), key
+
+
+def test_deepseek_in_fp8(fork_server, corpus, tokenizer, tmp_path):
+    """Latents, experts and shared experts in E4M3; norms, routers and their bias as they were. The
+    layers of multi-token prediction, which transformers does not load, are left out of it all.
+    """
+    from safetensors.torch import load_file
+
+    run = Trained(fork_server, corpus, lambda name: tmp_path / name)("deepseek, tp2 ep2") / "ck"
+    export(Checkpoint(run), tmp_path / "bf16", tokenizer=tokenizer, mtp=False)
+    flags = flags_of(run, tmp_path / "fp8", "fp8", corpus, "--tokenizer", tokenizer)
+    (answer,) = asked(tmp_path, [{"tool": [str(flag) for flag in flags], "nvfp4": False}])
+    nats = printed(answer)
+    assert 1e-6 < abs(nats["after"] - nats["before"]) < 0.02
+    plain, found = (load_file(tmp_path / x / "model.safetensors") for x in ("bf16", "fp8"))
+    linear = {key for key in plain if "_proj" in key}
+    # 5 of attention in each layer; 3 of the dense layer, of 8 experts and of the shared ones
+    assert len(linear) == 3 * 5 + 3 + 2 * 9 * 3
+    kinds = ("weight", "input")
+    scales = {f"{key.removesuffix('weight')}{kind}_scale" for key in linear for kind in kinds}
+    assert found.keys() == plain.keys() | scales
+    for key, want in plain.items():
+        if key not in linear:
+            assert found[key].dtype == want.dtype and torch.equal(found[key], want), key
+            continue
+        assert found[key].dtype == torch.float8_e4m3fn
+        scale, want = found[f"{key}_scale"], want.float()
+        error = (found[key].float() * scale - want).abs()
+        assert error.le(want.abs() * 2**-4 + scale * 2**-10).all(), key
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0 and config["n_shared_experts"] == 2
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -6,18 +6,23 @@ Causal self-attention, unpacked, no window. Rank r of n holds chunks r and 2n-1-
 """
 
 import copy
+import sys
 
 import torch
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+# where Megatron looks for flash-linear-attention (0.19: gated_delta_net/common.py)
+gated_delta_net = sys.modules[GatedDeltaNet.reset_parameters.__module__]
+
 
 def install():
     """Let DotProductAttention take context parallelism and multi-latent attention, in this
-    process.
+    process. -> a function that takes it back
     """
     build, attend = DotProductAttention.__init__, DotProductAttention.forward
 
@@ -61,3 +66,22 @@ def install():
         return attend(self, query, whole(key), whole(value), hidden[None, None], *rest, **named)
 
     DotProductAttention.__init__, DotProductAttention.forward = __init__, forward
+    _let_gated_delta_nets_build()
+
+    def remove():
+        DotProductAttention.__init__, DotProductAttention.forward = build, attend
+
+    return remove
+
+
+def _let_gated_delta_nets_build():
+    """Megatron's rule for --deterministic-mode is torch's, but for a norm and the demand that
+    flash-linear-attention is there.
+    """
+    if not gated_delta_net.HAVE_FLA:
+        gated_delta_net.HAVE_FLA, gated_delta_net.l2norm = True, _l2norm
+
+
+def _l2norm(x):
+    """flash-linear-attention's (fla/modules/l2norm.py): the last dimension gets length 1."""
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -156,12 +156,12 @@ TOLERANCE = {
         weights_length=4e-6,  # largest seen 5e-7
     ),
     "bf16": Difference(
-        superposition=2e-3,  # largest seen 3e-4
-        recovery=2e-3,  # largest seen 5e-4
-        validation=2e-3,  # largest seen 6e-4
-        norms=2e-2,  # largest seen 5e-3
+        superposition=2e-3,  # largest seen 7e-4
+        recovery=2e-3,  # largest seen 1.1e-3
+        validation=2e-3,  # largest seen 1.1e-3
+        norms=2e-2,  # largest seen 7e-3
         weights=2e-2,  # largest seen 4e-3
-        weights_length=4e-3,  # largest seen 1.2e-3
+        weights_length=4e-3,  # largest seen 1.7e-3
     ),
 }
 

@@ -4,8 +4,9 @@ support.hybrid_spec hybrid_stack_spec
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlock,
     MultiTokenPredictionBlockSubmodules,
@@ -21,6 +22,20 @@ from megatron.core.transformer.transformer_layer import (
 
 _gpt = get_gpt_layer_local_spec(normalization="RMSNorm").submodules
 _norm = _gpt.input_layernorm
+# MLA's norms of the compressed queries, keys and values: --qk-layernorm
+_mla = get_gpt_layer_local_spec(
+    normalization="RMSNorm", multi_latent_attention=True, qk_layernorm=True
+).submodules
+_mla_layer = {}
+if hasattr(HybridStackSubmodules, "mla_layer"):  # not in 0.18
+    _mla_layer["mla_layer"] = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=_mla.input_layernorm,
+            self_attention=_mla.self_attention,
+            self_attn_bda=_mla.self_attn_bda,
+        ),
+    )
 # the number is the configuration's
 _moe = get_gpt_layer_local_spec(num_experts=2, normalization="RMSNorm").submodules
 
@@ -38,6 +53,22 @@ hybrid_stack_spec = ModuleSpec(
                 },
             ),
         ),
+        gdn_layer=ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=_norm,
+                self_attention=ModuleSpec(
+                    module=GatedDeltaNet,
+                    submodules=GatedDeltaNetSubmodules(
+                        in_proj=ColumnParallelLinear,
+                        out_norm=_norm,
+                        out_proj=RowParallelLinear,
+                    ),
+                ),
+                self_attn_bda=_gpt.self_attn_bda,
+            ),
+        ),
+        **_mla_layer,
         mlp_layer=ModuleSpec(
             module=MLPLayer,
             submodules=TransformerLayerSubmodules(

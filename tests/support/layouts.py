@@ -38,6 +38,8 @@ _MLA = (
     "--multi-latent-attention --q-lora-rank 24 --kv-lora-rank 16 --qk-head-dim 8 "
     "--qk-pos-emb-head-dim 4 --v-head-dim 6 --qk-layernorm"
 )
+_NO_Q_RANK = _MLA.replace("--q-lora-rank 24 ", "").replace(" --qk-layernorm", "")
+_TRUNK = f"--num-layers 3 --moe-layer-freq [0,1,1] {_LLAMA} {_UNTIED}"
 _DEEPSEEK_MOE = (
     "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 16 "
     "--moe-shared-expert-intermediate-size 16 "
@@ -65,8 +67,14 @@ MODELS = {
     "hybrid moe": f"{_HYBRID} *E*E {_UNTIED} {_MOE} {_AUX} {_ALLTOALL}",
     "mtp": f"--num-layers 2 {_LLAMA} {_UNTIED} --mtp-num-layers 2 --mtp-loss-scaling-factor 0.3",
     "mtp moe": f"--num-layers 2 {_LLAMA} {_UNTIED} {_MOE} {_AUX} {_ALLTOALL} --mtp-num-layers 1",
-    "deepseek": f"--num-layers 3 --moe-layer-freq [0,1,1] {_LLAMA} {_UNTIED} {_MLA} "
-    f"{_DEEPSEEK_MOE} --mtp-num-layers 1",
+    "deepseek": f"{_TRUNK} {_MLA} {_DEEPSEEK_MOE} --mtp-num-layers 1",
+    # and without norms of the latents: Megatron refuses the local one of queries that have no rank
+    "deepseek no q rank": f"{_TRUNK} {_NO_Q_RANK} {_DEEPSEEK_MOE} --mtp-num-layers 1",
+    "deepseek hybrid": f"{_HYBRID} +-+E+E/+E {_UNTIED} {_MLA} {_DEEPSEEK_MOE}",
+    # An epsilon that does not blow up the rounding noise of its first, tiny outputs.
+    # --deterministic-mode: torch's rule in the place of flash-linear-attention's kernels
+    "gated delta": f"{_HYBRID} G-*- {_UNTIED} --linear-key-head-dim 8 --linear-value-head-dim 6 "
+    "--linear-num-key-heads 4 --linear-num-value-heads 8 --norm-epsilon 1e-2 --deterministic-mode",
     "mtp hybrid": f"{_HYBRID} *-*-/*-/*- {_UNTIED} --mtp-loss-scaling-factor 0.3",
 }
 
@@ -80,6 +88,9 @@ _FLAGS = {
     "sp": "--sequence-parallel",
     "zero": "--use-distributed-optimizer",
     "overlap": "--overlap-grad-reduce --overlap-param-gather",
+    "first": "--decoder-first-pipeline-num-layers",
+    "stages": "--pipeline-model-parallel-layout",
+    "pattern": "--hybrid-layer-pattern",
     "fsdp": "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
     "--use-distributed-optimizer "
     "--no-gradient-reduce-div-fusion --ckpt-format fsdp_dtensor",
@@ -91,6 +102,9 @@ _FLAGS = {
 class Layout:
     """Parallel sizes by Megatron's abbreviations: Layout("tp2 sp pp2 dp2 zero"); zero is the
     distributed optimizer.
+
+    Uneven pipelines: first2 puts two layers on the first stage, stages:Ett|tmL says what each holds
+    (embedding, decoder layers, MTP, loss), and so does pattern:*-*-|*- of a HybridModel.
     """
 
     name: str
@@ -113,7 +127,10 @@ class Layout:
         flags = ["--make-vocab-size-divisible-by", str(PADDED_VOCAB // self.size("tp"))]
         for word in self.name.split():
             what = word.rstrip("0123456789")
-            if what != "dp":
+            if ":" in word:
+                name, value = word.split(":")
+                flags += [_FLAGS[name], value]
+            elif what != "dp":
                 flags += [*_FLAGS[what].split(), *([word[len(what) :]] if word != what else [])]
         return flags
 
@@ -150,6 +167,15 @@ PER_TOKEN = "--calculate-per-token-loss"
 # ranks of data and context parallelism have unequal numbers of labels
 MASKED = f"--eod-mask-loss {PER_TOKEN}"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+# with context parallelism Megatron's heads do not equal one process (docs/parallelism.md)
+NO_MTP = "--mtp-num-layers 0"
+# The average over all micro-batches so far: data parallelism changes what they are
+GLOBAL_AUX = "--moe-router-load-balancing-type global_aux_loss"
+# fewer tokens go to another expert for a rounding in bf16
+FINE_ROUTER = "--moe-router-dtype fp32 --moe-router-bias-update-rate 1e-3"
+# of each tensor-parallel rank's tokens
+SINKHORN = "--moe-router-load-balancing-type sinkhorn --moe-router-topk 1 --moe-aux-loss-coeff 0"
 
 CASES = [
     # tensor, sequence and context parallelism
@@ -227,6 +253,42 @@ CASES = [
     Case("dp2", "mtp", PER_TOKEN),
     # DeepSeek's parts together
     Case("tp2 sp", "deepseek"),
+    Case("pp2 first2", "deepseek"),
+    Case("pp2 stages:Et|ttmL", "deepseek"),
+    Case("pp2 stages:Et|t|t|mL", "deepseek", "--micro-batch-size 1"),  # two virtual stages a rank
+    Case("ep2", "deepseek"),
+    Case("ep4", "deepseek", "--micro-batch-size 1"),
+    Case("tp2 sp ep2 etp1", "deepseek"),
+    Case("tp2 sp ep2 etp2", "deepseek"),
+    Case("tp2 sp ep2 etp1", "deepseek no q rank"),
+    Case("dp2 zero overlap", "deepseek"),
+    Case("cp2", "deepseek", NO_MTP),
+    Case("tp2 sp cp2 ep4 etp1 zero", "deepseek", NO_MTP),
+    Case("tp2 sp cp2 pp2 first2 ep2 etp2 zero", "deepseek", NO_MTP),
+    Case("tp2 sp pp2 first2 ep4 etp1 zero overlap", "deepseek", "--micro-batch-size 1"),
+    Case("tp2 sp pp4 stages:Et|t|t|mL ep2 etp1 zero overlap", "deepseek"),
+    Case("pp2 stages:Et|t|t|mL ep2 zero overlap", "deepseek", "--micro-batch-size 1"),
+    Case("tp2 sp ep2 etp1", "deepseek", GLOBAL_AUX),
+    Case("ep2", "moe", SINKHORN),
+    Case("ep2", "deepseek", PER_TOKEN),
+    Case("ep2", "deepseek", "--moe-shared-expert-overlap"),
+    Case(
+        "tp2 sp ep2 etp1",
+        "deepseek",
+        "--recompute-granularity selective --recompute-modules mla_up_proj moe",
+    ),
+    Case("pp2 first2", "deepseek", precision="bf16"),
+    Case("dp2 zero overlap", "deepseek", precision="bf16"),
+    Case("ep2 ep-overlap", "deepseek", FINE_ROUTER, precision="bf16"),
+    Case("tp2 sp", "deepseek hybrid"),
+    Case("tp2 sp ep2 etp1", "deepseek hybrid"),
+    Case("pp2 pattern:+-+E|+E/+E ep2", "deepseek hybrid"),
+    Case("cp2", "deepseek hybrid", "--hybrid-layer-pattern +-+E+E"),
+    # a linear attention
+    Case("tp2 sp", "gated delta"),
+    Case("pp2", "gated delta"),
+    Case("dp2 zero overlap", "gated delta"),
+    Case("tp2 sp cp2", "gated delta", s=4),
     # other things that Megatron does to a step
     Case("tp2 sp", options=RECOMPUTE),
     Case("pp2", options="--recompute-granularity selective"),
@@ -257,6 +319,12 @@ BAGS_OF_ONE = [
     Case("tp2 sp ep2 etp2", "moe", s=1),
     Case("tp2 sp", precision="bf16", s=1),
     Case("pp2", "hybrid", s=1),
+    Case("cp2", "deepseek", s=1),
+    Case("tp2 sp ep2 etp2", "deepseek", s=1),
+    Case("pp2 stages:Et|t|t|mL ep2 zero overlap", "deepseek", "--micro-batch-size 1", s=1),
+    Case("ep2", "deepseek", GLOBAL_AUX, s=1),
+    Case("tp2 sp", "moe", SINKHORN, s=1),
+    Case("tp2 sp ep2 etp1", "deepseek hybrid", s=1),
 ]
 
 # ids of those that are not slow: each kind of parallelism once. Broken on purpose in 103 places,
@@ -275,6 +343,7 @@ FAST = {
     "pp2, dense, tst-superpose input, s3, fp32",
     "ep2 ep-overlap, moe, s3, bf16",
     "cp2, hybrid, s3, fp32",
+    "tp2 sp ep2 etp1, deepseek, s3, fp32",
 }
 FAST_BAGS_OF_ONE = {"cp2, mtp, s1, fp32"}
 
@@ -291,7 +360,7 @@ REFUSED = [
         "tests/unit/test_config.py::test_what_tst_does_not_work_with",
     ),
     (
-        "--gtp-weight-remat-size above 1",
+        "--tensor-parallel-num-weight-shards above the tensor-parallel size",
         "any",
         "tests/unit/test_config.py::test_what_tst_does_not_work_with",
     ),
@@ -314,6 +383,12 @@ NOT_VERIFIED = [
         "the tests bring an attention of their own, cp_attention.py",
     ),
     ("--use-torch-fsdp2; fsdp with more than data parallelism", "any", "not tried"),
+    (
+        "gated delta nets by the kernels of flash-linear-attention",
+        "any",
+        "need a GPU; the tests train Megatron's rule for --deterministic-mode",
+    ),
+    ("Mamba layers; DeepSeek's sparse attention", "any", "need packages of CUDA kernels"),
     ("ep with --moe-token-dispatcher-type flex (DeepEP, HybridEP)", "any", "needs a GPU"),
     (
         "more than 8 processes, a real cluster",

@@ -5,7 +5,7 @@ same network.
 import torch
 
 
-def config(**changes):
+def config(of=None, **changes):
     from megatron.core.transformer import TransformerConfig
 
     defaults = dict(
@@ -24,7 +24,7 @@ def config(**changes):
         persist_layer_norm=False,
         bias_activation_fusion=False,
     )
-    return TransformerConfig(**(defaults | changes))
+    return (of or TransformerConfig)(**(defaults | changes))
 
 
 def gpt(
@@ -53,6 +53,71 @@ def gpt(
         share_embeddings_and_output_weights=tied,
     )
     return model.to(dtype)
+
+
+def deepseek(vocab=96, seed=0, mtp=0, **changes):
+    """GPTModel with DeepSeek-V3's parts: latent attention, a dense first layer, a shared expert,
+    sigmoid scores with a bias (not zero here), groups, a balancing loss of each sequence. Its
+    attention is the tests' own (cp_attention.install).
+    """
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer import MLATransformerConfig
+
+    forget_metrics()
+    torch.manual_seed(seed)
+    parts = dict(
+        num_layers=3,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_head_dim=8,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=6,
+        qk_layernorm=True,
+        moe_layer_freq=[0, 1, 1],
+        num_moe_experts=8,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=16,
+        moe_shared_expert_intermediate_size=16,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=2,
+        moe_router_group_topk=1,
+        moe_router_load_balancing_type="seq_aux_loss",
+        moe_aux_loss_coeff=1e-2,
+        moe_token_dispatcher_type="alltoall",
+        mtp_num_layers=mtp or None,
+        mtp_loss_scaling_factor=0.3,
+    )
+    settings = config(MLATransformerConfig, **(parts | changes))
+    block = get_gpt_decoder_block_spec(
+        settings, use_transformer_engine=False, normalization="RMSNorm"
+    )
+    model = GPTModel(
+        config=settings,
+        transformer_layer_spec=block,
+        vocab_size=vocab,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=get_gpt_mtp_block_spec(settings, block, use_transformer_engine=False),
+    )
+    for name, bias in model.named_buffers():
+        if name.endswith("expert_bias"):
+            bias.copy_(torch.rand(len(bias)))
+    return model
+
+
+def forget_metrics():
+    """Of earlier models of the process: Megatron's logs keep the depth of the first."""
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    MTPLossLoggingHelper.tracker.clear()
+    destroy_moe_metrics_tracker()
 
 
 def hybrid(vocab=96, seed=0, **changes):

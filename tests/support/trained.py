@@ -61,9 +61,9 @@ RUNS = {  # name: (processes, flags, class)
         ],
         "DeepseekV3ForCausalLM",
     ),
-    "deepseek, tied, no rank of queries, yarn": (
-        1,
-        [*TIED, *LATENTS, *SIGMOID, *YARN, "--moe-layer-freq", "[0,1]"],
+    "deepseek, tied, no rank of queries, yarn, tp2 ep2": (
+        4,
+        [*TIED, *LATENTS, *SIGMOID, *YARN, *TP2, *EP2, "--moe-layer-freq", "[0,1]"],
         "DeepseekV3ForCausalLM",
     ),
     "llama, hybrid, tp2": (2, [*TIED, *GQA, *TP2, *HYBRID, "*-*-"], "LlamaForCausalLM"),
@@ -72,7 +72,7 @@ RUNS = {  # name: (processes, flags, class)
         2,
         [
             *[*TINY, *LATENTS, "--q-lora-rank", "24", *SIGMOID, *GROUPS, *EP2],
-            *[*HYBRID_QK, "+-+E/+E", "--mtp-num-layers", "1"],
+            *[*HYBRID, "+-+E/+E", "--mtp-num-layers", "1"],
         ],
         "DeepseekV3ForCausalLM",
     ),

@@ -31,6 +31,8 @@ def architecture(kind="qwen3_moe", **changes):
         dict(moe_router_dtype="fp32"),
         dict(moe_router_bias_update_rate=1e-2),
         dict(moe_router_topk_scaling_factor=1.0),
+        dict(moe_router_num_groups=2),  # without --moe-router-group-topk
+        dict(moe_router_num_groups=2, moe_router_group_topk=2),  # all groups
         dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep"),
         dict(moe_grouped_gemm=True, moe_permute_fusion=True, moe_router_fusion=True),
         dict(moe_router_padding_for_quantization=True),
@@ -122,8 +124,7 @@ def test_a_list_of_coefficients_gives_the_first():
         (dict(moe_router_load_balancing_type="quantile_balancing"), ", got quantile_balancing"),
         (dict(moe_router_score_function="sigmoid"), "expected softmax, got sigmoid"),
         (dict(moe_router_enable_expert_bias=True), "expected False, got True"),
-        (dict(moe_router_num_groups=2), "expected None, got 2"),
-        (dict(moe_router_group_topk=2), "expected None, got 2"),
+        (dict(moe_router_group_topk=2, moe_router_num_groups=4), "expected none, got 2"),
         (dict(moe_router_topk_limited_devices=2), "expected None, got 2"),
         (dict(moe_router_force_load_balancing=True), "expected False, got True"),
         (dict(moe_router_force_biased=0.5), "expected None, got 0.5"),

@@ -1,13 +1,15 @@
 """Every refusal: the flag, what was expected, what was got, what to do; and the warnings."""
 
 import argparse
+import re
 import warnings
 
 import pytest
 import torch
 
 from megatron_tst.checkpoint.phases import store
-from megatron_tst.checks import refusals
+from megatron_tst.checks import conflicts, refusals
+from megatron_tst.checks.megatron_faults import warn_of_faults
 from megatron_tst.checks.refusals import check_arguments
 from megatron_tst.config import TSTConfig, add_tst_arguments
 from megatron_tst.errors import TSTError
@@ -31,7 +33,10 @@ def arguments(**changes):
         cross_entropy_loss_fusion=False,
         cross_entropy_fusion_impl="native",
         cuda_graph_impl="none",
-        gtp_weight_remat_size=1,
+        tensor_model_parallel_size=1,
+        expert_tensor_parallel_size=1,
+        tensor_parallel_num_weight_shards=None,
+        expert_tensor_parallel_num_weight_shards=None,
     )
     return argparse.Namespace(**(fine | changes))
 
@@ -159,16 +164,8 @@ def test_settings_out_of_range(settings, message):
         (dict(step_batch_size_schedule="0:2 100:4"), "--step-batch-size-schedule with TST"),
         (dict(decrease_batch_size_if_needed=True), "--decrease-batch-size-if-needed with TST"),
         (
-            dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te"),
-            "cross-entropy fusion with TST: .* got --cross-entropy-fusion-impl te",
-        ),
-        (
             dict(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="linear"),
-            "cross-entropy fusion with TST",
-        ),
-        (
-            dict(fuse_linear_cross_entropy=True),
-            "cross-entropy fusion with TST: .* got fuse_linear_cross_entropy",
+            "--cross-entropy-fusion-impl with TST: expected native, got linear",
         ),
         (
             dict(cuda_graph_impl="full_iteration", cuda_graph_warmup_steps=0),
@@ -180,13 +177,21 @@ def test_settings_out_of_range(settings, message):
             dict(dataloader_type="external"),
             "--dataloader-type with TST: expected single, got external",
         ),
-        (dict(label_smoothing=0.1), "label smoothing with TST: expected 0, got 0.1"),
         (dict(hybrid_context_parallel=True), "--hybrid-context-parallel with TST"),
         (dict(fim_data=True), "--fim-data with TST"),
         (dict(perform_rl_step=True), "--perform-rl-step with TST"),
         (dict(logits_load_dir="teacher"), "--logits-load-dir with TST"),
         (dict(modelopt_enabled=True), "ModelOpt with TST"),
-        (dict(gtp_weight_remat_size=2), "--gtp-weight-remat-size with TST: expected 1, got 2"),
+        (
+            dict(tensor_parallel_num_weight_shards=4, tensor_model_parallel_size=2),
+            r"--tensor-parallel-num-weight-shards with TST: expected 2 "
+            r"\(--tensor-model-parallel-size\), got 4",
+        ),
+        (
+            dict(expert_tensor_parallel_num_weight_shards=2),
+            r"--expert-tensor-parallel-num-weight-shards with TST: expected 1 "
+            r"\(--expert-tensor-parallel-size\), got 2",
+        ),
         (dict(phase_transition_iterations=[5]), "--phase-transition-iterations with TST"),
         (
             dict(fp8="hybrid", fp8_recipe="tensorwise"),
@@ -206,6 +211,7 @@ def test_what_tst_does_not_work_with(changes, message):
 def test_every_kind_of_cuda_graphs_is_taken(impl):
     steps = 3 if impl == "full_iteration" else 0
     check_arguments(FINE, arguments(cuda_graph_impl=impl, cuda_graph_warmup_steps=steps))
+    check_arguments(FINE, arguments(cuda_graph_impl=impl))  # a Megatron without that flag
 
 
 @pytest.mark.parametrize("loss", ["bce", "hinge"])
@@ -265,27 +271,57 @@ def test_layouts_that_divide_are_let_through():
         check_arguments(FINE, arguments(**changes))
 
 
+CP2, TP2 = dict(context_parallel_size=2), dict(tensor_model_parallel_size=2)
+MASKED, PER_TOKEN = dict(eod_mask_loss=True), dict(calculate_per_token_loss=True)
+ADD_PER_TOKEN = "weighs a label by how many its rank has. Add --calculate-per-token-loss to weigh "
+NO_FLAG_HELPS = (
+    "averages the heads' losses over each rank's own labels, .* weigh up to 0.008 more, .* "
+    "--calculate-per-token-loss does not change that, fewer context-parallel ranks do"
+)
+HEADS = dict(mtp_num_layers=1)
+TIED = dict(untie_embeddings_and_output_weights=False, pipeline_model_parallel_size=2)
+
+
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, messages",
     [
-        (
-            dict(eod_mask_loss=True),
-            "weighs a label by how many its rank has. Add --calculate-per-token-loss",
-        ),
-        (dict(mtp_num_layers=1), "averages the heads' losses over each rank's own positions"),
+        (CP2 | MASKED, [f"{ADD_PER_TOKEN}all alike$"]),
+        (CP2 | MASKED | PER_TOKEN, []),
+        (CP2 | PER_TOKEN, []),
+        (CP2, []),
+        (CP2 | HEADS, [NO_FLAG_HELPS]),
+        (CP2 | HEADS | PER_TOKEN, [NO_FLAG_HELPS]),
+        (CP2 | HEADS | MASKED, [f"{ADD_PER_TOKEN}all alike, those of the heads", NO_FLAG_HELPS]),
+        (CP2 | HEADS | MASKED | PER_TOKEN, [NO_FLAG_HELPS]),
+        (dict(context_parallel_size=4, mtp_num_layers=2), ["weigh up to 0.05 more"]),
+        (HEADS | MASKED, []),
+        (MASKED, []),
+        (TIED | HEADS, ["tied embeddings: Megatron .* Add --untie-embeddings-and-output-weights$"]),
+        (TIED, []),
+        (HEADS | dict(pipeline_model_parallel_size=2), []),
+        (TIED | HEADS | dict(pipeline_model_parallel_size=1), []),
+        (TP2 | dict(multi_latent_attention=True), ["rotary part, .* Add --sequence-parallel"]),
+        (TP2 | dict(multi_latent_attention=True, sequence_parallel=True), []),
+        (dict(multi_latent_attention=True), []),
+        (TP2 | dict(experimental_attention_variant="gated_delta_net"), ["gated delta net .* Add"]),
+        (TP2 | dict(hybrid_layer_pattern="G-*-"), ["gated delta net .* Add --sequence-parallel"]),
+        (TP2 | dict(experimental_attention_variant="dsa", hybrid_layer_pattern="M-*-"), []),
+        (TP2, []),
     ],
 )
-def test_averages_that_hang_on_context_parallelism_are_named(changes, message):
-    with pytest.warns(UserWarning, match=message):
-        check_arguments(FINE, arguments(context_parallel_size=2, **changes))
+def test_what_megatron_computes_otherwise_in_this_layout(changes, messages):
+    """tests/distributed/test_megatron_faults.py measures it, and that each remedy helps."""
+    got = warned(FINE, **vars(arguments(**changes)))
+    assert len(got) == len(messages), got
+    for text, message in zip(got, messages):
+        assert re.search(message, text), text
+
+
+def test_a_layout_that_nobody_names_is_one_process():
+    faults = dict(multi_latent_attention=True, untie_embeddings_and_output_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_arguments(FINE, arguments(**changes))
-        check_arguments(FINE, arguments(context_parallel_size=2))
-        check_arguments(
-            FINE,
-            arguments(context_parallel_size=2, calculate_per_token_loss=True, eod_mask_loss=True),
-        )
+        warn_of_faults(argparse.Namespace(**HEADS, **MASKED, **faults))
 
 
 @pytest.mark.parametrize("size", [4, 8])
@@ -293,15 +329,72 @@ def test_bags_of_the_output_as_long_as_the_sample(size):
     check_arguments(TSTConfig(size, 0.3, superpose="output"), arguments(seq_length=8))
 
 
-def test_fusions_and_graphs_that_work_are_let_through():
+@pytest.mark.parametrize("impl", ["native", "te"])
+def test_fusions_and_graphs_that_work_are_let_through(impl):
+    """Those that are computed inside compute_language_model_loss, which bags do not reach."""
     check_arguments(
         FINE,
         arguments(
-            cross_entropy_loss_fusion=True,
-            cross_entropy_fusion_impl="native",
-            cuda_graph_impl="local",
+            cross_entropy_loss_fusion=True, cross_entropy_fusion_impl=impl, cuda_graph_impl="local"
         ),
     )
+    # the name alone fuses nothing
+    check_arguments(FINE, arguments(cross_entropy_fusion_impl="linear"))
+
+
+def test_shards_as_many_as_tensor_parallel_ranks_are_let_through():
+    """Megatron's validation sets them so where nobody gave them."""
+    check_arguments(
+        FINE,
+        arguments(
+            tensor_model_parallel_size=2,
+            tensor_parallel_num_weight_shards=2,
+            expert_tensor_parallel_num_weight_shards=None,
+        ),
+    )
+
+
+class Asked:
+    """Arguments that have nothing set, and note what they are asked for."""
+
+    def __init__(self):
+        self.names = set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+
+
+# Looked at, though the installed Megatron's parser does not have it: why
+NOT_OF_EVERY_PARSER = {
+    "dataloader_inter_document_masking": "from 0.19 on",
+    "logits_load_dir": "from 0.19 on",
+    "tensor_parallel_num_weight_shards": "from 0.19 on",
+    "expert_tensor_parallel_num_weight_shards": "from 0.19 on",
+    "logit_dtype": "from 0.20 on (--output-logit-dtype)",
+    "params_dtype": "set by the validation, from --bf16 and --fp16",
+    "modelopt_enabled": "a flag of Megatron-LM's scripts (megatron/post_training/arguments.py)",
+}
+
+
+def test_no_refusal_is_dead():
+    """Every name that checks/conflicts.py looks at can be set by a user of some Megatron of the
+    pin: it is a destination of the installed parser, or is listed with the one that has it.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    asked = Asked()
+    conflicts.check_conflicts(asked)
+    conflicts.check_fused_linear_loss(asked)
+    conflicts.captures_whole_steps(asked)
+    conflicts.routers_in_graphs(asked)
+    asked.cross_entropy_loss_fusion, asked.cuda_graph_impl = True, "local"
+    conflicts.check_conflicts(asked)
+    conflicts.routers_in_graphs(asked)
+    assert {"cross_entropy_fusion_impl", "cuda_graph_modules", "use_mup"} < asked.names
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {action.dest for action in parser._actions}
+    assert asked.names - known - set(NOT_OF_EVERY_PARSER) == set()
+    assert set(NOT_OF_EVERY_PARSER) <= asked.names
 
 
 def test_bag_size_without_a_length_of_the_phase():

@@ -125,8 +125,6 @@ def named(name):
         ({}, False, False),
         (dict(cuda_graph_impl="none", cuda_graph_modules=[]), False, False),
         (dict(cuda_graph_impl="full_iteration", cuda_graph_modules=[]), True, True),
-        (dict(cuda_graph_scope=["full_iteration"]), True, True),
-        (dict(cuda_graph_impl="local", cuda_graph_scope=[named("full_iteration")]), True, True),
         (dict(cuda_graph_impl="local", cuda_graph_modules=[]), False, True),  # whole layers
         (dict(cuda_graph_impl="local", cuda_graph_modules=None), False, True),
         (dict(cuda_graph_impl="local", cuda_graph_modules=[named("attn")]), False, False),
@@ -148,3 +146,16 @@ def named(name):
 def test_what_is_in_graphs(args, whole_steps, routers):
     args = argparse.Namespace(**args)
     assert captures_whole_steps(args) == whole_steps and routers_in_graphs(args) == routers
+
+
+@pytest.mark.parametrize("flag", ["--cuda-graph-scope", "--cuda-graph-modules"])
+def test_the_old_names_of_whole_steps_become_an_implementation(flag):
+    """Megatron's validation translates them before anything here looks."""
+    from megatron.training import arguments
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    args = parser.parse_args(["--cuda-graph-impl", "local", flag, "full_iteration"])
+    if args.cuda_graph_scope_deprecated is not None:  # validate_args' own lines
+        args.cuda_graph_modules = args.cuda_graph_scope_deprecated
+    arguments._normalize_cuda_graph_modules_args(args)
+    assert captures_whole_steps(args) and args.cuda_graph_modules == []

@@ -201,7 +201,7 @@ REFUSED = {
     "quantised": (
         "llama",
         dict(quantization_config={"quant_method": "fp8"}),
-        "quantization_config: expected null, got",
+        "quantization_config: expected null, or DeepSeek's .*, got",
     ),
     "window": ("qwen3", dict(use_sliding_window=True), "use_sliding_window: expected false"),
     "moe window": ("qwen3_moe", dict(use_sliding_window=True), "use_sliding_window: expected f"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support.close import close
-from support.models import batch, copy_gpt_to_hybrid, gpt, hybrid
+from support.models import batch, copy_gpt_to_hybrid, deepseek, gpt, hybrid
 
 from megatron_tst.data.bags import bag_view
 from megatron_tst.ops import reference
@@ -85,7 +85,15 @@ def test_whole_model_equals_the_reference_formulas(patched, superpose, tied, pos
     """Embed with the reference, run the stock decoder, take the reference loss: same losses, same
     gradients everywhere.
     """
-    model = gpt(tied=tied, position=position)
+    check_formulas(gpt(tied=tied, position=position), superpose, position)
+
+
+@pytest.mark.parametrize("superpose", ["both", "input", "output"])
+def test_a_deepseek_equals_the_reference_formulas(patched, latent_attention, superpose):
+    check_formulas(deepseek(), superpose)
+
+
+def check_formulas(model, superpose, position="rope"):
     raw = raw_tokens(1 if superpose == "output" else S)
     arguments = batch(raw, S, superpose)
     upstream = torch.rand(2, L)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.close import close
-from support.models import batch
+from support.models import batch, config, deepseek, forget_metrics
 
 from megatron_tst.loop import seams
 from megatron_tst.ops import reference
@@ -25,10 +25,8 @@ def mtp_model(depth, **settings):
         get_gpt_layer_local_spec,
         get_gpt_mtp_block_spec,
     )
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-    from support.models import config
 
-    MTPLossLoggingHelper.tracker.clear()  # the class's, with the depth of the first model
+    forget_metrics()
     torch.manual_seed(0)
     changes = config(mtp_num_layers=depth, mtp_loss_scaling_factor=0.3, **settings)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -173,14 +171,20 @@ def test_over_the_borders_of_context_parallel_ranks(fork_server, ranks):
     fork_server.call(rank_rolls, nproc=ranks)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_heads_are_trained_on_the_bags_after_the_next(patched, monkeypatch, depth):
+def deepseek_of_depth(depth):
+    return deepseek(V, mtp=depth)
+
+
+@pytest.mark.parametrize("build, depth", [(mtp_model, 1), (mtp_model, 2), (deepseek_of_depth, 1)])
+def test_heads_are_trained_on_the_bags_after_the_next(
+    patched, latent_attention, monkeypatch, build, depth
+):
     """The loss of head k is the formula's for bags k further on; its gradient comes in with
     mtp_loss_scaling_factor / depth.
     """
     from megatron.core.transformer import multi_token_prediction as mtp
 
-    model = mtp_model(depth)
+    model = build(depth)
     arguments = batch(torch.randint(0, V, (B, L * S + 1)), S)
     mask = torch.ones(B, L)
     seen, losses = [], []

@@ -272,7 +272,7 @@ def test_the_loss_gets_the_models_group(monkeypatch, bags):
     config = TSTConfig(3, iters=1, loss="mce-alt", kernel="torch", kernel_in_recovery=True)
     patch.apply(config)
     model = gpt()
-    model.tp_group = "the model's own"
+    group = model.tp_group = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
     labels, logits = (
         torch.zeros((2, 4, 3) if bags else (2, 4), dtype=torch.int64),
         torch.ones(4, 2, 9),
@@ -283,7 +283,7 @@ def test_the_loss_gets_the_models_group(monkeypatch, bags):
         (
             (4, 2, 3 if bags else 1),
             dict(
-                tp_group="the model's own",
+                tp_group=group,
                 loss="mce-alt" if bags else "mce",  # recovery has the ordinary loss
                 inplace_backward=True,
                 kernel="torch",
@@ -400,3 +400,35 @@ def test_half_installed_transformer_engine_is_survived(tmp_path):
     assert (
         with_.stdout.strip() == "imported" and "cannot be imported (AssertionError" in with_.stderr
     )
+
+
+def test_transformer_engines_loss_is_of_single_labels_alone(monkeypatch):
+    """--cross-entropy-fusion-impl te: chosen inside the stock method, which bags do not reach, nor
+    single labels with kernel_in_recovery.
+    """
+    from megatron.core.models.common.language_module import language_module as module
+
+    def te(logits, labels, *_):
+        seen.append(tuple(labels.shape))
+        return logits.sum(-1)
+
+    seen = []
+    monkeypatch.setattr(module, "te_parallel_cross_entropy", te)
+    model = gpt(cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te")
+    plain, logits = gpt(), torch.randn(8, 2, 96)
+    ids = torch.randint(0, 96, (2, 8, 3))
+
+    def loss(model, labels):
+        return model.compute_language_model_loss(labels, logits.clone().requires_grad_())
+
+    patch.apply()
+    assert torch.equal(loss(model, ids), loss(plain, ids)) and not seen
+    loss(model, ids[..., 0])
+    loss(model, ids[..., :1])  # a bag of one is a token
+    assert seen == [(8, 2), (8, 2)]
+    patch.apply(TSTConfig(3, iters=1, kernel_in_recovery=True))
+    loss(model, ids[..., 0])
+    assert len(seen) == 2
+    with torch.no_grad():  # validation
+        loss(model, ids[..., 0])
+    assert len(seen) == 3
