@@ -58,7 +58,7 @@ _LAYERS = re.compile(r"(decoder|mtp)\.layers\.(?!\d)(.+)")
 _NOT_OF_MODEL = "optimizer.", "rng_state", "rerun_state", "chained_"
 _EXPERT = re.compile(r"(.*mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))")
 _ROUTER_BIAS = "router.expert_bias"
-_PADDED = "embedding.word_embeddings.weight", "output_layer.weight"
+_PADDED = _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 # Keys of config.json without an effect on a base model's logits, and those of rope, looked at
 # apart: transformers 4 and 5 spell them differently.
 _NEUTRAL = {
@@ -427,7 +427,7 @@ def _parts(module: torch.nn.Module, tied: bool) -> dict[str, _Part]:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor) or name.endswith("_extra_state"):
             continue
-        if not (tied and name == "output_layer.weight"):
+        if not (tied and name == _HEAD):
             owner = modules[name.rpartition(".")[0]]
             found[_canonical(name)] = _Part(name, tuple(tensor.shape), owner)
     return found
@@ -525,7 +525,9 @@ def _converted(model: Model, tasks: list[_Task]) -> Iterator[tuple[str, torch.Te
     """Hugging Face's name and tensor, one after the other, as Bridge makes them. Of a tied head
     Bridge makes a copy, which is left out.
     """
-    head = model.bridge.mapping_registry().megatron_to_hf_lookup("output_layer.weight")
+    head = None
+    if model.tied and tasks[0].param_name == _EMBEDDING:  # the registry takes long to make
+        head = model.bridge.mapping_registry().megatron_to_hf_lookup(_HEAD).hf_param
     made = model.bridge.stream_weights_megatron_to_hf(
         [model.module],
         model.config,
@@ -535,7 +537,7 @@ def _converted(model: Model, tasks: list[_Task]) -> Iterator[tuple[str, torch.Te
         merge_adapter_weights=False,
     )
     for name, tensor in made:
-        if not (model.tied and name == head.hf_param):
+        if name != head:
             yield name, tensor.detach()
 
 
