@@ -118,34 +118,66 @@ def bridged(source: Checkpoint, hf_config: Path, vocab: int) -> Iterator[Model]:
             run's arguments differ, or the tensors do.
     """
     path = hf_config / "config.json"
-    raw = read_json(path, do="Give a folder with the config.json of the model that was trained.")
-    with _quiet():
-        AutoBridge = _auto_bridge()
-        with _one_process():
-            yield _model(AutoBridge, source, path, raw, vocab)
+    raw = read_json(path, do=_ANOTHER)
+    with alone():
+        config, provider, bridge = _known(raw, path)
+        _check_layers(provider, path, config)
+        _check_read(bridge, config, raw, path)
+        if provider.vocab_size != vocab:
+            do = f"Write the run's into it, or name the rows that count: --vocab-size {vocab}."
+            refuse(f"{path}: vocab_size", vocab, provider.vocab_size, do)
+        run = _of_run(source.args)
+        names = [field.name for field in dataclasses.fields(provider)]
+        fields = {name: getattr(run, name, None) for name in names}
+        check_settings(fields, {name: getattr(provider, name) for name in names})
+        for name in _RUNS_OWN:
+            if hasattr(run, name) and hasattr(provider, name):
+                setattr(provider, name, getattr(run, name))
+        model = _described(path, raw, config, provider, bridge, vocab)
+        model.stored |= _stored(source, vocab)
+        wanted, got = (
+            {name: one.shape for name, one in all_.items()} for all_ in (model.parts, model.stored)
+        )
+        check_tensors(wanted, got, source.path)
+        yield model
 
 
-def _model(AutoBridge, source, path, raw, vocab) -> Model:
-    config, provider, bridge = _known(AutoBridge, raw, path)
+def described(path: Path, vocab: int) -> Model:
+    """The model that Bridge builds from a config.json, of no checkpoint; within `alone`.
+
+    Args:
+        path: of config.json.
+        vocab: rows of the embedding.
+
+    Raises:
+        TSTError: Bridge is not installed or does not know the architecture.
+    """
+    raw = read_json(path, do=_ANOTHER)
+    config, provider, bridge = _known(raw, path)
     _check_layers(provider, path, config)
-    _check_read(bridge, config, raw, path)
-    if provider.vocab_size != vocab:
-        do = f"Write the run's into it, or name the rows that count: --vocab-size {vocab}."
-        refuse(f"{path}: vocab_size", vocab, provider.vocab_size, do)
-    run = _of_run(source.args)
-    names = [field.name for field in dataclasses.fields(provider)]
-    fields = {name: getattr(run, name, None) for name in names}
-    check_settings(fields, {name: getattr(provider, name) for name in names})
-    for name in _RUNS_OWN:
-        if hasattr(run, name) and hasattr(provider, name):
-            setattr(provider, name, getattr(run, name))
+    return _described(path, raw, config, provider, bridge, vocab)
+
+
+def _described(path, raw, config, provider, bridge, vocab) -> Model:
     module = _built(provider, vocab)
     tied = bool(provider.share_embeddings_and_output_weights)
-    parts, stored = _parts(module, tied), _stored(source, vocab)
-    wanted, got = ({n: one.shape for n, one in all_.items()} for all_ in (parts, stored))
-    check_tensors(wanted, got, source.path)
     bridge.hf_config = config
-    return Model(path, config, raw, provider, module, parts, stored, bridge, vocab, tied)
+    parts = _parts(module, tied)
+    return Model(path, config, raw, provider, module, parts, {}, bridge, vocab, tied)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """What Bridge's models are built in: one process, and no log of Bridge, Megatron and
+    transformers.
+
+    Raises:
+        TSTError: Bridge is not installed.
+    """
+    with _quiet():
+        _auto_bridge()
+        with _one_process():
+            yield
 
 
 @contextlib.contextmanager
@@ -170,7 +202,7 @@ def _auto_bridge():
     return AutoBridge
 
 
-def _known(AutoBridge, raw, path):
+def _known(raw, path):
     """-> (transformers' config, Bridge's provider, its converter)"""
     from transformers import AutoConfig
 
@@ -182,7 +214,7 @@ def _known(AutoBridge, raw, path):
         refuse(f"{path}: auto_map", "a model that transformers has", shown(raw["auto_map"]), do)
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-        auto = AutoBridge.from_hf_config(config)
+        auto = _auto_bridge().from_hf_config(config)
         return config, auto.to_megatron_provider(load_weights=False), auto._model_bridge
     except Exception as error:  # of a bridge that asks for keys which this config has not, too
         first = next(iter(str(error).strip("\n ✗").splitlines()), type(error).__name__)

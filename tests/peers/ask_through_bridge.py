@@ -10,6 +10,8 @@ its config.json, and a tokenizer.json. Written into it:
     nemo               export-nemo --hf-config
     bridge_auto, bridge_folder, bridge.pt    ask_bridge.py's of it
     known.json         architecture that Bridge and transformers have -> the same of its defaults
+    sizes.json         architecture -> parameters that would be written of its default config.json,
+                       which is a released model's
     refusals.json      config -> (exit code, what was said, whether a target is there)
 """
 
@@ -21,11 +23,13 @@ from pathlib import Path
 
 import torch
 from ask_bridge import export, logits, on_cpu, one_process
-from through_bridge_models import CONFIGS, DEEPSEEK, GLM, QWEN2, REFUSED, VOCAB
+from through_bridge_models import CONFIGS, DEEPSEEK, GLM, QWEN2, REFUSED, SIZES, VOCAB
 
 from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.rewrite import Changes, rewrite
+from megatron_tst.export import through_bridge
+from megatron_tst.export.hf import number_of
 
 
 def verb(*arguments):
@@ -88,6 +92,21 @@ def known(folder):
     return found
 
 
+def sizes(folder):
+    """Without memory for them: the model is built on "meta", and so are the exported tensors."""
+    import transformers
+
+    found, config = {}, folder / "released"
+    config.mkdir()
+    for name in SIZES:
+        default = getattr(transformers, name).config_class().to_dict() | {"architectures": [name]}
+        (config / "config.json").write_text(json.dumps(default, default=str))
+        with through_bridge.alone():
+            model = through_bridge.described(config / "config.json", default["vocab_size"])
+            found[name] = number_of(through_bridge.weights(model, None, config))
+    return found
+
+
 def main(folders):
     on_cpu()
     for folder in map(Path, folders):
@@ -110,6 +129,7 @@ def main(folders):
         (folder / "refusals.json").write_text(json.dumps(refusals(folder, name)))
         if name == QWEN2:
             (folder / "known.json").write_text(json.dumps(known(folder)))
+            (folder / "sizes.json").write_text(json.dumps(sizes(folder)))
         if name != DEEPSEEK:  # Megatron's local attention cannot be built for it
             (iteration,) = (folder / "nemo").glob("iter_*")
             with one_process():

@@ -29,7 +29,7 @@ from support.trained import VOCAB, Trained, corpus_below
 from megatron_tst.checkpoint.format import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
-from through_bridge_models import CONFIGS, DEEPSEEK, FLAGS, GLM, QWEN2, REFUSED
+from through_bridge_models import CONFIGS, DEEPSEEK, FLAGS, GLM, QWEN2, REFUSED, SIZES
 
 pytestmark = pytest.mark.timeout(1800)  # the first test trains five models
 
@@ -209,3 +209,10 @@ def test_every_architecture_that_bridge_lists(folders):
         *("DeepseekV2", "DeepseekV3", "Glm4Moe", "Glm4MoeLite", "GptOss", "Llama", "Mistral"),
         *("Nemotron", "Qwen2", "Qwen3", "Qwen3Moe"),
     }
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_released_sizes_are_planned(folders, name):
+    """As many numbers as the makers state, each from one place in a Megatron model."""
+    found = json.loads((folders[QWEN2] / "sizes.json").read_text())
+    assert found[name] / 1e9 == pytest.approx(SIZES[name], rel=5e-4)

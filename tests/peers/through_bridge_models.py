@@ -215,3 +215,5 @@ REFUSED = {
         "has model type `kimi_k2` but Transformers does not recognize",
     ),
 }
+# Parameters in billions, as their makers state them: DeepSeek-V3, gpt-oss-120b, Mistral 7B
+SIZES = {"DeepseekV3ForCausalLM": 671.0, "GptOssForCausalLM": 116.83, "MistralForCausalLM": 7.24}
