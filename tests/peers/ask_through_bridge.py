@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 import torch
-from ask_bridge import export, logits, on_cpu, one_process
+from ask_bridge import again, export, logits, on_cpu, one_process
 from through_bridge_models import CONFIGS, DEEPSEEK, GLM, QWEN2, REFUSED, SIZES, VOCAB
 
 from megatron_tst import cli
@@ -134,6 +134,8 @@ def main(folders):
             (iteration,) = (folder / "nemo").glob("iter_*")
             with one_process():
                 answers = {"logits": logits(folder, iteration), "refusal": ""}
+            if "ep2" not in name:  # of experts a run of as many processes alone goes on
+                answers["resumed"] = again(folder, iteration)
             try:
                 export(folder, iteration)
             except AttributeError as error:  # a mapping knows grouped experts alone, not local ones

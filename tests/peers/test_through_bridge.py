@@ -27,6 +27,7 @@ from support.paths import EVERYTHING, PACKAGE, environment
 from support.trained import VOCAB, Trained, corpus_below
 
 from megatron_tst.checkpoint.format import Checkpoint
+from megatron_tst.checkpoint.verify import differences
 
 sys.path.insert(0, str(Path(__file__).parent))
 from through_bridge_models import CONFIGS, DEEPSEEK, FLAGS, GLM, QWEN2, REFUSED, SIZES
@@ -165,6 +166,21 @@ def test_bridge_loads_the_nemo_export(folders, name):
         torch.load(folders[name] / file, weights_only=True) for file in ("bridge.pt", "answers.pt")
     )
     close(got["logits"][..., :VOCAB], want["logits"], 2e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NEW if "ep2" not in name])
+def test_bridge_resumes(folders, name):
+    """Bridge's pretrain goes on where the run stopped, with its weights and optimizer state."""
+    resumed = torch.load(folders[name] / "bridge.pt", weights_only=True)["resumed"]
+    counts = {"step": 10, "consumed_train_samples": 40, "consumed_valid_samples": 16}
+    assert counts.items() <= resumed["counts"].items()
+    assert 4 < resumed["loss"] < 8 and 0 < resumed["grad_norm"] < 100
+    nemo, again = (
+        Checkpoint(folders[name] / place) for place in ("nemo", "bridge_again/iter_0000010")
+    )
+    ends = ("word_embeddings.weight", "output_layer.weight")  # whose padding is another one
+    assert all(key.endswith(ends) for key in differences(nemo, again, optimizer=True))
+    assert sum(key.startswith("optimizer.") for key in nemo.tensors) > 10
 
 
 def test_bridge_itself_exports_no_local_experts_of_glm(folders):
