@@ -80,7 +80,7 @@ checkout-of-megatron:
 	@touch $@
 
 test-bridge: .venv-bridge/.ready
-	PYTHONPATH=$(CURDIR) .venv-bridge/bin/python -m pytest tests/peers/test_bridge.py
+	PYTHONPATH=$(CURDIR) .venv-bridge/bin/python -m pytest tests/peers/test_bridge.py tests/peers/test_through_bridge.py
 
 .venv-bridge/.ready: tests/peers/bridge.txt tools/find_python.sh
 	python="$$(PYTHON="$(PYTHON)" sh tools/find_python.sh)" && "$$python" -m venv .venv-bridge

@@ -12,6 +12,7 @@ absent, also after a kill.
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from megatron_tst.cli.screen import Parser, answer, call, progress_bar
@@ -26,6 +27,17 @@ def parser(prog: str) -> Parser:
         default="bfloat16",
         metavar="bfloat16|float32",
         help="of the weights; default: bfloat16",
+    )
+    it.add_argument(
+        "--through-bridge",
+        action="store_true",
+        help="of another architecture, which the installed Megatron-Bridge has; with --hf-config",
+    )
+    it.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="FOLDER",
+        help="with the config.json of the model that was trained",
     )
     return it
 
@@ -62,11 +74,19 @@ def main(argv: list[str] | None = None, prog: str = "megatron-tst export-hf") ->
 
 def _run(options):
     from megatron_tst.checkpoint.format import Checkpoint
-    from megatron_tst.export import hf
+    from megatron_tst.errors import refuse
+    from megatron_tst.export import hf, through_bridge
 
+    if options.through_bridge != (options.hf_config is not None):
+        pair = "--through-bridge", "--hf-config FOLDER"
+        there, other = pair if options.through_bridge else pair[::-1]
+        refuse(other, f"it beside {there}", "none", "Give both or neither.")
     source = Checkpoint(options.checkpoint)
+    export = hf.export
+    if options.through_bridge:
+        export = functools.partial(through_bridge.export, hf_config=options.hf_config)
     with progress_bar("writing") as progress:
-        folder = hf.export(
+        folder = export(
             source, options.target, dtype=options.dtype, progress=progress, **given(options)
         )
     about = {"written": str(folder), "from": str(source.path), "dtype": options.dtype}

@@ -9,6 +9,8 @@ any parallel layout. Needs no GPU and no Transformer Engine; with a tokenizer.js
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_tst.cli.export_hf import add_export, given
 from megatron_tst.cli.screen import Parser, answer, call, progress_bar
 
@@ -17,6 +19,13 @@ def parser(prog: str) -> Parser:
     """The flags of this verb; `prog` is the command as it was called."""
     it = Parser(prog, __doc__)
     add_export(it)
+    it.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="FOLDER",
+        help="with the config.json of the model that was trained, of any architecture that the "
+        "installed Megatron-Bridge has; default: a Llama, Qwen3 or Qwen3-MoE, by the arguments",
+    )
     it.add_argument(
         "--layer-spec",
         metavar="local|transformer_engine",
@@ -40,6 +49,7 @@ def _run(options):
         folder = nemo.export(
             source,
             options.target,
+            hf_config=options.hf_config,
             layer_spec=options.layer_spec,
             drop_optimizer=options.drop_optimizer,
             progress=progress,

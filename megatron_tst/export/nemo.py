@@ -14,8 +14,10 @@ In TARGET/iter_N:
 from __future__ import annotations
 
 import argparse
+import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,9 +29,11 @@ from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.rewrite import Changes, rewrite, saved
 from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import refuse
+from megatron_tst.export import through_bridge
 from megatron_tst.export.architectures import ROPE_FACTOR, Architecture, architecture_of
 from megatron_tst.export.card import model_card
 from megatron_tst.export.hf import check_phase, config_files, number_of, vocab_size_of, weights
+from megatron_tst.export.through_bridge import LOCAL_HAS_NOT
 from megatron_tst.export.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 
 # Fields of Bridge's GPTModelProvider that have the names and meanings of Megatron's arguments.
@@ -94,22 +98,13 @@ _SCHEDULE = (
     "end_weight_decay",
     "weight_decay_incr_style",
 )
-# Kernels that Megatron's local layers do not have without Transformer Engine and apex.
-_FUSED = (
-    "masked_softmax_fusion",
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "persist_layer_norm",
-    "apply_rope_fusion",
-    "gradient_accumulation_fusion",
-    "moe_permute_fusion",
-)
 
 
 def export(
     source: Checkpoint,
     target: Path,
     *,
+    hf_config: Path | None = None,
     tokenizer: Path | None = None,
     vocab_size: int | None = None,
     layer_spec: str | None = None,
@@ -123,6 +118,8 @@ def export(
     Args:
         source: of any layout; torch_dist of 0.18 or 0.19.
         target: a new folder, for Bridge's checkpoint.load.
+        hf_config: a folder with the config.json of the model that was trained, of which Bridge
+            builds the model; None: a Llama, Qwen3 or Qwen3-MoE, of the run's arguments alone.
         tokenizer, vocab_size, allow_superposition, force: as hf.export's.
         layer_spec: "local" or "transformer_engine", of the Bridge run; None: the run's own. They
             name the norm before experts differently.
@@ -132,7 +129,7 @@ def export(
         the iteration's folder.
 
     Raises:
-        TSTError: as hf.export and rewrite.rewrite.
+        TSTError: as hf.export, rewrite.rewrite and, with hf_config, through_bridge.bridged.
     """
     check_phase(source, allow_superposition)
     args = source.args
@@ -141,19 +138,14 @@ def export(
     vocab = vocab_size_of(source, tensors, files, ids, vocab_size)
     dtypes = {"bf16": "bfloat16", "fp16": "float16"}
     dtype = next((dtypes[flag] for flag in dtypes if getattr(args, flag, False)), "float32")
-    arch = architecture_of(args, vocab, dtype, end_of_text(files))
-    _check(args, arch)
-    if 0 < len(arch.expert_layers) < arch.layers:
-        warnings.warn(
-            "megatron_tst: Megatron-Bridge 0.6 resumes this model but exports no dense layers "
-            "among experts: use hf",
-            stacklevel=2,
-        )
     layer_spec = layer_spec or getattr(args, "transformer_impl", "transformer_engine")
+    rename = renaming(source, layer_spec)
+    described = _described if hf_config is None else _described_by_bridge
+    model = described(source, tensors, vocab, dtype, end_of_text(files), layer_spec, hf_config)
     common = source.common | {"args": stock_arguments(args)}
     dropped = drop_optimizer_state(source, common) if drop_optimizer else set()
     run_config = {
-        "model": provider(args, arch, layer_spec),
+        "model": model.section,
         # Bridge finds the optimizer's groups again by these: a recipe that resumes needs the same
         # learning rates and weight decay
         "optimizer": {
@@ -186,19 +178,65 @@ def export(
         for name in ("hf", "tokenizer") if files else ("hf",):
             (folder / name).mkdir()
             write_tokenizer(folder / name, files)
-        config_files(folder / "hf", arch, source.path / "hf")
-        card = model_card(
-            args, arch, dtype, number_of(weights(tensors, arch)), library="megatron-bridge"
-        )
+        model.config_files(folder / "hf")
+        card = model_card(args, model.arch, dtype, model.parameters, library="megatron-bridge")
         write_text(folder.parent / "README.md", card)
 
     changes = Changes(
         common=common,
         keep=lambda name: name not in dropped,
-        name=renaming(source, layer_spec),
+        name=rename,
         more=more,
     )
     return rewrite(source, target, changes, force=force, also_read=files, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What the files beside the checkpoint say of the model.
+
+    Args:
+        arch: for the model card.
+        section: of run_config.yaml.
+        parameters: how many.
+        config_files: writes config.json and generation_config.json into a folder.
+    """
+
+    arch: Architecture
+    section: dict
+    parameters: int
+    config_files: Callable[[Path], None]
+
+
+def _described(source, tensors, vocab, dtype, end, layer_spec, _) -> _Described:
+    """By the run's arguments."""
+    arch = architecture_of(source.args, vocab, dtype, end)
+    _check(source.args, arch)
+    if 0 < len(arch.expert_layers) < arch.layers:
+        warnings.warn(
+            "megatron_tst: Megatron-Bridge 0.6 resumes this model but exports no dense layers "
+            "among experts: use hf",
+            stacklevel=3,
+        )
+    return _Described(
+        arch,
+        provider(source.args, arch, layer_spec),
+        number_of(weights(tensors, arch)),
+        functools.partial(config_files, arch=arch, kept=source.path / "hf"),
+    )
+
+
+def _described_by_bridge(source, tensors, vocab, dtype, end, layer_spec, hf_config) -> _Described:
+    """By Bridge, which has found every tensor of the checkpoint in the model of config.json, and a
+    place for each in a Hugging Face folder.
+    """
+    with through_bridge.bridged(source, hf_config, vocab) as model:
+        return _Described(
+            through_bridge.architecture(model),
+            through_bridge.provider_section(model, layer_spec),
+            number_of(through_bridge.weights(model, tensors, source.path)),
+            functools.partial(through_bridge.config_files, model=model, dtype=dtype, end=end),
+        )
 
 
 def _check(args, arch):
@@ -209,7 +247,7 @@ def _check(args, arch):
         "--mtp-num-layers": bool(getattr(args, "mtp_num_layers", None)),
     }
     if flags := [flag for flag, there in has.items() if there]:
-        do = "Export it with `megatron-tst export-hf`."
+        do = "Give --hf-config, or export it with `megatron-tst export-hf`."
         refuse(" and ".join(flags), "a Llama, Qwen3 or Qwen3-MoE without", "one with", do)
 
 
@@ -247,7 +285,7 @@ def provider(args: argparse.Namespace, arch: Architecture, layer_spec: str) -> d
         "make_vocab_size_divisible_by": min(arch.vocab & -arch.vocab, 128),
         "should_pad_vocab": True,
         "seq_length": arch.config["max_position_embeddings"],  # Bridge's convention
-        **({name: False for name in _FUSED} if layer_spec == "local" else {}),
+        **({name: False for name in LOCAL_HAS_NOT} if layer_spec == "local" else {}),
     }
 
 

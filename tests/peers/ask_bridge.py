@@ -176,19 +176,29 @@ def again(folder, iteration):
     return seen
 
 
-def main(folders):
+def on_cpu():
+    """Let Bridge load and train where neither a GPU nor Transformer Engine is."""
     os.environ["MEGATRON_TST_CPU"] = "1"
     enable_if_asked()
+    import_without_engine()
     import megatron.core.datasets.utils
+
+    # runs make; the wheel has them built
+    megatron.core.datasets.utils.compile_helpers = lambda: None
+
+
+def import_without_engine():
+    """Let Bridge be imported where Transformer Engine is not, after Megatron has looked for it."""
     import megatron.core.extensions.transformer_engine
     import megatron.core.fp8_utils
-    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 
     stand_in("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.ops")
     stand_in("nvidia_resiliency_ext", "nvidia_resiliency_ext.inprocess")
-    megatron.core.datasets.utils.compile_helpers = lambda: (
-        None
-    )  # runs make; the wheel has them built
+
+
+def main(folders):
+    on_cpu()
     for folder in map(Path, folders):
         (iteration,) = (folder / "nemo").glob("iter_*")
         answers = {"refusal": ""}
