@@ -110,26 +110,27 @@ class Run:
         return flops_6nd(self.parameters, model)
 
     def model(self) -> argparse.Namespace | None:
-        """The arguments that the FLOPs follow from, as numbers; `num_layers` are the layers with
-        experts, the layers of multi-token prediction among them. None where they are not known.
+        """The arguments that the FLOPs follow from, as numbers; `moe_layer_freq` is a list. None
+        where they are not known.
         """
         hidden, heads = self._number("hidden_size"), self._number("mtp_num_layers", 0)
         untied = self.arguments.get("untie_embeddings_and_output_weights") == "True"
         vocabulary = self._padded_vocabulary()
         if not hidden or heads is None or (vocabulary is None and (untied or heads)):
             return None
-        experts, layers = self._number("num_experts", 0), 0
+        experts, layers = self._number("num_experts", 0), []
         width = self._number("moe_ffn_hidden_size", self._number("ffn_hidden_size", 0))
         chosen = self._number("moe_router_topk", 2)
         if experts is None or width is None or chosen is None:
             return None
         if experts:
-            layers = self._layers_with_experts(heads)
+            layers = self._layers_with_experts()
             if layers is None or not width:
                 return None
         return argparse.Namespace(
             hidden_size=hidden,
-            num_layers=layers,
+            num_layers=len(layers),
+            moe_layer_freq=layers,
             num_experts=experts,
             moe_ffn_hidden_size=width,
             moe_router_topk=chosen,
@@ -196,8 +197,10 @@ class Run:
         tp = self._number("tensor_model_parallel_size", 1)
         return padded_vocabulary(size, by, tp) if size and by and tp else None
 
-    def _layers_with_experts(self, heads: int) -> int | None:
-        """--moe-layer-freq is every n-th layer, or a list such as "[0, 1, 1]"."""
+    def _layers_with_experts(self) -> list[int] | None:
+        """1 for each layer of the decoder with experts, 0 for each without. --moe-layer-freq is
+        every n-th layer, or a list such as "[0, 1, 1]".
+        """
         for name in ("hybrid_layer_pattern", "hybrid_override_pattern", "moe_latent_size"):
             if self.arguments.get(name, "None") != "None":
                 return None
@@ -212,7 +215,7 @@ class Run:
             return None
         if len(pattern) != layers:
             return None
-        return sum(pattern) + pattern[-1] * heads
+        return pattern
 
     def fill_raw_tokens(self) -> None:
         """Stock Megatron does not say how many: a baseline, or what went on without TST, reads a

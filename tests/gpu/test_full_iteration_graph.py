@@ -26,7 +26,7 @@ pytestmark = [
 SCRIPT = str(ROOT / "tests" / "support" / "train.py")
 GRAPHS = (
     "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 "
-    "--no-check-for-nan-in-loss-and-grad"
+    "--no-check-for-nan-in-loss-and-grad --logging-level 20"
 ).split()
 BACKEND = "nccl"  # gloo's collectives cannot be captured
 RESET = re.compile(r"full-iteration CUDA graph before iteration (\d+): that of ([^,]+?) is reset")
