@@ -527,8 +527,11 @@ def test_global_balancing_of_unequal_micro_batches(monkeypatch, megatron):
     close(torch.tensor(unequal), [0.01, 0.015], 1e-6)
 
 
-def test_no_batch_of_pre_training_has_a_padding_mask(monkeypatch):
+def test_no_batch_of_pre_training_has_a_padding_mask(monkeypatch, request):
     """The rows above reach no run: the script hands the model none, nor do Megatron's own."""
+    from megatron_tst.loop import patch
+
+    request.addfinalizer(patch.remove)  # importing the script patches Megatron's loop
     pretrain_gpt = pytest.importorskip(
         "megatron_tst.pretrain_gpt",
         reason="NOT RUN: our script needs Megatron 0.19",
