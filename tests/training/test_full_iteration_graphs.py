@@ -13,8 +13,8 @@ from support.runs import TINY, TST, data
 pytestmark = pytest.mark.numeric
 
 SCRIPT = str(ROOT / "tests" / "support" / "train.py")
-# One step of a phase runs as it is, the second is captured, the others are replays. Megatron says so
-# at the level INFO, which emerging-optimizers, where it is installed, hides: absl sets up the root
+# One step of a phase runs as it is, the second is captured, the others are replays. Megatron says
+# so at the level INFO, which emerging-optimizers hides where it is installed: absl sets up the root
 # logger first.
 GRAPHS = (
     "--cuda-graph-impl full_iteration --cuda-graph-warmup-steps 1 "
