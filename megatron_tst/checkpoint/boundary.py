@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,16 @@ EXPERT_NORM = {
     "local": "mlp.linear_fc1.layer_norm_weight",
     "transformer_engine": "pre_mlp_layernorm.weight",
 }
+_ROUTER = "mlp.router.weight"
+# Under both names: the norm before an MLP, and those of multi-latent attention. Local layers of
+# multi-latent attention fuse none, Transformer Engine's all that they can.
+_MLP_NORM = re.compile(
+    r"(?P<layer>.*)(mlp\.linear_fc1\.layer_norm_|pre_mlp_layernorm\.)(?P<part>weight|bias)"
+)
+_LATENT_NORM = re.compile(
+    r"(?P<attention>.*self_attention\.)"
+    r"((?P<apart>q|kv)_layernorm\.|linear_(?P<fused>q|kv)_up_proj\.layer_norm_)(?P<part>weight|bias)"
+)
 ENDS = {"embedding": "embedding.word_embeddings.weight", "head": "output_layer.weight"}
 # What an optimizer's state begins with is zeros: of Adam, of Lion, SGD and Muon, of adaptive Muon.
 _AVERAGES = {"exp_avg", "exp_avg_sq", "momentum_buffer", "moment2_buffer"}
@@ -169,11 +180,28 @@ def renaming(source: Checkpoint, layer_spec: str | None) -> Callable[[str], str]
             layer_spec,
             "Name the spec of the run that is to load it.",
         )
-    new = EXPERT_NORM[layer_spec]
-    (old,) = set(EXPERT_NORM.values()) - {new}
-    routers = {parameter_of(name) for name in source.tensors if name.endswith("mlp.router.weight")}
-    norms = {router.removesuffix("mlp.router.weight") + old for router in routers}
-    return lambda name: name.removesuffix(old) + new if parameter_of(name) in norms else name
+    names = {parameter_of(name) for name in source.tensors}
+    layers = {name.removesuffix(_ROUTER) for name in names if name.endswith(_ROUTER)}
+    latent = any(name.endswith("self_attention.linear_kv_up_proj.weight") for name in names)
+
+    def rename(name: str) -> str:
+        if found := _MLP_NORM.fullmatch(name):
+            experts = parameter_of(found["layer"]) in layers
+            if latent:
+                apart = experts or layer_spec == "local"
+            elif experts:
+                apart = layer_spec == "transformer_engine"
+            else:
+                return name
+            norm = "pre_mlp_layernorm." if apart else "mlp.linear_fc1.layer_norm_"
+            return f"{found['layer']}{norm}{found['part']}"
+        if latent and (found := _LATENT_NORM.fullmatch(name)):
+            x = found["apart"] or found["fused"]
+            norm = f"{x}_layernorm." if layer_spec == "local" else f"linear_{x}_up_proj.layer_norm_"
+            return f"{found['attention']}{norm}{found['part']}"
+        return name
+
+    return rename
 
 
 def _of_ends(source, reinit):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.hf_folder import config_of, tensors_of, with_copies, write_folder
 
+from megatron_tst.checkpoint.boundary import renaming
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.errors import TSTError
 from megatron_tst.export.hf import export
@@ -16,6 +17,7 @@ from megatron_tst.export.import_hf import import_
 
 pytestmark = pytest.mark.filterwarnings("ignore:megatron_tst")
 FP8 = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[16, 16])
+SPECS = "local", "transformer_engine"
 MTP = dict(num_nextn_predict_layers=2)
 
 
@@ -262,6 +264,22 @@ def test_each_layer_spec_finds_its_norms(tmp_path, spec, want):
         "1.input_layernorm.weight",
         "decoder.final_layernorm.weight",
     }
+
+
+@pytest.mark.parametrize("old, new", [SPECS, SPECS[::-1]])
+def test_names_of_one_layer_spec_become_those_of_the_other(tmp_path, old, new):
+    """--layer-spec of `boundary` and `export-nemo`: norms of latents, and those before the MLP."""
+    folder, _ = folder_of(tmp_path / "m", deepseek())
+    names = {}
+    for spec in SPECS:
+        import_(folder, tmp_path / spec, layer_spec=spec)
+        names[spec] = set(Checkpoint(tmp_path / spec).tensors)
+    source = Checkpoint(tmp_path / old)
+    rename = renaming(source, new)
+    assert {rename(name) for name in source.tensors} == names[new] != names[old]
+    state = "optimizer.state.exp_avg."
+    assert {rename(state + name) for name in names[old]} == {state + name for name in names[new]}
+    assert {renaming(source, old)(name) for name in names[old]} == names[old]
 
 
 def changed(folder, tmp_path, tensors=None, **args):
