@@ -83,6 +83,11 @@ _OPTIMIZER = (
     "use_distributed_optimizer",
     "use_precision_aware_optimizer",
 )
+_MUON = (  # of a Muon run beside these
+    *("muon_momentum", "muon_nesterov", "muon_split_qkv", "muon_scale_mode", "muon_tp_mode"),
+    *("muon_fp32_matmul_prec", "muon_coefficient_type", "muon_num_ns_steps"),
+    *("muon_extra_scale_factor", "muon_scalar_optimizer", "use_layer_wise_distributed_optimizer"),
+)
 _SCHEDULE = (
     "lr_decay_style",
     "lr_wsd_decay_style",
@@ -151,6 +156,7 @@ def export(
         "optimizer": {
             "_target_": "megatron.bridge.training.config.OptimizerConfig",
             **_same(args, _OPTIMIZER),
+            **_same(args, _MUON if "muon" in args.optimizer else ()),
         },
         "scheduler": {
             "_target_": "megatron.bridge.training.config.SchedulerConfig",

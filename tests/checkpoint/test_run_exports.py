@@ -4,6 +4,7 @@ with exports is in test_export_hf.py and in tests/peers.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import shutil
@@ -246,6 +247,19 @@ def test_the_files_beside_bridges_weights(bridged):
         for name in source.tensors
     }
     assert found.tensors.keys() == renamed != source.tensors.keys()
+
+
+def test_bridge_gets_the_settings_of_muon(tmp_path):
+    flags = "--optimizer muon --muon-momentum 0.9 --muon-tp-mode duplicated --muon-num-ns-steps 4"
+    source = run(tmp_path / "ck", flags)
+    folder = nemo.export(source, tmp_path / "nemo")
+    found = yaml.safe_load((folder / "run_config.yaml").read_text())["optimizer"]
+    want = dict(muon_momentum=0.9, muon_tp_mode="duplicated", muon_num_ns_steps=4)
+    assert found.items() >= {"optimizer": "muon", "muon_scalar_optimizer": "adam", **want}.items()
+    from megatron.core.optimizer import OptimizerConfig
+
+    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    assert found.keys() - {"_target_"} <= known
 
 
 def test_without_the_optimizer(tmp_path):
