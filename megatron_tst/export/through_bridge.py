@@ -68,6 +68,9 @@ _NEUTRAL = {
     *("router_aux_loss_coef", "router_jitter_noise", "max_window_layers", "pretraining_tp"),
     *("max_position_embeddings", "num_nextn_predict_layers", "experts_implementation"),
 }
+# DeepSeek-V3's keys that its own code and serving engines compute with, and the value that
+# transformers' class and Bridge take for given without reading the key
+_GIVEN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
@@ -214,6 +217,7 @@ def _known(raw, path):
     if "auto_map" in raw and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
         expected = "a model_type that transformers has"
         refuse(f"{path}: auto_map", expected, shown(kind), "Code from a folder is not run.")
+    _check_given(raw, path)
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         auto = _auto_bridge().from_hf_config(config)
@@ -225,6 +229,16 @@ def _known(raw, path):
 
 
 _SEE = "`megatron-tst export-hf` by itself has Llama, Qwen3, Qwen3-MoE and DeepSeek-V3."
+
+
+def _check_given(raw, path):
+    """Refuse values of DeepSeek-V3's config.json that neither transformers nor Bridge look at."""
+    if raw.get("model_type") != "deepseek_v3":
+        return
+    for key, value in _GIVEN.items():
+        if (got := raw.get(key)) not in (None, value) or isinstance(got, bool):
+            do = "transformers and Megatron-Bridge have no other, and do not read the key."
+            refuse(f"{path}: {key}", shown(value), shown(got), do)
 
 
 def _check_layers(provider, path, config):

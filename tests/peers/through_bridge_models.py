@@ -124,6 +124,9 @@ CONFIGS = {
         tie_word_embeddings=False,
         # as released: transformers has the class, and the code is not asked
         auto_map=dict(AutoConfig="configuration_deepseek.DeepseekV3Config"),
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
     ),
 }
 GLM, QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"

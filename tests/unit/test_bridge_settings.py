@@ -244,3 +244,20 @@ def test_names_of_code_are_no_reason_where_transformers_has_the_class(tmp_path, 
         with pytest.raises(TSTError, match=message):
             through_bridge._known(raw | {"model_type": kind}, path)
     assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(scoring_func="softmax"), 'scoring_func: expected "sigmoid", got "softmax"'),
+        (dict(topk_method="greedy"), 'topk_method: expected "noaux_tc", got "greedy"'),
+        (dict(moe_layer_freq=2), "moe_layer_freq: expected 1, got 2"),
+        (dict(moe_layer_freq=True), "moe_layer_freq: expected 1, got true"),
+        (dict(scoring_func=["sigmoid"]), "scoring_func: expected"),
+    ],
+)
+def test_what_deepseeks_own_code_alone_reads(tmp_path, changed, message):
+    """Written into the folder it would be another model there, and transformers would not tell."""
+    own = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    with pytest.raises(TSTError, match=message):
+        through_bridge._known(own | changed, tmp_path / "config.json")
