@@ -10,6 +10,10 @@ MASTER_ADDR=${MASTER_ADDR:-localhost} MASTER_PORT=${MASTER_PORT:-29500} GPU=${GP
 SAVE=${SAVE:-checkpoints/${NAME//-/_}$([[ -z ${BASELINE:-} ]] || echo -baseline)}
 TOKENIZER=${TOKENIZER:-meta-llama/Meta-Llama-3-8B}
 fail() { echo "$NAME: $*" >&2; exit 2; }
+for variable in NNODES GPUS_PER_NODE; do
+    [[ ${!variable} =~ ^[1-9][0-9]*$ ]] ||
+        fail "$variable: expected a whole number above 0, got '${!variable}'"
+done
 
 # The recipe, with the variables that are set: MODEL_FLAGS, TRAINING_FLAGS, TST_FLAGS,
 # PARALLEL_FLAGS, PRECISION_FLAGS and VOCABULARY.

@@ -81,6 +81,7 @@ def validate(
                 get_megatron_optimizer_config(args)
                 get_megatron_ddp_config(args)
                 _check_batches(args)
+                _check_experts(args)
                 refusals.check_arguments(config, args, lambda: (capability, ASSUMED_CUDA))
             except SystemExit:  # argparse, after a thousand lines of usage
                 raise Refused(printed.getvalue().strip().splitlines()[-1]) from None
@@ -133,6 +134,17 @@ def _check_batches(args) -> None:
         )
 
 
+def _check_experts(args) -> None:
+    """Megatron's groups of experts (parallel_state.py), which are set up after validate_args."""
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    pp = args.pipeline_model_parallel_size
+    if args.world_size % (ep * etp * pp):
+        raise Refused(
+            f"processes: expected a multiple of EP x expert TP x PP = {ep} x {etp} x {pp} = "
+            f"{ep * etp * pp}, got {args.world_size}. Change one of them."
+        )
+
+
 def report(args: argparse.Namespace, gpu: str) -> str:
     """What was accepted, and what could not be looked at."""
     from megatron.core import __version__
@@ -169,7 +181,7 @@ def report(args: argparse.Namespace, gpu: str) -> str:
         "validation",
         "checked": f"by Megatron-Core {__version__}: its parser, validate_args, transformer, "
         "optimizer\nand data-parallel configurations; by TST: its refusals, the layout, FP8 "
-        "shapes;\nhere: micro-batches",
+        "shapes;\nhere: micro-batches, groups of experts",
         "NOT checked": f"GPU ({assumed} assumed),\nTransformer Engine ({engine}), NCCL, memory, "
         "speed, tokenizer,\ndata files, folders, the checkpoint in --load",
     }
@@ -194,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: the flags to validate")
     options = parser.parse_args(argv)
+    if options.world_size < 1:
+        parser.error(f"--world-size: expected a whole number above 0, got {options.world_size}")
     logging.disable(logging.WARNING)  # torch on a machine without CUDA
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not installed here

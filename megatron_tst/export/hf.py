@@ -188,6 +188,11 @@ def config_files(folder: Path, arch: Architecture, kept: Path) -> None:
         flushed(folder / "config.json", lambda file: file.write(path.read_bytes()))
     else:
         write_json(folder / "config.json", config | changed)
+    if "auto_map" in config:
+        warn(
+            "auto_map of config.json names code of the released folder, which is not copied: "
+            "whoever loads the export with trust_remote_code needs it beside the weights"
+        )
     check_end_ids(config, path, arch.vocab)
     theirs = kept / "generation_config.json"
     if theirs.is_file():

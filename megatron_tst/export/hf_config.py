@@ -432,6 +432,9 @@ def _sigmoid(model, layers) -> dict:
     dense = model.size("first_k_dense_replace", _LAYERS, least=0)
     if dense >= layers:
         model.refuse("first_k_dense_replace", f"fewer than the {layers} layers", dense)
+    # Megatron takes 0 for none, which is 1
+    if not (scale := model.number("routed_scaling_factor", most=None)):
+        model.refuse("routed_scaling_factor", "a number above 0", shown(scale))
     width = model.size("moe_intermediate_size")
     balanced = model.get("seq_aux", bool, default=True)
     return {
@@ -443,7 +446,7 @@ def _sigmoid(model, layers) -> dict:
         "moe_router_enable_expert_bias": True,
         "moe_router_num_groups": groups if limited else None,
         "moe_router_group_topk": allowed if limited else None,
-        "moe_router_topk_scaling_factor": model.number("routed_scaling_factor", most=None),
+        "moe_router_topk_scaling_factor": scale,
         "moe_router_pre_softmax": False,
         "moe_layer_freq": [int(i >= dense) for i in range(layers)],
         "moe_router_load_balancing_type": "seq_aux_loss" if balanced else "aux_loss",

@@ -68,6 +68,9 @@ _NEUTRAL = {
     *("router_aux_loss_coef", "router_jitter_noise", "max_window_layers", "pretraining_tp"),
     *("max_position_embeddings", "num_nextn_predict_layers", "experts_implementation"),
 }
+# DeepSeek-V3's keys that its own code and serving engines compute with, and the value that
+# transformers' class and Bridge take for given without reading the key
+_GIVEN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
@@ -204,14 +207,17 @@ def _auto_bridge():
 
 def _known(raw, path):
     """-> (transformers' config, Bridge's provider, its converter)"""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     names = raw.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         refuse(f"{path}: architectures", "the class of the model", shown(names), _ANOTHER)
-    if "auto_map" in raw:
-        do = "Code from a folder is not run: take auto_map out where transformers has the class."
-        refuse(f"{path}: auto_map", "a model that transformers has", shown(raw["auto_map"]), do)
+    kind = raw.get("model_type")
+    # DeepSeek-V3 was released with code, and transformers has the class: its own is taken
+    if "auto_map" in raw and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        expected = "a model_type that transformers has"
+        refuse(f"{path}: auto_map", expected, shown(kind), "Code from a folder is not run.")
+    _check_given(raw, path)
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
         auto = _auto_bridge().from_hf_config(config)
@@ -223,6 +229,16 @@ def _known(raw, path):
 
 
 _SEE = "`megatron-tst export-hf` by itself has Llama, Qwen3, Qwen3-MoE and DeepSeek-V3."
+
+
+def _check_given(raw, path):
+    """Refuse values of DeepSeek-V3's config.json that neither transformers nor Bridge look at."""
+    if raw.get("model_type") != "deepseek_v3":
+        return
+    for key, value in _GIVEN.items():
+        if (got := raw.get(key)) not in (None, value) or isinstance(got, bool):
+            do = "transformers and Megatron-Bridge have no other, and do not read the key."
+            refuse(f"{path}: {key}", shown(value), shown(got), do)
 
 
 def _check_layers(provider, path, config):
@@ -680,8 +696,8 @@ def architecture(model: Model) -> Architecture:
 
 
 def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> None:
-    """config.json as it was given, with the dtype of the weights and not quantised, and
-    generation_config.json.
+    """config.json as it was given, with the dtype of the weights, not quantised and without names
+    of code, and generation_config.json.
 
     Args:
         end: the id that ends a document; None: as config.json says.
@@ -691,7 +707,8 @@ def config_files(folder: Path, model: Model, dtype: str, end: int | None) -> Non
     """
     names = [name for name in ("dtype", "torch_dtype") if name in model.raw] or ["torch_dtype"]
     config = model.raw | dict.fromkeys(names, dtype)
-    config.pop("quantization_config", None)  # of the released weights, not of these
+    for key in ("quantization_config", "auto_map"):  # of the released weights; of files beside them
+        config.pop(key, None)
     if end is not None:
         config["eos_token_id"] = end
     check_end_ids(config, model.path, model.vocab)

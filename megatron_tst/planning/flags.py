@@ -323,6 +323,8 @@ def read(
     for name in _SHAPE:
         if getattr(args, name) is None:
             do = "Give it, or a shape by --preset or --hf-config."
+            if given.hf_config is not None:
+                do = "Give it: a config.json does not say it."
             refuse(f"--{name.replace('_', '-')}", "a value", "none", do)
     args.micro_batch_size = args.micro_batch_size or 1
     args.gpu, args.gpus = args.gpu or "h100", args.gpus or 8

@@ -56,6 +56,16 @@ def test_it_comes_back_byte_for_byte(tmp_path, changes, spec):
         assert (gone / name).read_bytes() == (folder / name).read_bytes(), name
 
 
+def test_code_that_a_released_folder_names_is_said_to_be_missing(tmp_path):
+    """config.json comes back as it was, and its code does not."""
+    config = deepseek(auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"})
+    folder, _ = folder_of(tmp_path / "m", config)
+    import_(folder, tmp_path / "ck")
+    with pytest.warns(UserWarning, match="auto_map of config.json names code .* not copied"):
+        gone = export(Checkpoint(tmp_path / "ck"), tmp_path / "hf")
+    assert (gone / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
 def test_several_files_and_no_copies_are_the_same_model(tmp_path):
     """Where embedding and head are not stored once more, an export has them all the same."""
 

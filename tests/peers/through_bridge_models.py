@@ -122,6 +122,11 @@ CONFIGS = {
         first_k_dense_replace=1,
         num_nextn_predict_layers=1,
         tie_word_embeddings=False,
+        # as released: transformers has the class, and the code is not asked
+        auto_map=dict(AutoConfig="configuration_deepseek.DeepseekV3Config"),
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
     ),
 }
 GLM, QWEN2, _OSS = "glm 4.5, tp2 ep2", "qwen2, tied, tp2", "gpt-oss, ep2"
@@ -149,7 +154,11 @@ REFUSED = {
         "rope_scaling: expected default or yarn, got linear",
     ),
     "no class": (QWEN2, dict(architectures=[]), "architectures: expected the class of the model"),
-    "code": (QWEN2, dict(auto_map={"AutoConfig": "mine.Config"}), "auto_map: expected a model"),
+    "code": (
+        QWEN2,
+        dict(model_type="mine", auto_map={"AutoConfig": "mine.Config"}),
+        'auto_map: expected a model_type that transformers has, got "mine". Code',
+    ),
     "end": (QWEN2, dict(eos_token_id=151643), "eos_token_id: expected ids below"),
     "scaling": (
         GLM,

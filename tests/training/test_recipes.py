@@ -301,6 +301,8 @@ def test_a_wrong_setting_is_refused(name, flags, variables, message):
         ({"PRECISION": "mxfp8"}, "Hopper has no MXFP8"),
         ({"PRECISION": "fp4"}, "PRECISION: expected bf16, fp8, fp8-blockwise or mxfp8"),
         ({"SEQ": "5000"}, "BATCH_TOKENS: expected a multiple of SEQ=5000"),
+        ({"NNODES": "0"}, "NNODES: expected a whole number above 0, got '0'"),
+        ({"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE: expected a whole number above 0, got 'all'"),
         ({"DRY_RUN": ""}, "DATA_PATH: expected what prepare_data.sh printed"),
     ],
 )

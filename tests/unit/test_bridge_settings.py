@@ -221,3 +221,43 @@ def test_names_in_the_layouts_that_bridge_knows():
     one, other = (f"mtp.layers.0.{layer}.mlp" for layer in ("mtp_model_layer", "transformer_layer"))
     assert list(through_bridge._names(one)) == [one, other]
     assert through_bridge._canonical(one) == through_bridge._canonical(other) == other
+
+
+def test_names_of_code_are_no_reason_where_transformers_has_the_class(tmp_path, monkeypatch):
+    """DeepSeek-V3's config.json has them. Without the class the code would have to be run."""
+    raw = {"architectures": ["DeepseekV3ForCausalLM"], "auto_map": {"AutoConfig": "mine.Config"}}
+    asked = []
+
+    def stop():
+        asked.append(True)
+        raise ImportError("far enough")
+
+    monkeypatch.setattr(through_bridge, "_auto_bridge", stop)
+    path = tmp_path / "config.json"
+    for kind, message in (
+        ("deepseek_v3", "far enough"),
+        ("mine", 'auto_map: expected a model_type that transformers has, got "mine". Code from'),
+        (None, "auto_map: expected a model_type that transformers has, got null"),
+        (["mine"], "auto_map: expected a model_type that transformers has"),
+    ):
+        path.write_text(json.dumps(raw | {"model_type": kind}))
+        with pytest.raises(TSTError, match=message):
+            through_bridge._known(raw | {"model_type": kind}, path)
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(scoring_func="softmax"), 'scoring_func: expected "sigmoid", got "softmax"'),
+        (dict(topk_method="greedy"), 'topk_method: expected "noaux_tc", got "greedy"'),
+        (dict(moe_layer_freq=2), "moe_layer_freq: expected 1, got 2"),
+        (dict(moe_layer_freq=True), "moe_layer_freq: expected 1, got true"),
+        (dict(scoring_func=["sigmoid"]), "scoring_func: expected"),
+    ],
+)
+def test_what_deepseeks_own_code_alone_reads(tmp_path, changed, message):
+    """Written into the folder it would be another model there, and transformers would not tell."""
+    own = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    with pytest.raises(TSTError, match=message):
+        through_bridge._known(own | changed, tmp_path / "config.json")

@@ -167,6 +167,7 @@ REFUSED = {
     "a third of groups": (dict(topk_group=1), "topk_group: expected half of .* 4, got 1"),
     "uneven groups": (dict(n_group=3), "n_group: expected groups of two or more of the 8 experts"),
     "groups of one": (dict(n_group=8), "n_group: expected groups of two or more"),
+    "no scale": (dict(routed_scaling_factor=0.0), "routed_scaling_factor: expected a number above"),
     "null groups": (dict(n_group=None), "n_group: expected a whole number .*, got null"),
     "all dense": (
         dict(first_k_dense_replace=2),

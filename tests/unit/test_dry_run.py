@@ -49,7 +49,7 @@ def test_what_is_accepted(capsys):
         "optimizer",
         "              and data-parallel configurations; by TST: its refusals, the layout, FP8 "
         "shapes;",
-        "              here: micro-batches",
+        "              here: micro-batches, groups of experts",
         "  NOT checked GPU (compute capability 9.0, CUDA 13.0 assumed),",
         f"              Transformer Engine ({engine}), NCCL, memory, speed, tokenizer,",
         "              data files, folders, the checkpoint in --load",
@@ -165,6 +165,33 @@ def test_experts_count_all_of_them(capsys):
     flags = RUN[len(SMALL) :]
     assert dry_run.main(["--world-size", "1", "--gpu", "h100", "--", *EXPERTS, *flags]) == 0
     assert "  model       43.0 M parameters, vocabulary 50048\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "processes, flags, product",
+    [
+        (2, "--expert-model-parallel-size 4", "4 x 1 x 1 = 4"),
+        (4, "--expert-model-parallel-size 4 --pipeline-model-parallel-size 2", "4 x 1 x 2 = 8"),
+        (
+            4,
+            "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 4",
+            "4 x 2 x 1 = 8",
+        ),
+    ],
+)
+def test_experts_on_more_processes_than_there_are(capsys, processes, flags, product):
+    """Megatron stops there at its start only, when it makes its groups (parallel_state.py)."""
+    run = [*EXPERTS, *RUN[len(SMALL) :], *flags.split()]
+    machine = ["--world-size", str(processes), "--gpu", "h100"]
+    assert dry_run.main([*machine, "--", *run]) == 2
+    want = f"processes: expected a multiple of EP x expert TP x PP = {product}, got {processes}."
+    assert want in capsys.readouterr().err
+
+
+def test_no_processes(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        said(capsys, world_size=0)
+    assert "--world-size: expected a whole number above 0, got 0" in capsys.readouterr().err
 
 
 def test_the_process_that_is_assumed(monkeypatch):

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.paths import environment
 from support.plans import BESIDE, EXPERTS, HF, ROOT, SMALL, accepted, planned, screen_of
+from support.published import CONFIGS
 
 from megatron_tst import compat
 from megatron_tst.checks import dry_run
@@ -495,6 +496,16 @@ def test_what_is_said_of_too_few_samples_and_of_a_missing_batch():
         with pytest.raises(TSTError) as caught:
             plan_flags.read([*run, *flags.split()])
         assert str(caught.value) == sentence
+
+
+def test_a_missing_value_beside_a_config_json(tmp_path):
+    """It does not say how long sequences and training are."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen3-30B-A3B"]))
+    with pytest.raises(TSTError) as caught:
+        plan_flags.read(["--hf-config", str(tmp_path / "config.json")])
+    assert str(caught.value) == (
+        "--seq-length: expected a value, got none. Give it: a config.json does not say it."
+    )
 
 
 @pytest.mark.parametrize("text, number", [("1M", 1e6), ("2k", 2e3), ("3B", 3e9), ("0.5T", 5e11)])
