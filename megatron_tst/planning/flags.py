@@ -68,6 +68,7 @@ _SHAPE = (
     "train_iters",
     "global_batch_size",
 )
+_RUN = ("seq_length", "train_iters", "global_batch_size")
 
 
 def whole(text: str) -> int:
@@ -316,6 +317,8 @@ def read(
     args.not_used, args.notes = line.not_used, notes
     for name, value in line.values.items():  # the rules for layouts and TST look at more of them
         setattr(args, name, value)
+    if given.hf_config is not None:
+        notes += _assume_a_run(given, args)
     _complete_model(args)
     _steps_of_samples(given, args)
     if given.preset and any(getattr(args, name) != before[name] for name in _MODEL):
@@ -388,6 +391,18 @@ def read(
     return args, base
 
 
+def _assume_a_run(given, args) -> list[str]:
+    """The paper's steps of its dense runs, where a config.json alone is given. -> notes"""
+    if any(getattr(given, name) is not None for name in (*_RUN, "train_samples")):
+        return []
+    seq = min(recipes.SEQ, args.max_position_embeddings or recipes.SEQ)
+    paper = recipes.RECIPES["600m"]
+    for name, value in zip(_RUN, (seq, paper.steps, paper.batch_tokens // seq)):
+        setattr(args, name, value)
+    said = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in _RUN)
+    return [f"{said} assumed: config.json says nothing of a run"]
+
+
 def _steps_of_samples(given, args):
     """--train-samples in place of --train-iters, as Megatron has them."""
     if given.train_samples is None:
@@ -435,6 +450,7 @@ def _check_layers(args):
 
 
 def _of_hugging_face(file: Path) -> hf_shapes.Shape:
+    file = file / "config.json" if file.is_dir() else file
     do = "Give the config.json that lies beside a model's weights."
     config = read_json(file, do=do)
     from megatron_tst.export import hf_config

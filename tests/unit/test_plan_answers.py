@@ -29,7 +29,6 @@ from megatron_tst.planning import plan, recipes
 
 GROUPS = [*SMALL, "--group-query-attention", "--num-query-groups", "2"]
 LATER = (  # what Megatron finds out when it starts, builds its layers, or trains
-    "--gpus: expected a multiple of EP",
     "--sequence-parallel: expected it beside experts",
     "--moe-ffn-hidden-size",
     "--ffn-hidden-size",
@@ -502,9 +501,23 @@ def test_a_missing_value_beside_a_config_json(tmp_path):
     """It does not say how long sequences and training are."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen3-30B-A3B"]))
     with pytest.raises(TSTError) as caught:
-        plan_flags.read(["--hf-config", str(tmp_path / "config.json")])
+        plan_flags.read(["--hf-config", str(tmp_path / "config.json"), "--train-iters", "63"])
     assert str(caught.value) == (
         "--seq-length: expected a value, got none. Give it: a config.json does not say it."
+    )
+
+
+@pytest.mark.parametrize("positions, batch", [(40960, 512), (2048, 1024)])
+def test_a_config_json_alone(tmp_path, positions, batch):
+    """A run is assumed, and said. A folder is its config.json."""
+    config = CONFIGS["Qwen3-30B-A3B"] | {"max_position_embeddings": positions}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args, _ = plan_flags.read(["--hf-config", str(tmp_path)])
+    got = args.seq_length, args.train_iters, args.global_batch_size
+    assert got == (min(4096, positions), 20000, batch)
+    assert args.notes[-1] == (
+        f"--seq-length {got[0]} --train-iters 20000 --global-batch-size {batch} assumed: "
+        "config.json says nothing of a run"
     )
 
 
