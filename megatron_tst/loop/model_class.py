@@ -14,6 +14,7 @@ from megatron_tst.checkpoint.inspect import layer_pattern, parameter_of
 from megatron_tst.errors import refuse, warn
 
 _FLAG = "--hybrid-layer-pattern"
+_LEFT_OUT = "its layers of multi-token prediction are left out"
 _STAY = "Go on with GPTModel: leave the flag out."
 # The layers' optimizer state by parameter (checkpointing.py, load_checkpoint).
 _BY_PARAMETER = "fully_reshardable", "fully_sharded_model_space"
@@ -38,9 +39,11 @@ def check_model_class(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         pattern and pattern.replace("|", "") for pattern in map(layer_pattern, (theirs, args))
     )
     if before:
-        if now != before:
+        if now not in (before, before.split("/")[0]):
             do = "Megatron reads a HybridModel's layers into the same layers alone."
             refuse(_FLAG, f"{before}, as in the checkpoint", now or "none", do)
+        if now != before and args.rank == 0:
+            warn(f"{_FLAG} without the checkpoint's {before[len(now) :]}: {_LEFT_OUT}")
         return
     if now:
         _check_translation(args, theirs, checkpoint)
@@ -98,7 +101,4 @@ def _check_translation(args, theirs, checkpoint):
                 "--no-load-optim.",
             )
     if any(name.startswith("mtp.") for name in names) and args.rank == 0:
-        warn(
-            f"{_FLAG} over a GPTModel's checkpoint: its layers of multi-token prediction are left "
-            "out, since Megatron translates the others alone"
-        )
+        warn(f"{_FLAG} over a GPTModel's checkpoint: {_LEFT_OUT}")

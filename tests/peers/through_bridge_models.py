@@ -221,7 +221,7 @@ REFUSED = {
     "kimi": (
         DEEPSEEK,
         dict(model_type="kimi_k2"),
-        "has model type `kimi_k2` but Transformers does not recognize",
+        'auto_map: expected a model_type that transformers has, got "kimi_k2"',
     ),
 }
 # Parameters in billions, as their makers state them: DeepSeek-V3, gpt-oss-120b, Mistral 7B

@@ -1,6 +1,6 @@
 """Runs with --optimizer muon and dist_muon: both phases, the switch, resumes on both sides of it,
-and layouts against one process, each measured without TST too. tests/unit/test_muon.py has which
-parameters are Muon's.
+and layouts against one process, each measured without TST too. Which parameters are Muon's:
+tests/unit/test_muon_parameters.py.
 
 Megatron's Muon needs nothing on CPU that cpu.py does not give Adam too.
 """

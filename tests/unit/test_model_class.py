@@ -75,6 +75,21 @@ def test_a_hybrid_model_goes_on_as_itself(tmp_path, name):
         )
 
 
+def test_a_hybrid_model_goes_on_without_its_heads(tmp_path):
+    checkpoint = saved(tmp_path, hybrid_layer_pattern="*-*E/*E/*E")
+    for rank, warned in (0, 1), (1, 0):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_model_class(run("*-|*E", rank=rank), checkpoint)
+        assert len(caught) == warned
+    with pytest.warns(UserWarning, match=r"without the checkpoint's /\*E/\*E: its layers of multi"):
+        check_model_class(run("*-*E"), checkpoint)
+    for pattern in "*-*E/*E", "*E*E", "*-*E/*E/*E/*E":
+        assert f"expected *-*E/*E/*E, as in the checkpoint, got {pattern}." in said(
+            run(pattern), checkpoint
+        )
+
+
 @pytest.mark.parametrize(
     "pattern, reason",
     [
