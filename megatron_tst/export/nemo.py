@@ -31,9 +31,9 @@ from megatron_tst.checkpoint.tensors import Tensors
 from megatron_tst.errors import refuse
 from megatron_tst.export import through_bridge
 from megatron_tst.export.architectures import ROPE_FACTOR, Architecture, architecture_of
+from megatron_tst.export.bridge_model import LOCAL_HAS_NOT
 from megatron_tst.export.card import model_card
 from megatron_tst.export.hf import check_phase, config_files, number_of, vocab_size_of, weights
-from megatron_tst.export.through_bridge import LOCAL_HAS_NOT
 from megatron_tst.export.tokenizer import end_of_text, tokenizer_of, write_tokenizer
 
 # Fields of Bridge's GPTModelProvider that have the names and meanings of Megatron's arguments.

@@ -28,7 +28,7 @@ from through_bridge_models import CONFIGS, DEEPSEEK, GLM, QWEN2, REFUSED, SIZES,
 from megatron_tst import cli
 from megatron_tst.checkpoint.format import Checkpoint
 from megatron_tst.checkpoint.rewrite import Changes, rewrite
-from megatron_tst.export import through_bridge
+from megatron_tst.export import bridge_model, through_bridge
 from megatron_tst.export.hf import number_of
 
 
@@ -101,7 +101,7 @@ def sizes(folder):
     for name in SIZES:
         default = getattr(transformers, name).config_class().to_dict() | {"architectures": [name]}
         (config / "config.json").write_text(json.dumps(default, default=str))
-        with through_bridge.alone():
+        with bridge_model.alone():
             model = through_bridge.described(config / "config.json", default["vocab_size"])
             found[name] = number_of(through_bridge.weights(model, None, config))
     return found

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_tst import cli
 from megatron_tst.errors import TSTError
-from megatron_tst.export import through_bridge
+from megatron_tst.export import bridge_model, through_bridge
 from megatron_tst.export.bridge_settings import (
     check_settings,
     check_tensors,
@@ -232,7 +232,7 @@ def test_names_of_code_are_no_reason_where_transformers_has_the_class(tmp_path, 
         asked.append(True)
         raise ImportError("far enough")
 
-    monkeypatch.setattr(through_bridge, "_auto_bridge", stop)
+    monkeypatch.setattr(bridge_model, "_auto_bridge", stop)
     path = tmp_path / "config.json"
     for kind, message in (
         ("deepseek_v3", "far enough"),
@@ -242,7 +242,7 @@ def test_names_of_code_are_no_reason_where_transformers_has_the_class(tmp_path, 
     ):
         path.write_text(json.dumps(raw | {"model_type": kind}))
         with pytest.raises(TSTError, match=message):
-            through_bridge._known(raw | {"model_type": kind}, path)
+            bridge_model.known(raw | {"model_type": kind}, path)
     assert asked == [True]
 
 
@@ -260,4 +260,4 @@ def test_what_deepseeks_own_code_alone_reads(tmp_path, changed, message):
     """Written into the folder it would be another model there, and transformers would not tell."""
     own = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
     with pytest.raises(TSTError, match=message):
-        through_bridge._known(own | changed, tmp_path / "config.json")
+        bridge_model.known(own | changed, tmp_path / "config.json")
