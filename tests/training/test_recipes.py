@@ -18,6 +18,7 @@ from support.runs import CHECKOUTS, NO_CHECKOUT, ROOT
 from megatron_tst import model_size
 from megatron_tst.checks import dry_run
 from megatron_tst.config import TSTConfig
+from megatron_tst.export.architectures import architecture_of
 from megatron_tst.model_size import parameters
 from megatron_tst.planning import recipes
 
@@ -172,6 +173,18 @@ def test_megatron_and_tst_accept_the_larger_models(name, gpu, precision):
     )
     assert schedule.raw_tokens(schedule.train_samples) == pytest.approx(text, rel=2e-3)
     assert nodes * 8 == recipes.of(name.replace("_", "-")).fit(gpu).gpus
+
+
+@pytest.mark.filterwarnings("ignore:megatron_tst")
+@pytest.mark.parametrize(
+    "name, flags",
+    [("moe_16b_a3b", ["--q-lora-rank", "1536"]), ("moe_671b_a37b", [])],
+)
+def test_the_larger_models_have_a_hugging_face_architecture(name, flags):
+    """As examples/README.md says: what such a run leaves behind can be exported."""
+    args = validated(name, *flags, NNODES=str(MACHINES[name, "h100"][0]))
+    found = architecture_of(args, LARGE[name][-1], "bfloat16")
+    assert found.name == "DeepseekV3ForCausalLM" and found.config["q_lora_rank"] == 1536
 
 
 def test_a_pipeline_of_another_length_has_no_published_layout():
