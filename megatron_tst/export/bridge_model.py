@@ -226,7 +226,7 @@ def of_run(args: argparse.Namespace) -> Any:
     try:
         return gpt_config_from_args(args)
     except (AttributeError, AssertionError, ValueError) as error:
-        do = "Use the megatron-core that it was trained with. An import has them after its first step."
+        do = "Use the megatron-core of the run. An import has them after its first step."
         refuse("the checkpoint's arguments", "those of a GPTModel of megatron-core 0.19", error, do)
 
 
